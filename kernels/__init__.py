@@ -1,0 +1,1 @@
+"""The Triton time loops. Import this package only where a Triton backend is about to run."""
