@@ -1,1 +1,30 @@
-"""fusedrnn: recurrent networks as fused kernels, a drop-in for torch.nn's recurrent modules."""
+"""fusedrnn: recurrent networks as fused kernels, a drop-in for torch.nn's recurrent modules.
+
+import fusedrnn
+
+rnn = fusedrnn.LSTM(128, 256, num_layers=2, bidirectional=True)     # as torch.nn.LSTM
+fusedrnn.replace_modules(model)                                     # or a finished model
+"""
+
+from fusedrnn import functional
+from fusedrnn.dispatch import BACKENDS, use_backend
+from fusedrnn.explain import explain
+from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.replace import replace_modules, restore_modules
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "explain",
+    "functional",
+    "replace_modules",
+    "restore_modules",
+    "use_backend",
+]

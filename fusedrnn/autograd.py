@@ -1,0 +1,498 @@
+"""One layer as one node: the custom ops that every backend shares, and their autograd.
+
+`fusedrnn::layer` and `fusedrnn::layer_backward` are opaque to torch.compile and torch.export.
+`Layer`, the autograd.Function around them, adds what an op cannot: a backward that is itself
+differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrnn import cells, packing, reference
+from fusedrnn.reference import Weights, split_weights
+
+
+class Config(NamedTuple):
+    """Everything about a layer that is not a tensor."""
+
+    cell: str
+    bias: bool
+    bidirectional: bool
+    projection: bool
+    batch_first: bool
+    backend: str
+    save: str  # what backward may read: "gates", or "states" (the gates are recomputed)
+    autocast: str  # the dtype that autocast gives the aten backend, or ""
+
+
+class Sequence(NamedTuple):
+    """The tensors that say which time steps exist, and where sequences begin."""
+
+    lengths: Tensor | None  # [B], for padded input
+    batch_sizes: Tensor | None  # [T] on the CPU, for packed input
+    reset: Tensor | None  # [T, B] bool, or [B, T] with batch_first
+
+
+def run_reference(
+    config: Config,
+    input: Tensor,
+    state: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    sequence: Sequence,
+) -> tuple[Tensor, ...]:
+    """A layer in differentiable torch operators: (output, *final states)."""
+    cell = cells.get(config.cell)
+    directions = split_weights(cell, weights, bias=config.bias, projection=config.projection)
+    lengths, reset, batch_sizes = sequence.lengths, sequence.reset, sequence.batch_sizes
+    if batch_sizes is not None:
+        input = packing.pad(input, batch_sizes)
+        lengths = packing.lengths_of(batch_sizes).to(input.device)
+    elif config.batch_first:
+        input = input.transpose(0, 1)
+        reset = None if reset is None else reset.transpose(0, 1)
+    output, final = reference.layer(cell, input, state, directions, lengths=lengths, reset=reset)
+    if batch_sizes is not None:
+        output = packing.unpad(output, batch_sizes)
+    elif config.batch_first:
+        output = output.transpose(0, 1)
+    return output, *final
+
+
+def run_aten(
+    config: Config,
+    input: Tensor,
+    state: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    sequence: Sequence,
+    *,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor, ...]:
+    """A stack of layers through torch's own operator: (output, *final states)."""
+    function = getattr(torch, str(cells.get(config.cell).aten))
+    hx = tuple(state) if len(state) > 1 else state[0]
+    options = (config.bias, num_layers, dropout, training, config.bidirectional)
+    if sequence.batch_sizes is not None:
+        return function(input, sequence.batch_sizes, hx, list(weights), *options)
+    if sequence.lengths is None:
+        return function(input, hx, list(weights), *options, config.batch_first)
+    return _run_aten_padded(function, config, input, state, weights, sequence.lengths, options)
+
+
+def _run_aten_padded(function, config, input, state, weights, lengths, options):
+    """torch packs only rows of at least one step, longest first, with lengths on the CPU: so
+    rows are sorted, and empty ones keep their state and get an output of zeros."""
+    batch_dim = 0 if config.batch_first else 1
+    T = input.shape[1 - batch_dim]
+    sorted_lengths, order = lengths.cpu().sort(descending=True, stable=True)
+    filled = int((sorted_lengths > 0).sum())
+    if filled == 0:
+        D = 2 if config.bidirectional else 1
+        shape = [*input.shape[:2], D * state[0].shape[-1]]
+        return input.new_zeros(shape), *(s.clone() for s in state)
+    order = order.to(input.device)
+    rows = order[:filled]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        input.index_select(batch_dim, rows), sorted_lengths[:filled], config.batch_first
+    )
+    first = tuple(s.index_select(1, rows) for s in state)
+    hx = first if len(first) > 1 else first[0]
+    data, *final = function(packed.data, packed.batch_sizes, hx, list(weights), *options)
+    output, _ = torch.nn.utils.rnn.pad_packed_sequence(
+        torch.nn.utils.rnn.PackedSequence(data, packed.batch_sizes),
+        batch_first=config.batch_first,
+        total_length=T,
+    )
+    shape = list(output.shape)
+    shape[batch_dim] = input.shape[batch_dim]
+    output = output.new_zeros(shape).index_copy(batch_dim, rows, output)
+    kept = tuple(s.to(f.dtype) for s, f in zip(state, final, strict=True))
+    final = (k.index_copy(1, rows, f) for k, f in zip(kept, final, strict=True))
+    return output, *final
+
+
+def run_plain(config: Config, *args) -> tuple[Tensor, ...]:
+    """The layer by the backend whose operators autograd sees through: aten or reference."""
+    run = run_aten if config.backend == "aten" else run_reference
+    if not config.autocast:
+        return run(config, *args)
+    dtype = getattr(torch, config.autocast)
+    with torch.autocast(args[0].device.type, dtype=dtype):
+        return run(config, *args)
+
+
+def _stack(tensors: list[Tensor | None]) -> Tensor | None:
+    """[D, ...] from one tensor a direction; a view where there is one direction."""
+    if tensors[0] is None:
+        return None
+    present = [t for t in tensors if t is not None]
+    return present[0].unsqueeze(0) if len(present) == 1 else torch.stack(present)
+
+
+def _input_gates(input_ni: Tensor, directions: list[Weights], G: int) -> Tensor:
+    """x_gates [N, D, G, H]: the input projection of all time steps and both directions."""
+    w_ih = torch.cat([w.w_ih for w in directions]) if len(directions) > 1 else directions[0].w_ih
+    b_ih = _stack([w.b_ih for w in directions])
+    x_gates = F.linear(input_ni, w_ih, None if b_ih is None else b_ih.flatten())
+    return x_gates.view(input_ni.shape[0], len(directions), G, -1)
+
+
+def _recurrent_gates(h_prev_ndh: Tensor, directions: list[Weights], G: int) -> Tensor:
+    """h_gates [N, D, G, H] of all time steps at once, from the h before each of them."""
+    gates = [F.linear(h_prev_ndh[:, d], w.w_hh, w.b_hh) for d, w in enumerate(directions)]
+    return torch.stack(gates, dim=1).unflatten(-1, (G, -1))
+
+
+def _triton_forward(config, input, state, weights, sequence) -> list[Tensor]:
+    from fusedrnn import kernels
+
+    cell = cells.get(config.cell)
+    directions = split_weights(cell, weights, bias=config.bias, projection=False)
+    rows = packing.rows_of(input, config.batch_first, sequence.lengths, sequence.batch_sizes)
+    precision = fp32_precision()
+    with matmul_precision(input, precision):
+        x_gates = _input_gates(input.reshape(-1, input.shape[-1]), directions, len(cell.gates))
+    output, final, saved, states = kernels.scan_forward(
+        cell,
+        x_gates,
+        _stack([w.w_hh for w in directions]),
+        _stack([w.b_hh for w in directions]),
+        tuple(s.contiguous() for s in state),
+        _stack_params(directions),
+        rows=rows,
+        save=config.save or None,
+        input_precision=precision,
+    )
+    kept = [t for t in (saved, states) if t is not None]
+    return [output.view(*input.shape[:-1], -1), *final, *kept]
+
+
+def _stack_params(directions: list[Weights]) -> tuple[Tensor, ...]:
+    columns = zip(*(w.params for w in directions), strict=True)
+    return tuple(torch.stack(column) for column in columns)
+
+
+def _triton_backward(
+    config, d_outputs, input, state, weights, output, saved, sequence, *, d_input_wanted
+) -> list[Tensor]:
+    from fusedrnn import kernels
+
+    cell = cells.get(config.cell)
+    G, D, H = len(cell.gates), 2 if config.bidirectional else 1, state[0].shape[-1]
+    directions = split_weights(cell, weights, bias=config.bias, projection=False)
+    rows = packing.rows_of(input, config.batch_first, sequence.lengths, sequence.batch_sizes)
+    precision = fp32_precision()
+    input_ni = input.reshape(-1, input.shape[-1])
+    output_ndh = output.reshape(-1, D, H)
+    h_prev = packing.previous_h(output_ndh, state[0], rows)
+    saved = list(saved)
+    with matmul_precision(input, precision):
+        if config.save == "gates":
+            values = saved.pop(0) if cell.saved else None
+        else:
+            values = (
+                _input_gates(input_ni, directions, G),
+                _recurrent_gates(h_prev, directions, G),
+            )
+        states = saved.pop(0) if len(cell.states) > 1 else None
+        dx_gates, dh_gates, d_state, d_params = kernels.scan_backward(
+            cell,
+            d_outputs[0].reshape(-1, D, H),
+            tuple(d.contiguous() for d in d_outputs[1:]),
+            _stack([w.w_hh for w in directions]),
+            _stack([w.b_hh for w in directions]),
+            tuple(s.contiguous() for s in state),
+            _stack_params(directions),
+            output_ndh,
+            states,
+            values,
+            rows=rows,
+            save=config.save,
+            input_precision=precision,
+        )
+        dx_flat = dx_gates.reshape(input_ni.shape[0], -1)
+        d_w_ih = dx_flat.T @ input_ni
+        d_input = input.new_empty([0])
+        if d_input_wanted:
+            w_ih = torch.cat([w.w_ih for w in directions])
+            d_input = (dx_flat @ w_ih).view(input.shape)
+        gradients: list[Tensor] = []
+        for d, (w, d_w) in enumerate(zip(directions, d_w_ih.chunk(D), strict=True)):
+            dx, dh = (g[:, d].reshape(-1, G * H) for g in (dx_gates, dh_gates))
+            gradients += [d_w, dh.T @ h_prev[:, d]]
+            if config.bias:
+                # Summed in float32: N is large, and a low-precision sum would stop growing.
+                gradients += [g.sum(0, dtype=torch.float32).to(g.dtype) for g in (dx, dh)]
+            gradients += [p[d].to(q.dtype) for p, q in zip(d_params, w.params, strict=True)]
+    return [d_input, *d_state, *(g.contiguous() for g in gradients)]
+
+
+def fp32_precision() -> str:
+    """ "tf32" or "ieee": what torch's switches for cuDNN's recurrent kernels ask of float32."""
+    chosen = torch.backends.cudnn.rnn.fp32_precision  # pyright: ignore
+    if chosen == "none":
+        chosen = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if chosen == "tf32" else "ieee"
+
+
+@contextmanager
+def matmul_precision(input: Tensor, precision: str) -> Iterator[None]:
+    """Runs the matrix products beside the loop in the precision of the loop, as cuDNN does."""
+    if input.device.type != "cuda" or input.dtype != torch.float32:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@torch.library.custom_op("fusedrnn::layer", mutates_args=())
+def layer_op(
+    input: Tensor,
+    state: list[Tensor],
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    bias: bool,
+    bidirectional: bool,
+    projection: bool,
+    batch_first: bool,
+    backend: str,
+    save: str,
+    autocast: str,
+) -> list[Tensor]:
+    """One layer: [output, *final states, *what the backend saves for `layer_backward`].
+
+    `input` is [T, B, I], [B, T, I] or packed [N, I]; `state` S tensors [D, B, H]; `save` "" if
+    there will be no backward.
+    """
+    config = Config(cell, bias, bidirectional, projection, batch_first, backend, save, autocast)
+    sequence = Sequence(lengths, batch_sizes, reset)
+    if backend == "triton":
+        return _triton_forward(config, input, tuple(state), tuple(weights), sequence)
+    outputs = run_plain(config, input, tuple(state), tuple(weights), sequence)
+    return [output.contiguous() for output in outputs]
+
+
+@layer_op.register_fake
+def _(
+    input, state, weights, lengths, batch_sizes, reset, cell, bias, bidirectional, projection,
+    batch_first, backend, save, autocast,
+):  # fmt: skip
+    D = 2 if bidirectional else 1
+    wide = state[0].shape[-1]
+    dtypes = _output_dtypes(cell, input, state, projection, lengths, batch_sizes, autocast)
+    outputs = [input.new_empty([*input.shape[:-1], D * wide], dtype=dtypes[0])]
+    outputs += [s.new_empty(s.shape, dtype=d) for s, d in zip(state, dtypes, strict=True)]
+    if backend == "triton" and save:
+        rows = input.numel() // input.shape[-1]
+        kind = cells.get(cell)
+        H = state[-1].shape[-1]
+        if save == "gates" and kind.saved:
+            outputs.append(input.new_empty([rows, D, len(kind.saved), H]))
+        if len(kind.states) > 1:
+            outputs.append(input.new_empty([rows, D, len(kind.states) - 1, H]))
+    return outputs
+
+
+def _output_dtypes(cell, input, state, projection, lengths, batch_sizes, autocast):
+    """The dtypes of the final states (the output has that of h) that torch's operators give.
+
+    Without autocast, the input's. With it, oneDNN's LSTM and the plain RNN compute in the low
+    precision; other loops mix it with the state, and so keep a wider state's dtype.
+    """
+    if not autocast:
+        return [input.dtype] * len(state)
+    low = getattr(torch, autocast)
+    mixed = [torch.promote_types(low, s.dtype) for s in state]
+    if cell == "gru":
+        return mixed
+    if cell == "lstm" and (projection or lengths is not None or batch_sizes is not None):
+        return [low if projection else mixed[1], mixed[1]]
+    return [low] * len(state)
+
+
+@torch.library.custom_op("fusedrnn::layer_backward", mutates_args=())
+def layer_backward_op(
+    d_outputs: list[Tensor],
+    input: Tensor,
+    state: list[Tensor],
+    weights: list[Tensor],
+    output: Tensor,
+    saved: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    bias: bool,
+    bidirectional: bool,
+    projection: bool,
+    batch_first: bool,
+    backend: str,
+    save: str,
+    autocast: str,
+    d_input_wanted: bool,
+) -> list[Tensor]:
+    """[d_input, *d_state, *d_weights] from `d_outputs`, the gradients of output and states.
+
+    The triton backend leaves `d_input` empty where it is not wanted: that is one large matrix
+    product in the first layer of most models.
+    """
+    config = Config(cell, bias, bidirectional, projection, batch_first, backend, save, autocast)
+    sequence = Sequence(lengths, batch_sizes, reset)
+    if backend == "triton":
+        return _triton_backward(
+            config, d_outputs, input, tuple(state), tuple(weights), output, saved, sequence,
+            d_input_wanted=d_input_wanted,
+        )  # fmt: skip
+    return _recompute_backward(config, d_outputs, input, state, weights, sequence)
+
+
+@layer_backward_op.register_fake
+def _(
+    d_outputs, input, state, weights, output, saved, lengths, batch_sizes, reset, cell, bias,
+    bidirectional, projection, batch_first, backend, save, autocast, d_input_wanted,
+):  # fmt: skip
+    if backend == "triton" and not d_input_wanted:
+        input = input.new_empty([0])
+    return [t.new_empty(t.shape) for t in (input, *state, *weights)]
+
+
+@contextmanager
+def autograd_inside_op() -> Iterator[None]:
+    """Lets autograd record inside a custom op, whose body runs below the autograd keys."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+def _recompute_backward(config, d_outputs, input, state, weights, sequence) -> list[Tensor]:
+    """Runs the layer again under autograd; an op cannot carry an autograd graph across."""
+    leaves = [t.detach().requires_grad_() for t in (input, *state, *weights)]
+    S = len(state)
+    with autograd_inside_op():
+        outputs = run_plain(
+            config, leaves[0], tuple(leaves[1 : 1 + S]), tuple(leaves[1 + S :]), sequence
+        )
+    gradients = torch.autograd.grad(
+        outputs, leaves, [d.to(o.dtype) for d, o in zip(d_outputs, outputs, strict=True)],
+        materialize_grads=True,
+    )  # fmt: skip
+    return [g.contiguous() for g in gradients]
+
+
+class Layer(torch.autograd.Function):
+    """One layer through the custom ops; differentiable twice through the reference."""
+
+    @staticmethod
+    def forward(ctx, config: Config, S: int, lengths, batch_sizes, reset, input, *tensors):
+        state, weights = tensors[:S], tensors[S:]
+        outputs = torch.ops.fusedrnn.layer(
+            input, state, weights, lengths, batch_sizes, reset, *config
+        )
+        output, final, saved = outputs[0], outputs[1 : 1 + S], outputs[1 + S :]
+        ctx.save_for_backward(lengths, batch_sizes, reset, input, *tensors, output, *saved)
+        ctx.config, ctx.S, ctx.n_weights = config, S, len(weights)
+        return output, *final
+
+    @staticmethod
+    def backward(ctx, *d_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        lengths, batch_sizes, reset, input, *rest = ctx.saved_tensors
+        S, config = ctx.S, ctx.config
+        state, weights = rest[:S], rest[S : S + ctx.n_weights]
+        output, *saved = rest[S + ctx.n_weights :]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = differentiable_backward(
+                config, d_outputs, input, state, weights, Sequence(lengths, batch_sizes, reset)
+            )
+        else:
+            gradients = torch.ops.fusedrnn.layer_backward(
+                d_outputs, input, state, weights, output, saved, lengths, batch_sizes, reset,
+                *config, ctx.needs_input_grad[5],
+            )  # fmt: skip
+            if not ctx.needs_input_grad[5]:
+                gradients[0] = None
+        return None, None, None, None, None, *gradients
+
+
+def differentiable_backward(config, d_outputs, input, state, weights, sequence):
+    """The gradients of a layer with a graph of their own, by autograd through the reference.
+
+    Each input enters as a view of itself: a tensor that stands in two places (shared weights)
+    must receive the gradient of each place once, not the sum twice.
+    """
+    views = [t.view_as(t) for t in (input, *state, *weights)]
+    wanted = [v for v in views if v.requires_grad]
+    S = len(state)
+    outputs = run_reference(
+        config, views[0], tuple(views[1 : 1 + S]), tuple(views[1 + S :]), sequence
+    )
+    found = iter(
+        torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True, materialize_grads=True)
+    )
+    return [next(found) if v.requires_grad else None for v in views]
+
+
+class AtenStack(torch.autograd.Function):
+    """A stack of layers through cuDNN, whose own backward cannot be differentiated.
+
+    Forward keeps cuDNN's graph for the first derivative; a second derivative starts from
+    `again`, the same function in differentiable operators.
+    """
+
+    @staticmethod
+    def forward(ctx, run: Callable, again: Callable, *tensors):
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            outputs = run(*inputs)
+        ctx.again, ctx.inputs, ctx.outputs = again, inputs, outputs
+        ctx.save_for_backward(*tensors)
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *d_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        tensors = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        if create_graph:
+            inputs = [t.view_as(t) for t in tensors]
+            outputs = ctx.again(*inputs)
+        else:
+            inputs, outputs = ctx.inputs, ctx.outputs
+        wanted = [t for t in inputs if t.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                outputs, wanted, d_outputs,
+                retain_graph=True, create_graph=create_graph, materialize_grads=True,
+            )
+        )  # fmt: skip
+        return None, None, *(next(found) if t.requires_grad else None for t in inputs)
+
+
+def run_layer(
+    config: Config,
+    input: Tensor,
+    state: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    sequence: Sequence,
+) -> tuple[Tensor, ...]:
+    """A layer through the custom ops: (output, *final states)."""
+    return Layer.apply(config, len(state), *sequence, input, *state, *weights)

@@ -1,0 +1,216 @@
+"""Which backend runs a call, and why.
+
+    triton     the fused kernels of `fusedrnn.kernels`
+    aten       torch's own kernels: cuDNN on a GPU, oneDNN or native code on a CPU
+    reference  plain torch operators
+
+`auto`, the default, takes the first in that order that can run the call. A backend is forced
+by a module's `backend=`, else by `use_backend`, else by the environment variable
+FUSEDRNN_BACKEND (read at import); a forced backend that cannot run a call raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from fusedrnn import cells
+
+logger = logging.getLogger("fusedrnn")
+
+BACKENDS = ("triton", "aten", "reference")
+OLDEST_TRITON = (3, 6)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_name(backend: str, source: str) -> str:
+    """`backend`, if it names one. Raises ValueError that says where the name came from."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    return backend
+
+
+# A plain global, not a context variable: torch.compile can read it, and guards on it.
+_in_force = check_name(os.environ.get("FUSEDRNN_BACKEND", "auto"), "FUSEDRNN_BACKEND")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Forces a backend for every module that has none of its own, in the whole process.
+
+    Args:
+        backend: "auto", "triton", "aten" or "reference".
+    Raises:
+        ValueError: another name.
+    """
+    global _in_force
+    before = _in_force
+    _in_force = check_name(backend, "use_backend(backend)")
+    try:
+        yield
+    finally:
+        _in_force = before
+
+
+class Call(NamedTuple):
+    """What a backend needs to know of a call to say whether it can run it."""
+
+    cell: str
+    device: str
+    dtype: torch.dtype
+    T: int
+    B: int
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    directions: int = 1
+    proj_size: int = 0
+    packed: bool = False
+    lengths: bool = False
+    reset: bool = False
+    needs_grad: bool = False
+    transformed: bool = False
+    device_index: int | None = None
+
+
+class Explanation(NamedTuple):
+    """The backend that would run a call, and what every other one has against it."""
+
+    backend: str
+    because: str
+    passed_over: dict[str, str]
+    call: Call
+
+    def __str__(self) -> str:
+        call = self.call
+        extras = [
+            name for name in ("packed", "lengths", "reset", "needs_grad") if getattr(call, name)
+        ]
+        lines = [
+            f"{call.cell}: {call.num_layers} layer(s) x {call.directions} direction(s), "
+            f"T={call.T} B={call.B} I={call.input_size} H={call.hidden_size}"
+            + (f" P={call.proj_size}" if call.proj_size else "")
+            + f", {str(call.dtype).removeprefix('torch.')} on {call.device}"
+            + (f" ({', '.join(extras)})" if extras else ""),
+            f"  runs on  {self.backend}: {self.because}",
+        ]
+        lines += [f"  not on   {name}: {why}" for name, why in self.passed_over.items()]
+        return "\n".join(lines)
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used in this process at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {version} is too old, {oldest} or newer is needed"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter, which runs kernels on a CPU, is switched on."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_refuses(call: Call) -> str | None:
+    missing = triton_missing()
+    if missing:
+        return missing
+    if call.transformed:
+        return "torch.func transforms and forward-mode AD need plain torch operators"
+    if call.device == "cpu" and not interpreted():
+        return "the tensors are on the cpu (TRITON_INTERPRET=1 would interpret the kernels there)"
+    if call.device not in ("cpu", "cuda"):
+        return f"the kernels run on cuda devices, not on {call.device}"
+    if call.dtype not in TRITON_DTYPES:
+        return f"the kernels compute float32, bfloat16 and float16, not {call.dtype}"
+    if call.proj_size:
+        return f"projections are not fused (proj_size={call.proj_size})"
+    if call.B == 0 or call.T == 0:
+        return f"there is nothing to launch (T={call.T}, B={call.B})"
+    return None
+
+
+def aten_refuses(call: Call) -> str | None:
+    if cells.get(call.cell).aten is None:
+        return f"torch has no {call.cell}"
+    if call.reset:
+        return "torch's kernels cannot reset a row inside a sequence"
+    if call.transformed:
+        return "torch.func transforms and forward-mode AD need plain torch operators"
+    return None
+
+
+def reference_refuses(call: Call) -> str | None:
+    return None
+
+
+REFUSES = {"triton": triton_refuses, "aten": aten_refuses, "reference": reference_refuses}
+
+BECAUSE = {
+    "triton": "one fused launch per layer and pass",
+    "aten": "torch's own kernels for this device",
+    "reference": "plain torch operators run everything",
+}
+
+
+def forced_backend(backend: str | None) -> str:
+    """The name in force: the module's own, else the context's, else the environment's."""
+    return _in_force if backend is None else backend
+
+
+def select(call: Call, backend: str | None = None) -> str:
+    """The backend that runs `call`.
+
+    Raises:
+        RuntimeError: a backend is forced and cannot run it; the message says why.
+    """
+    name = forced_backend(backend)
+    if name != "auto":
+        refusal = REFUSES[name](call)
+        if refusal:
+            raise RuntimeError(
+                f"backend {name!r} was asked for and cannot run this call: {refusal}"
+            )
+        return name
+    if call.device == "cpu" and aten_refuses(call) is None:
+        return "aten"
+    for name in BACKENDS:
+        if not (name == "triton" and call.device == "cpu") and REFUSES[name](call) is None:
+            break
+    if call.device == "cuda" and name != "triton" and not torch.compiler.is_compiling():
+        _say_once(name, triton_refuses(call))
+    return name
+
+
+@functools.cache
+def _say_once(backend: str, why: str | None) -> None:
+    logger.warning("a call falls back from the fused kernels to %s: %s", backend, why)
+
+
+def explain_call(call: Call, backend: str | None = None) -> Explanation:
+    """What `select` decides for `call`, with the reasons."""
+    chosen = select(call, backend)
+    forced = forced_backend(backend)
+    passed_over = {}
+    for name in BACKENDS:
+        if name != chosen:
+            refusal = REFUSES[name](call)
+            if refusal is None and forced != "auto":
+                refusal = f"{forced} is forced"
+            elif refusal is None and name == "triton":
+                refusal = "on a cpu the interpreter runs only when forced: it is for tests"
+            passed_over[name] = refusal or f"{chosen} is faster and comes first"
+    because = BECAUSE[chosen] if forced == "auto" else f"forced; {BECAUSE[chosen]}"
+    return Explanation(chosen, because, passed_over, call)

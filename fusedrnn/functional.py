@@ -1,0 +1,305 @@
+"""The functional interface: argument checks, layers and directions.
+
+The modules of `fusedrnn.modules` call `recurrent`; `lstm`, `gru` and `rnn` are the same thing
+under the names of the cells.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrnn import cells, dispatch, packing
+from fusedrnn.autograd import AtenStack, Config, Sequence, run_aten, run_layer, run_reference
+from fusedrnn.dispatch import Call
+
+SAVE = ("gates", "states")
+
+
+def recurrent(
+    cell: str,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: list[Tensor],
+    *,
+    hidden_size: int,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    proj_size: int = 0,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    backend: str | None = None,
+    save: str = "gates",
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Any registered cell over a whole sequence.
+
+    Args:
+        cell: a name in `fusedrnn.cells.REGISTRY`.
+        input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched, or packed rows
+            [N, I] with `batch_sizes`; float32, bfloat16, float16 or float64, any strides.
+        hx: the cell's S initial states, each [L * D, B, H] ([L * D, H] unbatched), or None for
+            zeros.
+        weights: the parameters of layer 0 forward, layer 0 reverse, layer 1 forward, ...,
+            each in the order weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, the cell's own.
+        hidden_size: H.
+        dropout: probability, between layers, while `training`.
+        proj_size: P; h has this size instead of H.
+        batch_sizes: [T] int64 on the CPU: rows of each time step of packed input.
+        lengths: [B] integers on any device: time steps of each row of padded input. Later
+            outputs are 0, final states are those at the row's own end, and the reverse
+            direction starts there.
+        reset: bool [T, B] ([B, T] with batch_first): sets a row's state to 0 before that step.
+        backend: "auto", "triton", "aten", "reference" or None (see `fusedrnn.dispatch`).
+        save: what the fused backward reads: "gates" (fast) or "states" (less memory).
+    Returns:
+        output [T, B, D * H] in the layout of the input; the S final states [L * D, B, H].
+    Raises:
+        RuntimeError: a shape, or a forced backend that cannot run the call.
+        ValueError: a number of dimensions, a dtype, a name, or an empty sequence.
+    Numerics: accumulates in float32; states are stored in the input's dtype. Under autocast as
+        torch.nn's modules.
+    """
+    D = 2 if bidirectional else 1
+    unbatched = batch_sizes is None and input.dim() == 2
+    if unbatched:
+        input = input.unsqueeze(0 if batch_first else 1)
+        hx = None if hx is None else tuple(h.unsqueeze(1) for h in hx)
+        if lengths is not None or reset is not None:
+            lengths = None if lengths is None else lengths.reshape(1)
+            reset = None if reset is None else reset.unsqueeze(0 if batch_first else 1)
+    if batch_sizes is not None:
+        T, B = batch_sizes.numel(), int(batch_sizes[0])
+    elif batch_first:
+        B, T = input.shape[0], input.shape[1]
+    else:
+        T, B = input.shape[0], input.shape[1]
+
+    kind = cells.get(cell)
+    if hx is None:
+        shape = (num_layers * D, B)
+        h_0 = torch.zeros(
+            (*shape, proj_size or hidden_size), dtype=input.dtype, device=input.device
+        )
+        rest = len(kind.states) - 1
+        hx = (h_0,) + tuple(
+            torch.zeros((*shape, hidden_size), dtype=input.dtype, device=input.device)
+            for _ in range(rest)
+        )
+    if lengths is not None or reset is not None:
+        _check_sequence(lengths, reset, batch_sizes, T, B, batch_first)
+
+    needs_grad = torch.is_grad_enabled() and (
+        input.requires_grad
+        or any(w.requires_grad for w in weights)
+        or any(h.requires_grad for h in hx)
+    )
+    device = input.device
+    call = Call(
+        cell, device.type, input.dtype, T, B, input.shape[-1], hidden_size, num_layers, D,
+        proj_size, batch_sizes is not None, lengths is not None, reset is not None, needs_grad,
+        transformed(), device.index,
+    )  # fmt: skip
+    chosen = dispatch.select(call, backend)
+    compiling = torch.compiler.is_compiling()
+    autocast = autocast_dtype(device.type)
+    sequence = Sequence(lengths, batch_sizes, reset)
+    projection = proj_size > 0
+
+    if chosen == "aten" and not compiling:
+        config = Config(cell, bias, bidirectional, projection, batch_first, "aten", "", "")
+        output, *final = _aten(
+            config, input, hx, weights, sequence, num_layers, dropout, training, needs_grad
+        )
+    else:
+        if autocast is not None and chosen != "aten":
+            input, *rest = (_cast(t, autocast) for t in (input, *hx, *weights))
+            hx, weights = tuple(rest[: len(hx)]), rest[len(hx) :]
+            autocast = None
+        config = Config(
+            cell, bias, bidirectional, projection, batch_first, chosen,
+            save if needs_grad else "",
+            "" if autocast is None else str(autocast).removeprefix("torch."),
+        )  # fmt: skip
+        plain = chosen == "reference" and not compiling
+        output, final = _layers(
+            config, input, hx, weights, sequence, num_layers, dropout if training else 0.0, plain
+        )
+    if unbatched:
+        output = output.squeeze(0 if batch_first else 1)
+        final = tuple(f.squeeze(1) for f in final)
+    return output, tuple(final)
+
+
+def _layers(config, input, hx, weights, sequence, num_layers, dropout, plain):
+    """The stack, layer by layer, with dropout between."""
+    D = 2 if config.bidirectional else 1
+    per_layer = len(weights) // num_layers
+    finals = []
+    run = run_reference if plain else run_layer
+    for layer in range(num_layers):
+        state = tuple(s[layer * D : (layer + 1) * D] for s in hx)
+        own = tuple(weights[layer * per_layer : (layer + 1) * per_layer])
+        input, *final = run(config, input, state, own, sequence)
+        finals.append(final)
+        if dropout and layer + 1 < num_layers:
+            input = F.dropout(input, dropout, training=True)
+    if num_layers == 1:
+        return input, tuple(finals[0])
+    return input, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+
+
+def _aten(config, input, hx, weights, sequence, num_layers, dropout, training, needs_grad):
+    """The whole stack through torch's own operator."""
+    if input.device.type != "cuda" or not needs_grad:
+        return run_aten(
+            config, input, hx, weights, sequence,
+            num_layers=num_layers, dropout=dropout, training=training,
+        )  # fmt: skip
+    S = len(hx)
+
+    # cuDNN keeps what backward needs only in training mode; without dropout the mode changes
+    # nothing else, so eval-mode modules can be differentiated too.
+    def run(input, *tensors):
+        return run_aten(
+            config, input, tensors[:S], tensors[S:], sequence,
+            num_layers=num_layers, dropout=dropout if training else 0.0, training=True,
+        )  # fmt: skip
+
+    def again(input, *tensors):
+        if dropout and training and num_layers > 1:
+            raise RuntimeError(
+                "a second derivative through cuDNN with dropout cannot repeat the dropout mask; "
+                "use backend='triton' or backend='reference'"
+            )
+        output, final = _layers(
+            config, input, tensors[:S], tensors[S:], sequence, num_layers, 0.0, True
+        )
+        return output, *final
+
+    return AtenStack.apply(run, again, input, *hx, *weights)
+
+
+def _check_sequence(lengths, reset, batch_sizes, T, B, batch_first):
+    if batch_sizes is not None:
+        name = "lengths" if lengths is not None else "reset"
+        raise ValueError(f"{name}: a PackedSequence has its own lengths; pass padded input instead")
+    if lengths is not None:
+        packing.check_lengths(lengths, B)
+    if reset is not None:
+        shape = (B, T) if batch_first else (T, B)
+        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+            kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
+            raise TypeError(f"reset: expected a bool tensor {shape}, got {kind}")
+        if reset.shape != shape:
+            raise RuntimeError(f"reset: expected shape {shape}, got {tuple(reset.shape)}")
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work on this call."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast is set to on that kind of device, or None."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: float64 is left alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def lstm(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor], **options):
+    """Long short-term memory over a sequence, any layers and directions.
+
+        c_t = f_t * c_{t-1} + i_t * g_t        h_t = o_t * tanh(c_t)
+
+    Args:
+        input: [T, B, I].
+        hx: (h_0, c_0), each [L * D, B, H], or None for zeros.
+        weights: per layer and direction weight_ih [4H, I], weight_hh [4H, H], bias_ih [4H],
+            bias_hh [4H].
+        options: as `recurrent`; hidden_size is read off the weights.
+    Returns:
+        output [T, B, D * H], (h_n, c_n) each [L * D, B, H].
+    Raises:
+        RuntimeError, ValueError: as `recurrent`.
+    Numerics: accumulates in float32; states are stored in the input's dtype.
+    Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735; gate order i, f, g, o.
+    """
+    return recurrent("lstm", input, hx, weights, **_with_size(weights, 4, options))
+
+
+def gru(input: Tensor, hx: Tensor | None, weights: list[Tensor], **options):
+    """Gated recurrent unit over a sequence, any layers and directions.
+
+        h_t = (1 - z_t) * n_t + z_t * h_{t-1}
+
+    Args:
+        input: [T, B, I].
+        hx: h_0 [L * D, B, H], or None for zeros.
+        weights: per layer and direction weight_ih [3H, I], weight_hh [3H, H], bias_ih [3H],
+            bias_hh [3H].
+        options: as `recurrent`; hidden_size is read off the weights.
+    Returns:
+        output [T, B, D * H], h_n [L * D, B, H].
+    Raises:
+        RuntimeError, ValueError: as `recurrent`.
+    Numerics: accumulates in float32; states are stored in the input's dtype.
+    Source: Cho et al. 2014, arXiv:1406.1078, reset after the product; gate order r, z, n.
+    """
+    state = None if hx is None else (hx,)
+    output, final = recurrent("gru", input, state, weights, **_with_size(weights, 3, options))
+    return output, final[0]
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    **options,
+):
+    """Simple recurrent network over a sequence, any layers and directions.
+
+        h_t = tanh(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)        or relu
+
+    Args:
+        input: [T, B, I].
+        hx: h_0 [L * D, B, H], or None for zeros.
+        weights: per layer and direction weight_ih [H, I], weight_hh [H, H], bias_ih [H],
+            bias_hh [H].
+        nonlinearity: "tanh" or "relu".
+        options: as `recurrent`; hidden_size is read off the weights.
+    Returns:
+        output [T, B, D * H], h_n [L * D, B, H].
+    Raises:
+        RuntimeError, ValueError: as `recurrent`.
+    Numerics: accumulates in float32; states are stored in the input's dtype.
+    Source: Elman 1990, doi:10.1207/s15516709cog1402_1.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+    state = None if hx is None else (hx,)
+    output, final = recurrent(
+        f"rnn_{nonlinearity}", input, state, weights, **_with_size(weights, 1, options)
+    )
+    return output, final[0]
+
+
+def _with_size(weights: list[Tensor], gates: int, options: dict) -> dict:
+    return {**options, "hidden_size": weights[0].shape[0] // gates}

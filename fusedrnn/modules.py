@@ -1,0 +1,454 @@
+"""The modules that replace torch.nn's, name for name.
+
+They derive from torch.nn.RNNBase, which owns the parameters, their initialisation, pickling
+and flattening; only the forward pass is ours. (torch.compile refuses instances of nn.LSTM,
+nn.GRU and nn.RNN themselves.) Parameters are looked up by name at every call, so functional_call,
+parametrizations and re-assigned parameters need no further care.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import cells, dispatch, functional
+
+# torch's own classes, kept here: a program may put ours in their place in torch.nn.
+TORCH_CLASSES: dict[str, type[nn.Module]] = {
+    name: getattr(nn, name) for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+}
+
+
+class RecurrentModule(nn.RNNBase):
+    """What LSTM, GRU and RNN share. `backend` and `save` are ours; all else is torch's.
+
+    Attributes:
+        backend: None or "auto", or the backend that this module is to use; see
+            `fusedrnn.use_backend`.
+        save: "gates", or "states" to recompute the gates in backward and save memory.
+    """
+
+    # Class attributes, so that modules pickled by torch, or turned into ours, have them too.
+    backend: str | None = None
+    save: str = "gates"
+
+    def __init__(self, mode: str, *args, backend: str | None = None, save: str = "gates", **kwargs):
+        if save not in functional.SAVE:
+            raise ValueError(f"save must be one of {functional.SAVE}, got {save!r}")
+        super().__init__(mode, *args, **kwargs)
+        _set_backend(self, backend)
+        if save != "gates":
+            self.save = save
+
+    def forward(self, input, hx=None, *, lengths=None, reset=None):
+        """Runs the layers over a whole sequence.
+
+        Args:
+            input: [T, B, I], or [B, T, I] with batch_first, or [T, I], or a PackedSequence.
+            hx: the initial state as torch.nn takes it, or None for zeros.
+            lengths: [B] integers on any device: time steps of each row of padded input.
+            reset: bool [T, B] ([B, T] with batch_first): zero the row's state before that step.
+        Returns:
+            output and final state, as torch.nn returns them.
+        Raises:
+            RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
+        """
+        packed = isinstance(input, PackedSequence)
+        if packed:
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+        else:
+            data, batch_sizes, sorted_indices, unsorted_indices = input, None, None, None
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        states = self._check(data, hx, batch_sizes, weights[0])
+        if sorted_indices is not None and states is not None:
+            states = tuple(s.index_select(1, sorted_indices) for s in states)
+        output, final = functional.recurrent(
+            self.mode.lower(),
+            data,
+            states,
+            weights,
+            hidden_size=self.hidden_size,
+            bias=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            proj_size=self.proj_size,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            reset=reset,
+            backend=self.backend,
+            save=self.save,
+        )
+        if unsorted_indices is not None:
+            final = tuple(f.index_select(1, unsorted_indices) for f in final)
+        if packed:
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return output, final if len(final) > 1 else final[0]
+
+    def _check(self, data, hx, batch_sizes, weight) -> tuple[Tensor, ...] | None:
+        """Raises what torch.nn raises; returns hx as a tuple of states."""
+        name = type(self).__name__
+        if not isinstance(data, Tensor):
+            raise TypeError(
+                f"{name}: input: expected a Tensor or PackedSequence, got {type(data).__name__}"
+            )
+        dims = (2, 3) if batch_sizes is None else (2,)
+        if data.dim() not in dims:
+            kind = ValueError if batch_sizes is None else RuntimeError
+            raise kind(
+                f"{name}: input: expected {' or '.join(f'{d}-D' for d in dims)}, "
+                f"got {data.dim()}-D of shape {tuple(data.shape)}"
+            )
+        autocast = torch._C._is_any_autocast_enabled()
+        if data.dtype != weight.dtype and not autocast:
+            raise ValueError(
+                f"{name}: input: expected dtype {weight.dtype}, that of the weights, got "
+                f"{data.dtype}; use input.to({weight.dtype}) or module.to({data.dtype})"
+            )
+        if data.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"{name}: input: expected size(-1) to be input_size={self.input_size}, "
+                f"got shape {tuple(data.shape)}"
+            )
+        unbatched = batch_sizes is None and data.dim() == 2
+        time_dim = 1 if self.batch_first and not unbatched else 0
+        if batch_sizes is None and data.shape[time_dim] == 0:
+            raise RuntimeError(
+                f"{name}: input: expected at least one time step, got shape {tuple(data.shape)}"
+            )
+        if hx is None:
+            return None
+
+        names = cells.get(self.mode.lower()).states
+        if len(names) == 1:
+            hx = (hx,)
+        if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
+            got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+            raise TypeError(f"{name}: hx: expected the {len(names)} tensors {names}, got {got}")
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        if unbatched:
+            shape: tuple[int, ...] = (layers,)
+        elif batch_sizes is not None:
+            shape = (layers, int(batch_sizes[0]))
+        else:
+            shape = (layers, data.shape[0] if self.batch_first else data.shape[1])
+        for state_name, state in zip(names, hx, strict=True):
+            if not isinstance(state, Tensor):
+                raise TypeError(
+                    f"{name}: hx ({state_name}_0): expected a Tensor, got {type(state).__name__}"
+                )
+            width = self.proj_size if self.proj_size and state_name == "h" else self.hidden_size
+            if state.shape != (*shape, width):
+                raise RuntimeError(
+                    f"{name}: hx ({state_name}_0): expected shape {(*shape, width)} for "
+                    f"{'unbatched ' if unbatched else ''}input {tuple(data.shape)}, "
+                    f"got {tuple(state.shape)}"
+                )
+            if state.device != data.device or (state.dtype != data.dtype and not autocast):
+                raise RuntimeError(
+                    f"{name}: hx ({state_name}_0): expected {data.dtype} on {data.device} as the "
+                    f"input, got {state.dtype} on {state.device}"
+                )
+        return tuple(hx)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script compiles torch.nn's module, which holds the same parameters."""
+        module = copy.copy(self)
+        module.__class__ = TORCH_CLASSES[type(self).__name__]
+        return module
+
+
+class LSTM(RecurrentModule):
+    r"""Long short-term memory over a sequence; replaces torch.nn.LSTM.
+
+        i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
+        f_t = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
+        g_t = tanh(W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
+        o_t = sigmoid(W_io x_t + b_io + W_ho h_{t-1} + b_ho)
+        c_t = f_t * c_{t-1} + i_t * g_t
+        h_t = o_t * tanh(c_t),  or W_hr (o_t * tanh(c_t)) with a projection
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of a layer and direction.
+        num_layers: L. Default: 1.
+        bias: whether the layers have b_ih and b_hh. Default: True.
+        batch_first: [B, T, I] instead of [T, B, I]. Default: False.
+        dropout: probability of dropout after each layer but the last, in training. Default: 0.
+        bidirectional: D = 2 directions instead of 1. Default: False.
+        proj_size: P > 0 projects h_t to P features. Default: 0.
+        device, dtype: of the parameters.
+        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        save: "gates", or "states" to recompute the gates in backward. Default: "gates".
+
+    Inputs: input, (h_0, c_0), and by keyword lengths, reset
+        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+        h_0: [L * D, B, P or H], c_0: [L * D, B, H]; without B for unbatched input; zeros if
+            left out.
+        lengths: [B] integers on any device; rows end there.
+        reset: bool [T, B]; True zeroes the row's state before that time step.
+
+    Outputs: output, (h_n, c_n)
+        output: [T, B, D * (P or H)], in the input's layout.
+        h_n, c_n: as h_0, c_0, at the end of each row.
+
+    Attributes:
+        weight_ih_l[k]: [4 * H, I], for k > 0 [4 * H, D * (P or H)]; rows i, f, g, o.
+        weight_hh_l[k]: [4 * H, P or H].
+        bias_ih_l[k], bias_hh_l[k]: [4 * H].
+        weight_hr_l[k]: [P, H], with a projection.
+        The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H).
+
+    Raises:
+        RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
+
+    Numerics: accumulates in float32; states are stored in the input's dtype.
+
+    Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735; projection: Sak,
+    Senior & Beaufays 2014, arXiv:1402.1128; gate order as torch.nn.LSTM.
+
+    Example::
+
+        >>> rnn = fusedrnn.LSTM(10, 20, 2)
+        >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__("LSTM", *args, **kwargs)
+
+    # nn.LSTM has these two, and code that subclasses it calls them.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+
+class GRU(RecurrentModule):
+    r"""Gated recurrent unit over a sequence; replaces torch.nn.GRU.
+
+        r_t = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
+        z_t = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn))
+        h_t = (1 - z_t) * n_t + z_t * h_{t-1}
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of a layer and direction.
+        num_layers: L. Default: 1.
+        bias: whether the layers have b_ih and b_hh. Default: True.
+        batch_first: [B, T, I] instead of [T, B, I]. Default: False.
+        dropout: probability of dropout after each layer but the last, in training. Default: 0.
+        bidirectional: D = 2 directions instead of 1. Default: False.
+        device, dtype: of the parameters.
+        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        save: "gates", or "states" to recompute the gates in backward. Default: "gates".
+
+    Inputs: input, h_0, and by keyword lengths, reset
+        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+        h_0: [L * D, B, H]; without B for unbatched input; zeros if left out.
+        lengths: [B] integers on any device; rows end there.
+        reset: bool [T, B]; True zeroes the row's state before that time step.
+
+    Outputs: output, h_n
+        output: [T, B, D * H], in the input's layout.
+        h_n: as h_0, at the end of each row.
+
+    Attributes:
+        weight_ih_l[k]: [3 * H, I], for k > 0 [3 * H, D * H]; rows r, z, n.
+        weight_hh_l[k]: [3 * H, H].
+        bias_ih_l[k], bias_hh_l[k]: [3 * H].
+        The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H).
+
+    Raises:
+        RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
+
+    Numerics: accumulates in float32; states are stored in the input's dtype.
+
+    Source: Cho et al. 2014, arXiv:1406.1078, reset after the product; order as torch.nn.GRU.
+
+    Example::
+
+        >>> rnn = fusedrnn.GRU(10, 20, bidirectional=True)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10))
+    """
+
+    def __init__(self, *args, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size: only LSTM has projections, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+
+class RNN(RecurrentModule):
+    r"""Simple recurrent network over a sequence; replaces torch.nn.RNN.
+
+        h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)        or relu
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of a layer and direction.
+        num_layers: L. Default: 1.
+        nonlinearity: "tanh" or "relu". Default: "tanh".
+        bias: whether the layers have b_ih and b_hh. Default: True.
+        batch_first: [B, T, I] instead of [T, B, I]. Default: False.
+        dropout: probability of dropout after each layer but the last, in training. Default: 0.
+        bidirectional: D = 2 directions instead of 1. Default: False.
+        device, dtype: of the parameters.
+        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        save: "gates", or "states" to recompute the gates in backward. Default: "gates".
+
+    Inputs: input, h_0, and by keyword lengths, reset
+        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+        h_0: [L * D, B, H]; without B for unbatched input; zeros if left out.
+        lengths: [B] integers on any device; rows end there.
+        reset: bool [T, B]; True zeroes the row's state before that time step.
+
+    Outputs: output, h_n
+        output: [T, B, D * H], in the input's layout.
+        h_n: as h_0, at the end of each row.
+
+    Attributes:
+        weight_ih_l[k]: [H, I], for k > 0 [H, D * H].
+        weight_hh_l[k]: [H, H].
+        bias_ih_l[k], bias_hh_l[k]: [H].
+        The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H).
+
+    Raises:
+        RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
+
+    Numerics: accumulates in float32; states are stored in the input's dtype.
+
+    Source: Elman 1990, doi:10.1207/s15516709cog1402_1.
+
+    Example::
+
+        >>> rnn = fusedrnn.RNN(10, 20, nonlinearity="relu")
+        >>> output, h_n = rnn(torch.randn(5, 3, 10))
+    """
+
+    def __init__(self, *args, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size: only LSTM has projections, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {self.nonlinearity!r}")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+
+class CellModule:
+    """What LSTMCell, GRUCell and RNNCell put before torch.nn's class of that name.
+
+    torch's own cell runs the step, unless a backend of ours is forced: then it is a sequence of
+    one step.
+    """
+
+    backend: str | None = None
+    cell_name: str
+
+    def __init__(self, *args, backend: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        _set_backend(self, backend)
+
+    def forward(self, input, hx=None):
+        """One step; see the class."""
+        if dispatch.forced_backend(self.backend) in ("auto", "aten"):
+            return super().forward(input, hx)  # pyright: ignore[reportAttributeAccessIssue]
+        states = hx if isinstance(hx, (tuple, list)) or hx is None else (hx,)
+        final = _cell_step(self, input, states)
+        return final if len(final) > 1 else final[0]
+
+
+class LSTMCell(CellModule, nn.LSTMCell):
+    """One step of an LSTM; replaces torch.nn.LSTMCell. Equations as in `fusedrnn.LSTM`.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as torch.nn.LSTMCell.
+        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+
+    Inputs: input [B, I] or [I], (h, c) each [B, H] or [H], zeros if left out.
+    Outputs: (h, c).
+    Raises:
+        RuntimeError, ValueError: the argument, what was expected, what came.
+    Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735.
+    """
+
+    cell_name = "lstm"
+
+
+class GRUCell(CellModule, nn.GRUCell):
+    """One step of a GRU; replaces torch.nn.GRUCell. Equations as in `fusedrnn.GRU`.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as torch.nn.GRUCell.
+        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+
+    Inputs: input [B, I] or [I], h [B, H] or [H], zeros if left out.
+    Outputs: h.
+    Raises:
+        RuntimeError, ValueError: the argument, what was expected, what came.
+    Source: Cho et al. 2014, arXiv:1406.1078, reset after the product.
+    """
+
+    cell_name = "gru"
+
+
+class RNNCell(CellModule, nn.RNNCell):
+    """One step of a simple RNN; replaces torch.nn.RNNCell. Equations as in `fusedrnn.RNN`.
+
+    Args:
+        input_size, hidden_size, bias, nonlinearity, device, dtype: as torch.nn.RNNCell.
+        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+
+    Inputs: input [B, I] or [I], h [B, H] or [H], zeros if left out.
+    Outputs: h.
+    Raises:
+        RuntimeError, ValueError: the argument, what was expected, what came.
+    Source: Elman 1990, doi:10.1207/s15516709cog1402_1.
+    """
+
+    @property
+    def cell_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"rnn_{self.nonlinearity}"
+
+
+def _cell_step(module, input: Tensor, hx) -> tuple[Tensor, ...]:
+    """One step as a sequence of one step: input [B, I] or [I], hx S tensors [B, H] or [H]."""
+    name = type(module).__name__
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: input: expected 1-D or 2-D, got {input.dim()}-D")
+    if input.shape[-1] != module.input_size:
+        raise RuntimeError(
+            f"{name}: input: expected size(-1) to be input_size={module.input_size}, "
+            f"got shape {tuple(input.shape)}"
+        )
+    shape = (*input.shape[:-1], module.hidden_size)
+    for state in hx or ():
+        if state.dim() not in (1, 2):
+            raise ValueError(f"{name}: hx: expected 1-D or 2-D, got {state.dim()}-D")
+        if state.shape != shape:
+            raise RuntimeError(f"{name}: hx: expected shape {shape}, got {tuple(state.shape)}")
+    weights = [module.weight_ih, module.weight_hh]
+    if module.bias:
+        weights += [module.bias_ih, module.bias_hh]
+    _output, final = functional.recurrent(
+        module.cell_name,
+        input.unsqueeze(0),
+        None if hx is None else tuple(s.unsqueeze(0) for s in hx),
+        weights,
+        hidden_size=module.hidden_size,
+        bias=module.bias,
+        backend=module.backend,
+    )
+    return tuple(f.squeeze(0) for f in final)
+
+
+def _set_backend(module, backend: str | None) -> None:
+    if backend is not None:
+        module.backend = dispatch.check_name(backend, "backend")

@@ -1,0 +1,125 @@
+"""Variable length: PackedSequence, lengths, and the row layout that they share.
+
+A packed sequence stores the rows of time step t, longest sequence first, at `offsets[t] + b`;
+a padded tensor at `t * B + b` or `b * T + t`. One addressing serves all three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+
+def lengths_of(batch_sizes: Tensor) -> Tensor:
+    """[B] lengths, longest first, from batch_sizes [T] (both int64, on the CPU)."""
+    B = int(batch_sizes[0])
+    return (batch_sizes[:, None] > torch.arange(B)[None, :]).sum(0)
+
+
+def offsets_of(batch_sizes: Tensor) -> Tensor:
+    """[T] int64: the packed row at which each time step begins."""
+    return batch_sizes.cumsum(0) - batch_sizes
+
+
+def pad(data: Tensor, batch_sizes: Tensor) -> Tensor:
+    """[T, B, *] from packed rows [N, *]; the padding is 0."""
+    return pad_packed_sequence(PackedSequence(data, batch_sizes))[0]
+
+
+def unpad(padded: Tensor, batch_sizes: Tensor) -> Tensor:
+    """Packed rows [N, *] from [T, B, *]; the inverse of `pad`."""
+    return pack_padded_sequence(padded, lengths_of(batch_sizes)).data
+
+
+def check_lengths(lengths: Tensor, B: int) -> None:
+    """Raises for a `lengths` that cannot be [B] integers; looks at no value (that would wait
+    for the device)."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected an integer tensor [{B}], got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected an integer tensor, got {lengths.dtype}")
+    if lengths.shape != (B,):
+        raise RuntimeError(f"lengths: expected shape ({B},), got {tuple(lengths.shape)}")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the row of (time t, batch b) lies in a sequence tensor [N, ...].
+
+        row(t, b) = t * stride_t + b * stride_b        padded
+        row(t, b) = offsets[t] + b                     packed
+
+    Attributes:
+        lengths: [B] int64 on the device; row b exists for t < lengths[b]. Packed rows have it.
+        offsets: [T] int64 on the device; packed rows only.
+    """
+
+    T: int
+    B: int
+    stride_t: int
+    stride_b: int
+    lengths: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+def rows_of(
+    input: Tensor, batch_first: bool, lengths: Tensor | None, batch_sizes: Tensor | None
+) -> Rows:
+    """The rows of `input`: [T, B, I], [B, T, I] (batch_first) or packed [N, I]."""
+    device = input.device
+    if batch_sizes is not None:
+        # Copied from pinned memory, so that the host does not wait for the device.
+        both = torch.cat([lengths_of(batch_sizes), offsets_of(batch_sizes)])
+        if device.type == "cuda":
+            both = both.pin_memory().to(device, non_blocking=True)
+        B, T = int(batch_sizes[0]), batch_sizes.numel()
+        return Rows(T, B, 0, 1, lengths=both[:B], offsets=both[B:])
+    if lengths is not None:
+        lengths = lengths.to(device=device, dtype=torch.int64)
+    if batch_first:
+        B, T = input.shape[:2]
+        return Rows(T, B, 1, T, lengths=lengths)
+    T, B = input.shape[:2]
+    return Rows(T, B, B, 1, lengths=lengths)
+
+
+def previous_h(output_ndh: Tensor, h_0: Tensor, rows: Rows) -> Tensor:
+    """[N, D, H]: the h that each step of each direction began from; h_0 is [D, B, H].
+
+    Rows that do not exist hold something finite if the output is; their gradient is 0.
+    """
+    h_prev = torch.empty_like(output_ndh)
+    if rows.offsets is not None and rows.lengths is not None:
+        return _previous_h_packed(output_ndh, h_0, rows.offsets, rows.lengths, h_prev)
+    if rows.stride_b == 1:
+        steps, before = (t.view(rows.T, rows.B, *t.shape[1:]) for t in (output_ndh, h_prev))
+    else:
+        steps, before = (
+            t.view(rows.B, rows.T, *t.shape[1:]).transpose(0, 1) for t in (output_ndh, h_prev)
+        )
+    before[0, :, 0] = h_0[0]
+    before[1:, :, 0] = steps[:-1, :, 0]
+    if h_0.shape[0] == 2:
+        before[:-1, :, 1] = steps[1:, :, 1]
+        before[-1, :, 1] = h_0[1]
+        if rows.lengths is not None:
+            last = (rows.lengths - 1).clamp(min=0)
+            before[last, torch.arange(rows.B, device=last.device), 1] = h_0[1]
+    return h_prev
+
+
+def _previous_h_packed(output_ndh, h_0, offsets, lengths, h_prev):
+    N, B = output_ndh.shape[0], h_0.shape[1]
+    row = torch.arange(N, device=output_ndh.device)
+    t = torch.searchsorted(offsets, row, right=True) - 1
+    b = row - offsets[t]
+    for d in range(h_0.shape[0]):
+        edge = t == 0 if d == 0 else t == lengths[b] - 1
+        neighbour = (t - 1 if d == 0 else t + 1).clamp(0, offsets.numel() - 1)
+        # Where the neighbour is over the edge its row is another sequence's: masked by `edge`.
+        source = torch.where(edge, row, offsets[neighbour] + b).clamp(max=N - 1)
+        h_prev[:, d] = torch.where(edge[:, None], h_0[d, b.clamp(max=B - 1)], output_ndh[source, d])
+    return h_prev

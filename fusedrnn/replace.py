@@ -1,0 +1,76 @@
+"""Swapping the recurrent modules of a finished model, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from fusedrnn import modules
+
+OURS: dict[str, type[nn.Module]] = {name: getattr(modules, name) for name in modules.TORCH_CLASSES}
+
+
+class Report(NamedTuple):
+    """Which modules were swapped, and which were left and why; prints as a list.
+
+    Attributes:
+        swapped: name inside the model -> what became of it.
+        left: name inside the model -> the reason.
+    """
+
+    swapped: dict[str, str]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} module(s) swapped, {len(self.left)} left"]
+        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.swapped.items()]
+        lines += [f"  {name or '(the model)'}: left, {why}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+def replace_modules(model: nn.Module) -> Report:
+    """Turns every LSTM, GRU, RNN and cell of torch.nn inside `model` into fusedrnn's, in place.
+
+    The module objects stay the same objects and get another class: parameters, hooks, buffers,
+    the training flag and every reference to them are untouched.
+
+    Args:
+        model: any module, which may itself be one of them.
+    Returns:
+        what was swapped, and what was left and why.
+    Raises:
+        TypeError: `model` is not a Module.
+    """
+    torch_classes = modules.TORCH_CLASSES
+    return _swap(model, torch_classes, OURS)
+
+
+def restore_modules(model: nn.Module) -> Report:
+    """Undoes `replace_modules`: every module of fusedrnn becomes torch.nn's again, in place."""
+    return _swap(model, OURS, modules.TORCH_CLASSES)
+
+
+def _swap(model, sources: dict[str, type], targets: dict[str, type]) -> Report:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    swapped, left = {}, {}
+    other = tuple(targets.values())
+    for name, module in model.named_modules():
+        kind = next((k for k, source in sources.items() if type(module) is source), None)
+        if kind is not None:
+            module.__class__ = targets[kind]
+            swapped[name] = f"{_path(sources[kind])} -> {_path(targets[kind])}"
+            continue
+        if type(module) in other or not isinstance(module, (*sources.values(), nn.RNNBase)):
+            continue
+        if nn.utils.parametrize.is_parametrized(module):
+            left[name] = "it is parametrized: swap first, then register parametrizations"
+        else:
+            left[name] = f"{_path(type(module))} is a subclass with a forward of its own"
+    return Report(swapped, left)
+
+
+def _path(kind: type) -> str:
+    module = "torch.nn" if kind.__module__.startswith("torch.nn") else kind.__module__
+    return f"{module.removesuffix('.modules')}.{kind.__name__}"
