@@ -1,0 +1,50 @@
+"""`python -m fusedrnn`: versions, devices, and a check of every backend that works here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from fusedrnn import BACKENDS, selfcheck
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; returns 1 where a backend is wrong or fails, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m fusedrnn", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object for a script")
+    as_json = parser.parse_args(arguments).json
+
+    versions = selfcheck.versions()
+    devices = {device: selfcheck.describe(device) for device in selfcheck.devices()}
+    if not as_json:
+        for name, value in versions.items():
+            print(f"{name:10}{value}")
+        for name, value in devices.items():
+            print(f"{name:10}{value}")
+        print("\nEach backend against the reference in float64:")
+    checks = []
+    for device in devices:
+        for backend in BACKENDS:
+            result = selfcheck.check(device, backend)
+            checks.append(result)
+            if not as_json:
+                print(_line(result), flush=True)
+    bad = [c for c in checks if c.status in ("wrong", "failed")]
+    if as_json:
+        rows = [c._asdict() for c in checks]
+        print(json.dumps({"versions": versions, "devices": devices, "checks": rows}, indent=2))
+    elif bad:
+        print(f"\n{len(bad)} backend(s) do not compute what they should: do not use them.")
+    return 1 if bad else 0
+
+
+def _line(result: selfcheck.Check) -> str:
+    head = f"  {result.device:8}{result.backend:11}{result.status:12}"
+    if result.error is None:
+        return head + result.reason
+    return head + f"error {result.error:.1e}, {result.reason} ({result.seconds:.1f} s)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Does every backend compute the right thing on this machine? Run as `python -m fusedrnn`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fusedrnn
+from fusedrnn import dispatch
+from fusedrnn.dispatch import Call
+
+MODULES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}
+T, B, I, H, LAYERS = 9, 3, 5, 17, 2
+
+
+class Check(NamedTuple):
+    """What one backend did on one device.
+
+    `status` is "ok", "wrong" (the error exceeds the tolerance), "failed" (it raised) or
+    "unavailable"; `error` and `tolerance` are relative to the largest value of float64's.
+    """
+
+    device: str
+    backend: str
+    status: str
+    reason: str
+    error: float | None = None
+    tolerance: float | None = None
+    seconds: float | None = None
+
+
+def versions() -> dict[str, str]:
+    """The versions that a bug report needs."""
+    found = {
+        "fusedrnn": fusedrnn.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": "not installed",
+        "cuda": torch.version.cuda or "not built in",
+        "cudnn": str(torch.backends.cudnn.version() or "not available"),
+    }
+    if importlib.util.find_spec("triton") is not None:
+        found["triton"] = importlib.metadata.version("triton")
+    return found
+
+
+def devices() -> list[str]:
+    """The CPU and every CUDA device, as torch names them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{index}" for index in range(count))]
+
+
+def describe(device: str) -> str:
+    """The device's name for a person."""
+    if device == "cpu":
+        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.multi_processor_count} multiprocessors"
+    )
+
+
+def check(device: str, backend: str) -> Check:
+    """Runs every cell, two layers in two directions with lengths, forward and backward, and
+    compares outputs, final states and all gradients with the reference in float64.
+
+    The tolerance is twice the error that the reference makes in float32 on the CPU, plus 16
+    roundings: another order of summation may lose as much again, never much more.
+    """
+    kind = torch.device(device).type
+    example = Call(
+        "lstm", kind, torch.float32, T, B, I, H, LAYERS, 2, lengths=True, needs_grad=True
+    )  # fmt: skip
+    refusal = dispatch.REFUSES[backend](example)
+    if refusal:
+        return Check(device, backend, "unavailable", refusal)
+    start = time.perf_counter()
+    worst, allowed, where = 0.0, 1.0, ""
+    for cell, name in MODULES.items():
+        exact = _run(name, "cpu", "reference", torch.float64)
+        plain = _run(name, "cpu", "reference", torch.float32)
+        try:
+            got = _run(name, device, backend, torch.float32)
+        except Exception as error:  # reported as this backend's result, and by the exit status
+            return Check(device, backend, "failed", f"{cell}: {type(error).__name__}: {error}")
+        for key, value in exact.items():
+            limit = 2 * _error(plain[key], value) + 16 * torch.finfo(torch.float32).eps
+            error = _error(got[key], value)
+            if not error / limit <= worst / allowed:  # NaN compares false, and so counts
+                worst, allowed, where = error, limit, f"{cell}, {key}"
+    seconds = time.perf_counter() - start
+    if worst <= allowed:
+        reason = f"largest error, of {allowed:.1e} allowed, in {where}"
+        return Check(device, backend, "ok", reason, worst, allowed, seconds)
+    return Check(device, backend, "wrong", f"in {where}", worst, allowed, seconds)
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    return ((value.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def _run(name: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients by name, on the CPU, from inputs that depend on no argument."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    module = getattr(fusedrnn, name)(I, H, LAYERS, bidirectional=True, backend=backend)
+    module.to(device, dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(draw(*parameter.shape) / H**0.5)
+    input = draw(T, B, I).requires_grad_()
+    lengths = torch.tensor([T, 1, 4], device=device)
+    precision = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        output, final = module(input, lengths=lengths)
+        outputs = [output, *(final if isinstance(final, tuple) else (final,))]
+        leaves = {"input": input, **dict(module.named_parameters())}
+        gradients = torch.autograd.grad(
+            outputs, list(leaves.values()), [draw(*o.shape) for o in outputs]
+        )
+    finally:
+        torch.backends.cudnn.allow_tf32 = precision
+    names = ["output", "h_n", "c_n"][: len(outputs)]
+    results = dict(zip(names, outputs, strict=True))
+    results |= {f"d_{key}": g for key, g in zip(leaves, gradients, strict=True)}
+    return {key: value.detach().cpu() for key, value in results.items()}
