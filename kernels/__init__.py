@@ -1,1 +1,5 @@
 """The Triton time loops. Import this package only where a Triton backend is about to run."""
+
+from fusedrnn.kernels.launch import Rows, check, scan_backward, scan_forward
+
+__all__ = ["Rows", "check", "scan_backward", "scan_forward"]

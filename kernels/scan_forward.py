@@ -1,0 +1,229 @@
+"""The forward time loop, for every cell.
+
+    for t:  h_gates = h_{t-1} @ W_hh^T + b_hh
+            state_t, saved_t = CELL(x_gates_t, h_gates, state_{t-1}, params)
+
+One launch runs the whole sequence. A program owns BLOCK_H units of BLOCK_B elements of the batch
+in one direction: it keeps their states in float32 registers from the first step to the last, and
+their rows of the recurrent weights on the chip. Where one program owns all units (the *resident*
+schedule), nothing else is needed. Otherwise the programs of one batch tile and direction hand
+each other their h in every step, through a ring in global memory (`sync`). Step 1 of the exchange
+publishes h_0, so that the loop reads every h_{t-1} from the same place.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedrnn.kernels import sync
+from fusedrnn.kernels.tiles import (
+    add_up,
+    as_float32,
+    left_tile,
+    load_planes,
+    load_weight,
+    multiply,
+    row_of,
+    select,
+    store_planes,
+    zeros,
+)
+
+
+@triton.jit
+def load_gate_weights(
+    w_hh_ptr,  # [G, H, H] of this direction: gate, unit, unit of the previous step
+    offs_k,  # [BLOCK_K] units of the previous step
+    offs_h,  # [BLOCK_H] units of this program
+    G: tl.constexpr,
+    H: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """The G right operands of one chunk of K."""
+    tiles = ()
+    for g in tl.static_range(G):
+        gate_ptr = w_hh_ptr + g * H * H
+        tiles = tiles + (load_weight(gate_ptr, offs_k, offs_h, 1, H, H=H, SPLIT=SPLIT),)
+    return tiles
+
+
+@triton.jit(do_not_specialize=["T", "B", "first_b", "stride_t", "stride_b"])
+def scan_forward_kernel(
+    x_gates_ptr,  # [N, D, G, H]
+    w_hh_ptr,  # [D, G, H, H]: gate, unit, unit of the previous step
+    b_hh_ptr,  # [D, G, H], or None
+    state_ptrs,  # S x [D, B, H]
+    param_ptrs,  # P x [D, H]
+    output_ptr,  # [N, D, H]
+    final_ptrs,  # S x [D, B, H]
+    saved_ptr,  # [N, D, K, H], or None
+    states_ptr,  # [N, D, S - 1, H], or None
+    offsets_ptr,  # [T], or None
+    lengths_ptr,  # [B], or None
+    ring_ptr,  # [groups, slots, BLOCK_B, H], or None where PROTOCOL is
+    signal_ptr,  # [groups, ...], likewise
+    error_ptr,  # [1], likewise
+    ring_stride,  # from one group to the next; a group is a batch tile of a direction
+    signal_stride,
+    spin_limit,
+    T,
+    B,
+    first_b,  # the launch covers the batch from here on
+    stride_t,  # in rows
+    stride_b,
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of BLOCK_K, over all of H
+    RESIDENT: tl.constexpr,  # so many of them stay on the chip, the others are read in each step
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,  # of the pipeline that reads them
+    PRECISION: tl.constexpr,
+    PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
+    FLAGS_BLOCK: tl.constexpr,
+):
+    direction = tl.program_id(2)
+    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_b = first_b + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = (offs_b < B)[:, None]
+    mask_h = (offs_h < H)[None, :]
+    mask_bh = mask_b & mask_h
+    own_h = offs_h[None, :]
+    length = T
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + offs_b, mask=offs_b < B, other=0).to(tl.int32)[:, None]
+
+    # Loaded once: the weights of the resident chunks, the bias, the parameters, the states.
+    w_hh_ptr += direction * G * H * H
+    weights = ()
+    for k in tl.static_range(RESIDENT):
+        offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        weights = weights + load_gate_weights(w_hh_ptr, offs_k, offs_h, G=G, H=H, SPLIT=SPLIT)
+    bias = ()
+    if b_hh_ptr is not None:
+        bias = as_float32(load_planes(b_hh_ptr, 0, own_h, mask_h, direction, D=D, PLANES=G, H=H))
+    params = ()
+    for i in tl.static_range(len(param_ptrs)):
+        params = params + load_planes(
+            param_ptrs[i], 0, own_h, mask_h, direction, D=D, PLANES=1, H=H
+        )
+    params = as_float32(params)
+    offs_state = (direction * tl.cast(B, tl.int64) + offs_b[:, None]) * H + own_h
+    state = ()
+    for i in tl.static_range(len(state_ptrs)):
+        state = state + (tl.load(state_ptrs[i] + offs_state, mask=mask_bh, other=0.0),)
+    state = as_float32(state)
+
+    alive = 1
+    if PROTOCOL is not None:
+        group = direction * tl.num_programs(1) + tl.program_id(1)
+        ring_ptr += tl.cast(group, tl.int64) * ring_stride
+        signal_ptr += group * signal_stride
+        # Rows beyond the batch are exchanged too, as zeros: one mask less in the polls.
+        tile_b = tl.arange(0, BLOCK_B)
+        offs_own = tile_b[:, None] * H + own_h
+        h = state[0].to(w_hh_ptr.dtype.element_ty)
+        slot_ptr = ring_ptr + sync.slot(1, PROTOCOL) * (BLOCK_B * H)
+        sync.store(slot_ptr, offs_own, h, mask_h, 1, PROTOCOL)
+        sync.arrive(signal_ptr, tl.program_id(0), 1, alive, PROTOCOL)
+
+    t = direction * (T - 1)
+    rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
+    exists = mask_bh
+    if offsets_ptr is not None:
+        exists = mask_bh & (t < length)
+    x_next = load_planes(x_gates_ptr, rows, own_h, exists, direction, D=D, PLANES=G, H=H)
+
+    for step in range(T):
+        x_gates = as_float32(x_next)
+
+        # h_gates = h_{t-1} @ W_hh^T + b_hh
+        sums = zeros(G, BLOCK_B=BLOCK_B, BLOCK_H=BLOCK_H, SPLIT=SPLIT)
+        if PROTOCOL is None:
+            h = state[0].to(w_hh_ptr.dtype.element_ty)
+            sums = multiply(h, weights, sums, FIRST=0, PRECISION=PRECISION)
+        else:
+            alive = sync.wait(
+                signal_ptr,
+                step + 1,
+                tl.num_programs(0),
+                error_ptr,
+                spin_limit,
+                alive,
+                PROTOCOL,
+                FLAGS_BLOCK,
+            )
+            slot_ptr = ring_ptr + sync.slot(step + 1, PROTOCOL) * (BLOCK_B * H)
+            for k in tl.static_range(RESIDENT):
+                offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                left_b, left_k = left_tile(tile_b, offs_k, SPLIT=SPLIT)
+                h, alive = sync.load(
+                    slot_ptr,
+                    left_b * H + left_k,
+                    left_k < H,
+                    step + 1,
+                    error_ptr,
+                    spin_limit,
+                    alive,
+                    w_hh_ptr.dtype.element_ty,
+                    PROTOCOL,
+                )
+                sums = multiply(h, weights, sums, FIRST=k * G, PRECISION=PRECISION)
+            if RESIDENT < CHUNKS:
+                for k in tl.range(RESIDENT, CHUNKS, num_stages=STAGES):
+                    offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                    streamed = load_gate_weights(w_hh_ptr, offs_k, offs_h, G=G, H=H, SPLIT=SPLIT)
+                    left_b, left_k = left_tile(tile_b, offs_k, SPLIT=SPLIT)
+                    h, alive = sync.load(
+                        slot_ptr,
+                        left_b * H + left_k,
+                        left_k < H,
+                        step + 1,
+                        error_ptr,
+                        spin_limit,
+                        alive,
+                        w_hh_ptr.dtype.element_ty,
+                        PROTOCOL,
+                    )
+                    sums = multiply(h, streamed, sums, FIRST=0, PRECISION=PRECISION)
+        h_gates = ()
+        for g in tl.static_range(G):
+            h_gate = add_up(sums[g], SPLIT=SPLIT)
+            if PROTOCOL is not None:
+                h_gate += sync.poison(alive)
+            if b_hh_ptr is not None:
+                h_gate += bias[g]
+            h_gates = h_gates + (h_gate,)
+
+        new, saved = CELL(x_gates, h_gates, state, params)
+        active = mask_b
+        if lengths_ptr is not None:
+            active = mask_b & (t < length)
+            new = select(active, new, state)
+        state = new
+
+        if PROTOCOL is not None:
+            h = state[0].to(w_hh_ptr.dtype.element_ty)
+            slot_ptr = ring_ptr + sync.slot(step + 2, PROTOCOL) * (BLOCK_B * H)
+            sync.store(slot_ptr, offs_own, h, mask_h, step + 2, PROTOCOL)
+            sync.arrive(signal_ptr, tl.program_id(0), step + 2, alive, PROTOCOL)
+
+        # While the others catch up: write what only later launches read, fetch the next x_gates.
+        store_planes(output_ptr, (state[0],), rows, own_h, active, exists, direction, D=D, H=H)
+        if saved_ptr is not None:
+            store_planes(saved_ptr, saved, rows, own_h, active, exists, direction, D=D, H=H)
+        if states_ptr is not None:
+            store_planes(states_ptr, state[1:], rows, own_h, active, exists, direction, D=D, H=H)
+        if step + 1 < T:
+            t += 1 - 2 * direction
+            rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
+            if offsets_ptr is not None:
+                exists = mask_bh & (t < length)
+            x_next = load_planes(x_gates_ptr, rows, own_h, exists, direction, D=D, PLANES=G, H=H)
+
+    for i in tl.static_range(len(final_ptrs)):
+        final = state[i].to(final_ptrs[i].dtype.element_ty)
+        tl.store(final_ptrs[i] + offs_state, final, mask=mask_bh)
