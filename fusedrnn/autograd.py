@@ -78,7 +78,7 @@ def run_aten(
 ) -> tuple[Tensor, ...]:
     """A stack of layers through torch's own operator: (output, *final states)."""
     function = getattr(torch, str(cells.get(config.cell).aten))
-    hx = tuple(state) if len(state) > 1 else state[0]
+    hx = state[0] if len(state) == 1 else tuple(state)
     options = (config.bias, num_layers, dropout, training, config.bidirectional)
     if sequence.batch_sizes is not None:
         return function(input, sequence.batch_sizes, hx, list(weights), *options)
@@ -104,7 +104,7 @@ def _run_aten_padded(function, config, input, state, weights, lengths, options):
         input.index_select(batch_dim, rows), sorted_lengths[:filled], config.batch_first
     )
     first = tuple(s.index_select(1, rows) for s in state)
-    hx = first if len(first) > 1 else first[0]
+    hx = first[0] if len(first) == 1 else first
     data, *final = function(packed.data, packed.batch_sizes, hx, list(weights), *options)
     output, _ = torch.nn.utils.rnn.pad_packed_sequence(
         torch.nn.utils.rnn.PackedSequence(data, packed.batch_sizes),
@@ -152,7 +152,7 @@ def _recurrent_gates(h_prev_ndh: Tensor, directions: list[Weights], G: int) -> T
 
 
 def _triton_forward(config, input, state, weights, sequence) -> list[Tensor]:
-    from fusedrnn import kernels
+    import fusedrnn.kernels as kernels
 
     cell = cells.get(config.cell)
     directions = split_weights(cell, weights, bias=config.bias, projection=False)
@@ -183,7 +183,7 @@ def _stack_params(directions: list[Weights]) -> tuple[Tensor, ...]:
 def _triton_backward(
     config, d_outputs, input, state, weights, output, saved, sequence, *, d_input_wanted
 ) -> list[Tensor]:
-    from fusedrnn import kernels
+    import fusedrnn.kernels as kernels
 
     cell = cells.get(config.cell)
     G, D, H = len(cell.gates), 2 if config.bidirectional else 1, state[0].shape[-1]

@@ -88,7 +88,7 @@ class RecurrentModule(nn.RNNBase):
             final = tuple(f.index_select(1, unsorted_indices) for f in final)
         if packed:
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return output, final if len(final) > 1 else final[0]
+        return output, final[0] if len(final) == 1 else final
 
     def _check(self, data, hx, batch_sizes, weight) -> tuple[Tensor, ...] | None:
         """Raises what torch.nn raises; returns hx as a tuple of states."""
@@ -159,7 +159,7 @@ class RecurrentModule(nn.RNNBase):
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles torch.nn's module, which holds the same parameters."""
         module = copy.copy(self)
-        module.__class__ = TORCH_CLASSES[type(self).__name__]
+        module.__class__ = TORCH_CLASSES[type(self).__name__]  # pyright: ignore
         return module
 
 
@@ -223,8 +223,8 @@ class LSTM(RecurrentModule):
 
     # nn.LSTM has these two, and code that subclasses it calls them.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args  # pyright: ignore
+    permute_hidden = nn.LSTM.permute_hidden  # pyright: ignore
 
 
 class GRU(RecurrentModule):
@@ -351,6 +351,8 @@ class CellModule:
 
     backend: str | None = None
     cell_name: str
+    input_size: int
+    hidden_size: int
 
     def __init__(self, *args, backend: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -362,7 +364,7 @@ class CellModule:
             return super().forward(input, hx)  # pyright: ignore[reportAttributeAccessIssue]
         states = hx if isinstance(hx, (tuple, list)) or hx is None else (hx,)
         final = _cell_step(self, input, states)
-        return final if len(final) > 1 else final[0]
+        return final[0] if len(final) == 1 else final
 
 
 class LSTMCell(CellModule, nn.LSTMCell):
