@@ -218,21 +218,23 @@ def _triton_backward(
             save=config.save,
             input_precision=precision,
         )
-        dx_flat = dx_gates.reshape(input_ni.shape[0], -1)
-        d_w_ih = dx_flat.T @ input_ni
         d_input = input.new_empty([0])
         if d_input_wanted:
             w_ih = torch.cat([w.w_ih for w in directions])
-            d_input = (dx_flat @ w_ih).view(input.shape)
+            d_input = (dx_gates.flatten(1) @ w_ih).view(input.shape)
         gradients: list[Tensor] = []
-        for d, (w, d_w) in enumerate(zip(directions, d_w_ih.chunk(D), strict=True)):
-            dx, dh = (g[:, d].reshape(-1, G * H) for g in (dx_gates, dh_gates))
-            gradients += [d_w, dh.T @ h_prev[:, d]]
+        for d, w in enumerate(directions):
+            dx, dh = dx_gates[:, d].flatten(1), dh_gates[:, d].flatten(1)
+            gradients += [dx.T @ input_ni, dh.T @ h_prev[:, d]]
             if config.bias:
                 # Summed in float32: N is large, and a low-precision sum would stop growing.
-                gradients += [g.sum(0, dtype=torch.float32).to(g.dtype) for g in (dx, dh)]
-            gradients += [p[d].to(q.dtype) for p, q in zip(d_params, w.params, strict=True)]
-    return [d_input, *d_state, *(g.contiguous() for g in gradients)]
+                d_b_ih = dx.sum(0, dtype=torch.float32).to(dx.dtype)
+                d_b_hh = d_b_ih if cell.additive else dh.sum(0, dtype=torch.float32).to(dh.dtype)
+                gradients += [d_b_ih, d_b_hh.clone()]
+            gradients += [
+                p[d].to(q.dtype, copy=True) for p, q in zip(d_params, w.params, strict=True)
+            ]
+    return [d_input, *d_state, *gradients]
 
 
 def fp32_precision() -> str:

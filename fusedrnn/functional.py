@@ -82,15 +82,12 @@ def recurrent(
 
     kind = cells.get(cell)
     if hx is None:
-        shape = (num_layers * D, B)
-        h_0 = torch.zeros(
-            (*shape, proj_size or hidden_size), dtype=input.dtype, device=input.device
-        )
-        rest = len(kind.states) - 1
-        hx = (h_0,) + tuple(
-            torch.zeros((*shape, hidden_size), dtype=input.dtype, device=input.device)
-            for _ in range(rest)
-        )
+        # One tensor of zeros serves every state of that width; nothing writes to it.
+        zeros = torch.zeros(num_layers * D, B, hidden_size, dtype=input.dtype, device=input.device)
+        h_0 = zeros
+        if proj_size:
+            h_0 = torch.zeros(num_layers * D, B, proj_size, dtype=input.dtype, device=input.device)
+        hx = (h_0, *[zeros] * (len(kind.states) - 1))
     if lengths is not None or reset is not None:
         _check_sequence(lengths, reset, batch_sizes, T, B, batch_first)
 
