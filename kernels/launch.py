@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch import Tensor
-
-from fusedrnn.cells import Cell
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import INTERPRETER, Device, Plan, plan_scan
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
+from torch import Tensor
+
+from fusedrnn.cells import Cell
 
 SAVE = ("gates", "states", None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

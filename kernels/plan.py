@@ -1,8 +1,9 @@
 """wip"""
 from __future__ import annotations
-from dataclasses import dataclass
+
 import functools
-import torch
+from dataclasses import dataclass
+
 
 @dataclass(frozen=True)
 class Device:

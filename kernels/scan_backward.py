@@ -17,7 +17,6 @@ dx_gates and dh_gates with the layer's inputs and outputs.
 
 import triton
 import triton.language as tl
-
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.tiles import (
     add_up,

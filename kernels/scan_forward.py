@@ -13,7 +13,6 @@ publishes h_0, so that the loop reads every h_{t-1} from the same place.
 
 import triton
 import triton.language as tl
-
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.tiles import (
     add_up,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from fusedrnn.kernels import Rows, scan_backward, scan_forward
 from torch import Tensor
 
 from fusedrnn.cells import Cell
-from fusedrnn.kernels import Rows, scan_backward, scan_forward
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ def loop(case: Case, p: Problem, dtype: torch.dtype) -> Answer:
     gradients = torch.autograd.grad(
         (output, *final), leaves, (p.d_output, *p.d_final), allow_unused=True
     )
-    gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves)]
+    gradients = [
+        torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)
+    ]
     return Answer(output.detach(), tuple(f.detach() for f in final), gradients)
 
 
@@ -149,7 +151,7 @@ class Layout:
 
 def kernels(case: Case, p: Problem, plans=(None, None), precision: str = "ieee") -> Answer:
     """The same by the kernels; the products that the host does are done here."""
-    cell, D, H, G = case.cell, case.D, case.H, len(case.cell.gates)
+    cell, H, G = case.cell, case.H, len(case.cell.gates)
     layout = Layout(case, p.lengths)
     x_gates = layout.pack(p.x_gates)
     common = {"rows": layout.rows, "input_precision": precision}
