@@ -193,11 +193,11 @@ def load(
             words = tl.load(slot_ptr + offs, mask=mask, other=0, volatile=True)
             late = tl.max((_is_late(words, step, PROTOCOL) & mask).to(tl.int32))
             spins += 1
+        tile = _value(words, DTYPE, PROTOCOL)
+        alive = _verdict(late == 0, step, error_ptr, alive)
         # Every thread has read this slot before any thread publishes the next step: a store of
         # the step after that overwrites what is read here, and waits for nothing else.
         tl.debug_barrier()
-        tile = _value(words, DTYPE, PROTOCOL)
-        alive = _verdict(late == 0, step, error_ptr, alive)
     else:
         tile = tl.load(slot_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
     return tile, alive
