@@ -10,6 +10,7 @@ from fusedrnn import functional
 from fusedrnn.dispatch import BACKENDS, use_backend
 from fusedrnn.explain import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.regularizers import Regularizers
 from fusedrnn.replace import replace_modules, restore_modules
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Regularizers",
     "explain",
     "functional",
     "replace_modules",

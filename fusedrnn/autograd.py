@@ -30,14 +30,20 @@ class Config(NamedTuple):
     backend: str
     save: str  # what backward may read: "gates", or "states" (the gates are recomputed)
     autocast: str  # the dtype that autocast gives the aten backend, or ""
+    clip: float = 0.0  # bound of the gradient of each h_t inside the loop; 0 for none
 
 
 class Sequence(NamedTuple):
-    """The tensors that say which time steps exist, and where sequences begin."""
+    """Tensors without a gradient: which time steps exist, where sequences begin, and the noise.
+
+    Where sequences begin with a state other than 0, it stands behind the initial state.
+    """
 
     lengths: Tensor | None  # [B], for padded input
     batch_sizes: Tensor | None  # [T] on the CPU, for packed input
     reset: Tensor | None  # [T, B] bool, or [B, T] with batch_first
+    h_mask: Tensor | None = None  # [D, B, H], multiplies h_{t-1} before the recurrent product
+    zoneout: Tensor | None = None  # bool [*rows, D, S, H]: keep the state; or [S] floats
 
 
 def run_reference(
@@ -46,18 +52,25 @@ def run_reference(
     state: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
     sequence: Sequence,
+    record: list | None = None,
 ) -> tuple[Tensor, ...]:
     """A layer in differentiable torch operators: (output, *final states)."""
     cell = cells.get(config.cell)
     directions = split_weights(cell, weights, bias=config.bias, projection=config.projection)
-    lengths, reset, batch_sizes = sequence.lengths, sequence.reset, sequence.batch_sizes
+    lengths, batch_sizes, reset, h_mask, zoneout = sequence
+    noise = None if zoneout is None or zoneout.dim() == 1 else zoneout
     if batch_sizes is not None:
         input = packing.pad(input, batch_sizes)
+        zoneout = zoneout if noise is None else packing.pad(noise, batch_sizes)
         lengths = packing.lengths_of(batch_sizes).to(input.device)
     elif config.batch_first:
         input = input.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
-    output, final = reference.layer(cell, input, state, directions, lengths=lengths, reset=reset)
+        zoneout = zoneout if noise is None else noise.transpose(0, 1)
+    output, final = reference.layer(
+        cell, input, state, directions, lengths=lengths, reset=reset, h_mask=h_mask,
+        zoneout=zoneout, clip=config.clip, record=record,
+    )  # fmt: skip
     if batch_sizes is not None:
         output = packing.unpad(output, batch_sizes)
     elif config.batch_first:
@@ -238,11 +251,8 @@ def _triton_backward(
 
 
 def fp32_precision() -> str:
-    """ "tf32" or "ieee": what torch's switches for cuDNN's recurrent kernels ask of float32."""
-    chosen = torch.backends.cudnn.rnn.fp32_precision  # pyright: ignore
-    if chosen == "none":
-        chosen = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    return "tf32" if chosen == "tf32" else "ieee"
+    """ "tf32" or "ieee": what torch's switch for cuDNN's recurrent kernels asks of float32."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # pyright: ignore
 
 
 @contextmanager
@@ -276,14 +286,19 @@ def layer_op(
     backend: str,
     save: str,
     autocast: str,
+    clip: float = 0.0,
+    h_mask: Tensor | None = None,
+    zoneout: Tensor | None = None,
 ) -> list[Tensor]:
     """One layer: [output, *final states, *what the backend saves for `layer_backward`].
 
-    `input` is [T, B, I], [B, T, I] or packed [N, I]; `state` S tensors [D, B, H]; `save` "" if
-    there will be no backward.
+    `input` is [T, B, I], [B, T, I] or packed [N, I]; `state` S tensors [D, B, H], and S more if
+    `reset` sets another state than 0; `save` "" if there will be no backward.
     """
-    config = Config(cell, bias, bidirectional, projection, batch_first, backend, save, autocast)
-    sequence = Sequence(lengths, batch_sizes, reset)
+    config = Config(
+        cell, bias, bidirectional, projection, batch_first, backend, save, autocast, clip
+    )  # fmt: skip
+    sequence = Sequence(lengths, batch_sizes, reset, h_mask, zoneout)
     if backend == "triton":
         return _triton_forward(config, input, tuple(state), tuple(weights), sequence)
     outputs = run_plain(config, input, tuple(state), tuple(weights), sequence)
@@ -293,9 +308,10 @@ def layer_op(
 @layer_op.register_fake
 def _(
     input, state, weights, lengths, batch_sizes, reset, cell, bias, bidirectional, projection,
-    batch_first, backend, save, autocast,
+    batch_first, backend, save, autocast, clip=0.0, h_mask=None, zoneout=None,
 ):  # fmt: skip
     D = 2 if bidirectional else 1
+    state = state[: len(cells.get(cell).states)]
     wide = state[0].shape[-1]
     dtypes = _output_dtypes(cell, input, state, projection, lengths, batch_sizes, autocast)
     outputs = [input.new_empty([*input.shape[:-1], D * wide], dtype=dtypes[0])]
@@ -347,15 +363,20 @@ def layer_backward_op(
     backend: str,
     save: str,
     autocast: str,
+    clip: float,
     d_input_wanted: bool,
+    h_mask: Tensor | None = None,
+    zoneout: Tensor | None = None,
 ) -> list[Tensor]:
     """[d_input, *d_state, *d_weights] from `d_outputs`, the gradients of output and states.
 
     The triton backend leaves `d_input` empty where it is not wanted: that is one large matrix
     product in the first layer of most models.
     """
-    config = Config(cell, bias, bidirectional, projection, batch_first, backend, save, autocast)
-    sequence = Sequence(lengths, batch_sizes, reset)
+    config = Config(
+        cell, bias, bidirectional, projection, batch_first, backend, save, autocast, clip
+    )  # fmt: skip
+    sequence = Sequence(lengths, batch_sizes, reset, h_mask, zoneout)
     if backend == "triton":
         return _triton_backward(
             config, d_outputs, input, tuple(state), tuple(weights), output, saved, sequence,
@@ -367,7 +388,8 @@ def layer_backward_op(
 @layer_backward_op.register_fake
 def _(
     d_outputs, input, state, weights, output, saved, lengths, batch_sizes, reset, cell, bias,
-    bidirectional, projection, batch_first, backend, save, autocast, d_input_wanted,
+    bidirectional, projection, batch_first, backend, save, autocast, clip, d_input_wanted,
+    h_mask=None, zoneout=None,
 ):  # fmt: skip
     if backend == "triton" and not d_input_wanted:
         input = input.new_empty([0])
@@ -406,34 +428,42 @@ class Layer(torch.autograd.Function):
     """One layer through the custom ops; differentiable twice through the reference."""
 
     @staticmethod
-    def forward(ctx, config: Config, S: int, lengths, batch_sizes, reset, input, *tensors):
-        state, weights = tensors[:S], tensors[S:]
+    def forward(
+        ctx, config: Config, n_state: int, lengths, batch_sizes, reset, h_mask, zoneout, input,
+        *tensors,
+    ):  # fmt: skip
+        state, weights = tensors[:n_state], tensors[n_state:]
         outputs = torch.ops.fusedrnn.layer(
-            input, state, weights, lengths, batch_sizes, reset, *config
-        )
+            input, state, weights, lengths, batch_sizes, reset, *config,
+            h_mask=h_mask, zoneout=zoneout,
+        )  # fmt: skip
+        S = len(cells.get(config.cell).states)
         output, final, saved = outputs[0], outputs[1 : 1 + S], outputs[1 + S :]
-        ctx.save_for_backward(lengths, batch_sizes, reset, input, *tensors, output, *saved)
-        ctx.config, ctx.S, ctx.n_weights = config, S, len(weights)
+        sequence = (lengths, batch_sizes, reset, h_mask, zoneout)
+        ctx.save_for_backward(*sequence, input, *tensors, output, *saved)
+        ctx.config, ctx.n_state, ctx.n_weights = config, n_state, len(weights)
         return output, *final
 
     @staticmethod
     def backward(ctx, *d_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
-        lengths, batch_sizes, reset, input, *rest = ctx.saved_tensors
-        S, config = ctx.S, ctx.config
-        state, weights = rest[:S], rest[S : S + ctx.n_weights]
-        output, *saved = rest[S + ctx.n_weights :]
+        lengths, batch_sizes, reset, h_mask, zoneout, input, *rest = ctx.saved_tensors
+        n_state, config = ctx.n_state, ctx.config
+        state, weights = rest[:n_state], rest[n_state : n_state + ctx.n_weights]
+        output, *saved = rest[n_state + ctx.n_weights :]
+        input_wanted = ctx.needs_input_grad[7]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = differentiable_backward(
-                config, d_outputs, input, state, weights, Sequence(lengths, batch_sizes, reset)
-            )
+                config, d_outputs, input, state, weights,
+                Sequence(lengths, batch_sizes, reset, h_mask, zoneout),
+            )  # fmt: skip
         else:
             gradients = torch.ops.fusedrnn.layer_backward(
                 d_outputs, input, state, weights, output, saved, lengths, batch_sizes, reset,
-                *config, ctx.needs_input_grad[5],
+                *config, input_wanted, h_mask=h_mask, zoneout=zoneout,
             )  # fmt: skip
-            if not ctx.needs_input_grad[5]:
-                gradients[0] = None
-        return None, None, None, None, None, *gradients
+            if not input_wanted:
+                gradients = [None, *gradients[1:]]
+        return *(None,) * 7, *gradients
 
 
 def differentiable_backward(config, d_outputs, input, state, weights, sequence):

@@ -28,6 +28,15 @@ logger = logging.getLogger("fusedrnn")
 
 BACKENDS = ("triton", "aten", "reference")
 OLDEST_TRITON = (3, 6)
+# What the kernels' time loops do besides the cell; other names in `Call.inside` are refused.
+TRITON_INSIDE: frozenset[str] = frozenset()
+INSIDE = {
+    "reset": "resets inside a sequence",
+    "reset_state": "resets to a given state",
+    "recurrent_dropout": "recurrent dropout",
+    "zoneout": "zoneout",
+    "clip_gradient": "gradient clipping inside the loop",
+}
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,6 +88,7 @@ class Call(NamedTuple):
     needs_grad: bool = False
     transformed: bool = False
     device_index: int | None = None
+    inside: tuple[str, ...] = ()
 
 
 class Explanation(NamedTuple):
@@ -94,6 +104,7 @@ class Explanation(NamedTuple):
         extras = [
             name for name in ("packed", "lengths", "reset", "needs_grad") if getattr(call, name)
         ]
+        extras += [name for name in call.inside if name not in extras]
         lines = [
             f"{call.cell}: {call.num_layers} layer(s) x {call.directions} direction(s), "
             f"T={call.T} B={call.B} I={call.input_size} H={call.hidden_size}"
@@ -139,14 +150,18 @@ def triton_refuses(call: Call) -> str | None:
         return f"projections are not fused (proj_size={call.proj_size})"
     if call.B == 0 or call.T == 0:
         return f"there is nothing to launch (T={call.T}, B={call.B})"
+    if call.inside:
+        lacking = [INSIDE[name] for name in call.inside if name not in TRITON_INSIDE]
+        if lacking:
+            return f"the fused loop does not have {' and '.join(lacking)}"
     return None
 
 
 def aten_refuses(call: Call) -> str | None:
     if cells.get(call.cell).aten is None:
         return f"torch has no {call.cell}"
-    if call.reset:
-        return "torch's kernels cannot reset a row inside a sequence"
+    if call.inside:
+        return f"torch's kernels do not have {' and '.join(INSIDE[n] for n in call.inside)}"
     if call.transformed:
         return "torch.func transforms and forward-mode AD need plain torch operators"
     return None

@@ -18,7 +18,7 @@ def explain(
     hx=None,
     *,
     lengths: Tensor | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | tuple | None = None,
 ) -> Explanation:
     """Which backend `module(input, hx, ...)` would run on, and what the others lack.
 
@@ -57,10 +57,15 @@ def explain(
         T, B = tensor.shape[:2]
         if module.batch_first:
             T, B = B, T
+    inside: tuple[str, ...] = ()
+    if reset is not None:
+        inside = ("reset",) if isinstance(reset, Tensor) else ("reset", "reset_state")
+    if module.regularizers is not None:
+        inside += module.regularizers.inside_loop(training=module.training)
     call = Call(
         module.mode.lower(), tensor.device.type, dtype, T, B, module.input_size,
         module.hidden_size, module.num_layers, 2 if module.bidirectional else 1,
         module.proj_size, isinstance(input, PackedSequence), lengths is not None,
-        reset is not None, needs_grad, transformed(), tensor.device.index,
+        reset is not None, needs_grad, transformed(), tensor.device.index, inside,
     )  # fmt: skip
     return dispatch.explain_call(call, module.backend)

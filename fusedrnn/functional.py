@@ -6,13 +6,17 @@ under the names of the cells.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import cells, dispatch, packing
+from fusedrnn import regularizers as regularizers_
 from fusedrnn.autograd import AtenStack, Config, Sequence, run_aten, run_layer, run_reference
 from fusedrnn.dispatch import Call
+from fusedrnn.regularizers import Regularizers
 
 SAVE = ("gates", "states")
 
@@ -33,9 +37,10 @@ def recurrent(
     proj_size: int = 0,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
-    reset: Tensor | None = None,
+    reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None = None,
     backend: str | None = None,
     save: str = "gates",
+    regularizers: Regularizers | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Any registered cell over a whole sequence.
 
@@ -55,8 +60,10 @@ def recurrent(
             outputs are 0, final states are those at the row's own end, and the reverse
             direction starts there.
         reset: bool [T, B] ([B, T] with batch_first): sets a row's state to 0 before that step.
+            Or (mask, states): sets it to these, each [L * D, B or 1, H].
         backend: "auto", "triton", "aten", "reference" or None (see `fusedrnn.dispatch`).
         save: what the fused backward reads: "gates" (fast) or "states" (less memory).
+        regularizers: see `fusedrnn.Regularizers`.
     Returns:
         output [T, B, D * H] in the layout of the input; the S final states [L * D, B, H].
     Raises:
@@ -70,9 +77,6 @@ def recurrent(
     if unbatched:
         input = input.unsqueeze(0 if batch_first else 1)
         hx = None if hx is None else tuple(h.unsqueeze(1) for h in hx)
-        if lengths is not None or reset is not None:
-            lengths = None if lengths is None else lengths.reshape(1)
-            reset = None if reset is None else reset.unsqueeze(0 if batch_first else 1)
     if batch_sizes is not None:
         T, B = batch_sizes.numel(), int(batch_sizes[0])
     elif batch_first:
@@ -82,14 +86,27 @@ def recurrent(
 
     kind = cells.get(cell)
     if hx is None:
-        # One tensor of zeros serves every state of that width; nothing writes to it.
-        zeros = torch.zeros(num_layers * D, B, hidden_size, dtype=input.dtype, device=input.device)
-        h_0 = zeros
-        if proj_size:
-            h_0 = torch.zeros(num_layers * D, B, proj_size, dtype=input.dtype, device=input.device)
-        hx = (h_0, *[zeros] * (len(kind.states) - 1))
+        rows, like = (num_layers * D, B), {"dtype": input.dtype, "device": input.device}
+        h_0 = torch.zeros(*rows, proj_size or hidden_size, **like)
+        hx = (h_0,)
+        for _ in range(len(kind.states) - 1):
+            # A forward pass alone can use the same zeros twice; a backward pass would clone them.
+            share = not proj_size and not torch.is_grad_enabled()
+            hx += (h_0 if share else torch.zeros(*rows, hidden_size, **like),)
+    inside: tuple[str, ...] = ()
     if lengths is not None or reset is not None:
-        _check_sequence(lengths, reset, batch_sizes, T, B, batch_first)
+        lengths, reset, fresh = _check_sequence(
+            lengths, reset, hx, batch_sizes, T, B, batch_first, unbatched
+        )
+        if reset is not None:
+            inside = ("reset", "reset_state") if fresh else ("reset",)
+            hx = (*hx, *fresh)
+    if regularizers is not None:
+        inside += regularizers.inside_loop(training=training)
+        if proj_size and "zoneout" in inside:
+            raise ValueError(f"zoneout: expected no projection, got proj_size={proj_size}")
+        if regularizers.weight_drop and training:
+            weights = _drop_weights(weights, len(weights) // (num_layers * D), regularizers)
 
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad
@@ -100,7 +117,7 @@ def recurrent(
     call = Call(
         cell, device.type, input.dtype, T, B, input.shape[-1], hidden_size, num_layers, D,
         proj_size, batch_sizes is not None, lengths is not None, reset is not None, needs_grad,
-        transformed(), device.index,
+        transformed(), device.index, inside,
     )  # fmt: skip
     chosen = dispatch.select(call, backend)
     compiling = torch.compiler.is_compiling()
@@ -108,7 +125,8 @@ def recurrent(
     sequence = Sequence(lengths, batch_sizes, reset)
     projection = proj_size > 0
 
-    if chosen == "aten" and not compiling:
+    layerwise = regularizers is not None and regularizers.input_dropout > 0 and training
+    if chosen == "aten" and not compiling and not layerwise:
         config = Config(cell, bias, bidirectional, projection, batch_first, "aten", "", "")
         output, *final = _aten(
             config, input, hx, weights, sequence, num_layers, dropout, training, needs_grad
@@ -122,27 +140,48 @@ def recurrent(
             cell, bias, bidirectional, projection, batch_first, chosen,
             save if needs_grad else "",
             "" if autocast is None else str(autocast).removeprefix("torch."),
+            (regularizers and regularizers.clip_gradient) or 0.0,
         )  # fmt: skip
-        plain = chosen == "reference" and not compiling
+        run = run_layer
+        if not compiling and chosen == "reference":
+            run = run_reference
+        elif not compiling and chosen == "aten":
+            run = functools.partial(_aten, num_layers=1, dropout=0.0, needs_grad=needs_grad)
         output, final = _layers(
-            config, input, hx, weights, sequence, num_layers, dropout if training else 0.0, plain
-        )
+            config, input, hx, weights, sequence, num_layers, dropout if training else 0.0, run,
+            regularizers, training,
+        )  # fmt: skip
     if unbatched:
         output = output.squeeze(0 if batch_first else 1)
         final = tuple(f.squeeze(1) for f in final)
     return output, tuple(final)
 
 
-def _layers(config, input, hx, weights, sequence, num_layers, dropout, plain):
-    """The stack, layer by layer, with dropout between."""
+def _layers(
+    config, input, hx, weights, sequence, num_layers, dropout, run, own=None, training=False
+):
+    """The stack, layer by layer, with dropout between, and what `own` (Regularizers) adds."""
     D = 2 if config.bidirectional else 1
+    S = len(cells.get(config.cell).states)
     per_layer = len(weights) // num_layers
     finals = []
-    run = run_reference if plain else run_layer
     for layer in range(num_layers):
         state = tuple(s[layer * D : (layer + 1) * D] for s in hx)
-        own = tuple(weights[layer * per_layer : (layer + 1) * per_layer])
-        input, *final = run(config, input, state, own, sequence)
+        if own is not None:
+            if training and own.input_dropout:
+                input = input * regularizers_.draw_input_mask(
+                    own, input, sequence.batch_sizes, config.batch_first
+                )
+            inside = own.inside_loop(training=training)
+            if "recurrent_dropout" in inside:
+                sequence = sequence._replace(h_mask=regularizers_.draw_h_mask(own, state[0]))
+            if "zoneout" in inside:
+                zoneout = regularizers_.zoneout_of(
+                    own, input.shape[:-1], state[:S], training=training
+                )
+                sequence = sequence._replace(zoneout=zoneout)
+        mine = tuple(weights[layer * per_layer : (layer + 1) * per_layer])
+        input, *final = run(config, input, state, mine, sequence)
         finals.append(final)
         if dropout and layer + 1 < num_layers:
             input = F.dropout(input, dropout, training=True)
@@ -151,7 +190,9 @@ def _layers(config, input, hx, weights, sequence, num_layers, dropout, plain):
     return input, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
 
 
-def _aten(config, input, hx, weights, sequence, num_layers, dropout, training, needs_grad):
+def _aten(
+    config, input, hx, weights, sequence, num_layers, dropout, training=False, needs_grad=False
+):
     """The whole stack through torch's own operator."""
     if input.device.type != "cuda" or not needs_grad:
         return run_aten(
@@ -175,26 +216,73 @@ def _aten(config, input, hx, weights, sequence, num_layers, dropout, training, n
                 "use backend='triton' or backend='reference'"
             )
         output, final = _layers(
-            config, input, tensors[:S], tensors[S:], sequence, num_layers, 0.0, True
+            config, input, tensors[:S], tensors[S:], sequence, num_layers, 0.0, run_reference
         )
         return output, *final
 
     return AtenStack.apply(run, again, input, *hx, *weights)
 
 
-def _check_sequence(lengths, reset, batch_sizes, T, B, batch_first):
+def _check_sequence(lengths, reset, hx, batch_sizes, T, B, batch_first, unbatched):
+    """Raises what is wrong with them; returns lengths, the mask of resets, and the states that
+    it sets, as hx."""
     if batch_sizes is not None:
         name = "lengths" if lengths is not None else "reset"
         raise ValueError(f"{name}: a PackedSequence has its own lengths; pass padded input instead")
     if lengths is not None:
+        if unbatched and isinstance(lengths, Tensor) and lengths.dim() == 0:
+            lengths = lengths.reshape(1)
         packing.check_lengths(lengths, B)
+    fresh = ()
+    if isinstance(reset, (tuple, list)):
+        if len(reset) != 2:
+            raise TypeError(f"reset: expected a mask or (mask, states), got {len(reset)} values")
+        reset, fresh = reset
+        fresh = _check_fresh(fresh, hx, unbatched)
     if reset is not None:
-        shape = (B, T) if batch_first else (T, B)
+        shape = (T,) if unbatched else (B, T) if batch_first else (T, B)
         if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
             kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
             raise TypeError(f"reset: expected a bool tensor {shape}, got {kind}")
         if reset.shape != shape:
             raise RuntimeError(f"reset: expected shape {shape}, got {tuple(reset.shape)}")
+        if unbatched:
+            reset = reset.unsqueeze(0 if batch_first else 1)
+    return lengths, reset, fresh
+
+
+def _check_fresh(fresh, hx, unbatched) -> tuple[Tensor, ...]:
+    """The states of reset=(mask, states) in the shapes of hx."""
+    states = tuple(fresh) if isinstance(fresh, (tuple, list)) else (fresh,)
+    if len(states) != len(hx):
+        raise TypeError(f"reset: expected {len(hx)} state(s) beside the mask, got {len(states)}")
+    expanded = []
+    for state, like in zip(states, hx, strict=True):
+        layers, B, width = like.shape
+        if not isinstance(state, Tensor):
+            raise TypeError(f"reset: expected states that are tensors, got {type(state).__name__}")
+        if unbatched and state.shape == (layers, width):
+            state = state.unsqueeze(1)
+        if state.shape not in ((layers, B, width), (layers, 1, width)):
+            raise RuntimeError(
+                f"reset: expected a state of shape {(layers, B, width)} or "
+                f"{(layers, 1, width)}, got {tuple(state.shape)}"
+            )
+        if state.dtype != like.dtype or state.device != like.device:
+            raise RuntimeError(
+                f"reset: expected a state of {like.dtype} on {like.device}, "
+                f"got {state.dtype} on {state.device}"
+            )
+        expanded.append(state.expand(layers, B, width))
+    return tuple(expanded)
+
+
+def _drop_weights(weights, per_direction: int, own: Regularizers) -> list[Tensor]:
+    """Every W_hh, the second of its layer and direction, with elements dropped."""
+    return [
+        regularizers_.drop_weight(w, own) if i % per_direction == 1 else w
+        for i, w in enumerate(weights)
+    ]
 
 
 def transformed() -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cells, dispatch, functional
+from fusedrnn import cells, dispatch, functional, regularizers
+from fusedrnn.regularizers import Regularizers
 
 # torch's own classes, kept here: a program may put ours in their place in torch.nn.
 TORCH_CLASSES: dict[str, type[nn.Module]] = {
@@ -26,6 +27,8 @@ class RecurrentModule(nn.RNNBase):
     """What LSTM, GRU and RNN share. `backend` and `save` are ours; all else is torch's.
 
     Attributes:
+        regularizers: None, or a `fusedrnn.Regularizers`; its fields are keyword arguments of
+            the constructors too.
         backend: None or "auto", or the backend that this module is to use; see
             `fusedrnn.use_backend`.
         save: "gates", or "states" to recompute the gates in backward and save memory.
@@ -34,11 +37,16 @@ class RecurrentModule(nn.RNNBase):
     # Class attributes, so that modules pickled by torch, or turned into ours, have them too.
     backend: str | None = None
     save: str = "gates"
+    regularizers: Regularizers | None = None
 
     def __init__(self, mode: str, *args, backend: str | None = None, save: str = "gates", **kwargs):
         if save not in functional.SAVE:
             raise ValueError(f"save must be one of {functional.SAVE}, got {save!r}")
+        own = regularizers.make(kwargs)
         super().__init__(mode, *args, **kwargs)
+        if own is not None:
+            self.regularizers = own
+            own.zoneout_rates(len(cells.get(self.mode.lower()).states))
         _set_backend(self, backend)
         if save != "gates":
             self.save = save
@@ -50,7 +58,9 @@ class RecurrentModule(nn.RNNBase):
             input: [T, B, I], or [B, T, I] with batch_first, or [T, I], or a PackedSequence.
             hx: the initial state as torch.nn takes it, or None for zeros.
             lengths: [B] integers on any device: time steps of each row of padded input.
-            reset: bool [T, B] ([B, T] with batch_first): zero the row's state before that step.
+            reset: bool [T, B] ([B, T] with batch_first): zero the row's state before that step,
+                in the reverse direction on the way back from it. Or (mask, hx): set it to hx,
+                in which 1 may stand for B.
         Returns:
             output and final state, as torch.nn returns them.
         Raises:
@@ -86,6 +96,7 @@ class RecurrentModule(nn.RNNBase):
             reset=reset,
             backend=self.backend,
             save=self.save,
+            regularizers=self.regularizers,
         )
         if unsorted_indices is not None:
             final = tuple(f.index_select(1, unsorted_indices) for f in final)
@@ -159,6 +170,10 @@ class RecurrentModule(nn.RNNBase):
                 )
         return tuple(hx)
 
+    def extra_repr(self) -> str:
+        own = self.regularizers
+        return super().extra_repr() + (f", {own}" if own is not None else "")
+
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles torch.nn's module, which holds the same parameters."""
         module = copy.copy(self)
@@ -188,13 +203,15 @@ class LSTM(RecurrentModule):
         device, dtype: of the parameters.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
+        input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
+            fusedrnn.Regularizers. By keyword; off by default.
 
     Inputs: input, (h_0, c_0), and by keyword lengths, reset
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
         h_0: [L * D, B, P or H], c_0: [L * D, B, H]; without B for unbatched input; zeros if
             left out.
         lengths: [B] integers on any device; rows end there.
-        reset: bool [T, B]; True zeroes the row's state before that time step.
+        reset: bool [T, B]; True zeroes the row's state before that time step; or (mask, hx).
 
     Outputs: output, (h_n, c_n)
         output: [T, B, D * (P or H)], in the input's layout.
@@ -249,12 +266,14 @@ class GRU(RecurrentModule):
         device, dtype: of the parameters.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
+        input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
+            fusedrnn.Regularizers. By keyword; off by default.
 
     Inputs: input, h_0, and by keyword lengths, reset
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
         h_0: [L * D, B, H]; without B for unbatched input; zeros if left out.
         lengths: [B] integers on any device; rows end there.
-        reset: bool [T, B]; True zeroes the row's state before that time step.
+        reset: bool [T, B]; True zeroes the row's state before that time step; or (mask, hx).
 
     Outputs: output, h_n
         output: [T, B, D * H], in the input's layout.
@@ -302,12 +321,14 @@ class RNN(RecurrentModule):
         device, dtype: of the parameters.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
+        input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
+            fusedrnn.Regularizers. By keyword; off by default.
 
     Inputs: input, h_0, and by keyword lengths, reset
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
         h_0: [L * D, B, H]; without B for unbatched input; zeros if left out.
         lengths: [B] integers on any device; rows end there.
-        reset: bool [T, B]; True zeroes the row's state before that time step.
+        reset: bool [T, B]; True zeroes the row's state before that time step; or (mask, hx).
 
     Outputs: output, h_n
         output: [T, B, D * H], in the input's layout.

@@ -6,13 +6,14 @@ and the transforms of `torch.func` go through it because nothing in it is hidden
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.cells import Cell
+from fusedrnn.regularizers import ClipGradient
 
 
 class Weights(NamedTuple):
@@ -70,6 +71,11 @@ def scan(
     reverse: bool = False,
     active: Tensor | None = None,
     reset: Tensor | None = None,
+    fresh: tuple[Tensor, ...] = (),
+    h_mask: Tensor | None = None,
+    zoneout: Tensor | None = None,
+    clip: float = 0.0,
+    record: list[tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer in one direction.
 
@@ -82,7 +88,14 @@ def scan(
         reverse: run from the last time step to the first.
         active: [T, B] bool; where False, the state is held and the output is 0. A reversed
             row therefore starts at its own end.
-        reset: [T, B] bool; where True, the state is set to 0 before the step.
+        reset: [T, B] bool; where True, the state is set to `fresh` (S tensors [B, H]), or to 0,
+            before the step.
+        h_mask: [B, H], multiplies h_{t-1} before the recurrent product.
+        zoneout: bool [T, B, S, H]: where True a unit keeps its previous state; or [S] floats,
+            the part of its previous state that it keeps.
+        clip: bound of the gradient of each h_t, from its output and the next step together;
+            0 for none.
+        record: takes the S states of every step, as computed for all rows, in order of time.
     Returns:
         output [T, B, H]; the S final states.
     Numerics: gates and states are float32 (float64 for float64); h is rounded to the input's
@@ -99,18 +112,28 @@ def scan(
     G = len(cell.gates)
 
     state = tuple(s.to(wide) for s in state)
+    fresh = tuple(f.to(wide) for f in fresh) or tuple(torch.zeros_like(s) for s in state)
+    h_mask = None if h_mask is None else h_mask.to(wide)
     steps = range(input.shape[0])
     outputs: list[Tensor] = []
     for t in reversed(steps) if reverse else steps:
         if reset is not None:
             started = reset[t][:, None]
-            state = tuple(torch.where(started, torch.zeros_like(s), s) for s in state)
+            state = tuple(torch.where(started, f, s) for f, s in zip(fresh, state, strict=True))
+        h_prev = state[0] if h_mask is None else state[0] * h_mask
         x_gates = x_gates_tbg[t].chunk(G, dim=-1)
-        h_gates = F.linear(state[0], w_hh, b_hh).chunk(G, dim=-1)
+        h_gates = F.linear(h_prev, w_hh, b_hh).chunk(G, dim=-1)
         (h, *others), _saved = cell.forward(x_gates, h_gates, state, params)
         if w_hr is not None:
             h = F.linear(h, w_hr)
-        new = (h.to(dtype).to(wide), *others)
+        new = (h, *others)
+        if zoneout is not None:
+            new = _zone_out(zoneout, t, state, new)
+        new = (new[0].to(dtype).to(wide), *new[1:])
+        if record is not None:
+            record.append(new)
+        if clip:
+            new = (cast(Tensor, ClipGradient.apply(new[0], clip)), *new[1:])
         if active is None:
             outputs.append(new[0])
         else:
@@ -120,7 +143,17 @@ def scan(
         state = new
     if reverse:
         outputs.reverse()
+        if record is not None:
+            record.reverse()
     return torch.stack(outputs).to(dtype), tuple(s.to(dtype) for s in state)
+
+
+def _zone_out(zoneout: Tensor, t: int, prev, new) -> tuple[Tensor, ...]:
+    """The states after the step, of which some units, or some part, stay as before it."""
+    pairs = enumerate(zip(prev, new, strict=True))
+    if zoneout.dtype == torch.bool:
+        return tuple(torch.where(zoneout[t, :, s], old, now) for s, (old, now) in pairs)
+    return tuple(now + zoneout[s] * (old - now) for s, (old, now) in pairs)
 
 
 def layer(
@@ -131,25 +164,37 @@ def layer(
     *,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout: Tensor | None = None,
+    clip: float = 0.0,
+    record: list[list[tuple[Tensor, ...]]] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer in one or two directions.
 
     Args:
         input: [T, B, I].
-        state: S tensors [D, B, H].
+        state: S tensors [D, B, H]; with `reset`, S more may follow: the states it sets.
         lengths: [B]; see `scan`.
-        reset: [T, B] bool; in the reverse direction a row is reset after the step that follows
-            in its own order, so that a sequence ends where the next one begins.
+        reset: [T, B] bool: where a sequence begins inside a row. The reverse direction is reset
+            between the same two steps, on its way from that first step to the one before it.
+            Beyond a row's length it means nothing.
+        h_mask: [D, B, H]. zoneout: bool [T, B, D, S, H] or [S] floats. clip: see `scan`.
+        record: takes one list for each direction; see `scan`.
     Returns:
         output [T, B, D * H]; S final states [D, B, H].
     """
     active = None if lengths is None else active_rows(lengths, input.shape[0])
+    if reset is not None and active is not None:
+        reset = reset & active
+    S = len(cell.states)
+    state, fresh = state[:S], state[S:]
     outputs, finals = [], []
     for d, weights in enumerate(directions):
         before_step = reset
         if reset is not None and d == 1:
             # Time runs backwards: the boundary before step t+1 lies before step t.
             before_step = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+        steps: list[tuple[Tensor, ...]] = []
         output, final = scan(
             cell,
             input,
@@ -158,7 +203,14 @@ def layer(
             reverse=d == 1,
             active=active,
             reset=before_step,
+            fresh=tuple(f[d] for f in fresh),
+            h_mask=None if h_mask is None else h_mask[d],
+            zoneout=zoneout if zoneout is None or zoneout.dim() == 1 else zoneout[:, :, d],
+            clip=clip,
+            record=None if record is None else steps,
         )
+        if record is not None:
+            record.append(steps)
         outputs.append(output)
         finals.append(final)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
