@@ -1,0 +1,76 @@
+# make help lists the targets. A bare machine needs Python >= 3.10 and make, nothing else.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made with
+#   VENV=path           an environment of your own: what it has is kept, what is missing is added
+#   ARGS="..."          passed on to the program that a target runs
+
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Installed by us, in full, with pinned versions. An environment without this file is somebody's
+# own, and nothing in it is replaced.
+OURS := $(VENV)/.made-by-fusedrnn
+STAMP := $(VENV)/.fusedrnn
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PINS = $$(test -e $(OURS) && echo "-c constraints.txt")
+PROJECT := constraints.txt pyproject.toml setup.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test gpu-test lint format clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+venv: $(STAMP)-base  ## An environment with the package installed
+
+demo: $(STAMP)-demo  ## Train a character model with torch.nn and with fusedrnn, about a minute
+	$(BIN)/python examples/char_lm.py $(ARGS)
+
+# One thread per worker: two workers with two threads each would fight over two cores.
+test: $(STAMP)-test  ## The tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+
+gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+lint: $(STAMP)-lint  ## ruff (rules and format) and pyright (types)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types
+	cp -r fusedrnn build/types/ && cp -r kernels build/types/fusedrnn/
+	$(BIN)/pyright --pythonpath $(BIN)/python | sed -E 's,build/types/(fusedrnn/(kernels/))?,\2,'
+
+format: $(STAMP)-lint  ## Rewrite the source as ruff formats it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove .venv and everything that was built
+	rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	  f"fusedrnn needs Python >= 3.10, {sys.executable} is {v[0]}.{v[1]}; try make PYTHON=...")'
+	@echo "making $(VENV) with $$($(PYTHON) --version), installing the versions of constraints.txt"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $(OURS)
+
+# torch comes first and alone, so that a build for the CPU is taken where an index offers one
+# (2.13.0+cpu satisfies ==2.13.0); the steps after it find it installed and leave it.
+$(STAMP)-base: $(PROJECT) | $(BIN)/python
+	@test ! -e $(OURS) && $(BIN)/python -c "import torch" 2>/dev/null \
+	  || { echo "installing torch"; $(PIP) torch==2.13.0; }
+	@echo "installing triton and fusedrnn"
+	@$(PIP) $(PINS) "setuptools>=77" wheel
+	@$(PIP) $(PINS) --no-build-isolation -e ".[triton]"
+	@touch $@
+
+$(STAMP)-%: $(STAMP)-base
+	@echo "installing what '$*' needs"
+	@$(PIP) $(PINS) --no-build-isolation -e ".[$*]"
+	@touch $@
