@@ -1,0 +1,36 @@
+"""What every test shares: fixed seeds, one thread, hypothesis settings, helpers by name."""
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# importlib mode leaves sys.path alone; tolerances.py and oracles.py are imported by name.
+sys.path.insert(0, str(Path(__file__).parent))
+
+# No deadline: the first call of an operator may load a library. No example database: a run
+# depends on nothing but the source. FUSEDRNN_EXAMPLES=500 searches further than CI does.
+hypothesis.settings.register_profile(
+    "fusedrnn",
+    deadline=None,
+    database=None,
+    derandomize="FUSEDRNN_EXAMPLES" not in os.environ,
+    print_blob=True,
+    max_examples=int(os.environ.get("FUSEDRNN_EXAMPLES", "60")),
+)
+hypothesis.settings.load_profile("fusedrnn")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(20)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tensors here are tiny; threads would only fight over the cores with the other worker."""
+    torch.set_num_threads(1)

@@ -1,0 +1,158 @@
+"""The plain loop: against torch.nn where torch has the cell, against NumPy for everything."""
+
+import operator
+from types import SimpleNamespace
+
+import oracles
+import pytest
+import torch
+from tolerances import assert_as_good, assert_exact
+from torch.autograd import gradcheck, gradgradcheck
+
+from fusedrnn import cells, reference
+from fusedrnn.reference import Weights
+
+T, B, I, H, P = 5, 4, 3, 6, 2
+NAME = operator.attrgetter("name")
+every_cell = pytest.mark.parametrize("cell", cells.REGISTRY.values(), ids=NAME)
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def make_weights(cell, *, bias=True, projection=False, features=I):
+    G, width = len(cell.gates), P if projection else H
+    return Weights(
+        double(G * H, features) / 2,
+        double(G * H, width) / 2,
+        double(G * H) / 2 if bias else None,
+        double(G * H) / 2 if bias else None,
+        double(P, H) if projection else None,
+        tuple(double(H) for _ in cell.params),
+    )
+
+
+def make_state(cell, D, *, projection=False, batch=B):
+    widths = [P if projection and name == "h" else H for name in cell.states]
+    return tuple(double(D, batch, width) for width in widths)
+
+
+def as_numpy(weights):
+    arrays = {
+        name: None if value is None else value.detach().numpy()
+        for name, value in zip(Weights._fields[:5], weights[:5], strict=True)
+    }
+    return SimpleNamespace(**arrays, params=tuple(p.detach().numpy() for p in weights.params))
+
+
+def check_against_numpy(cell, D, *, bias=True, projection=False, lengths=None, reset=None):
+    directions = [make_weights(cell, bias=bias, projection=projection) for _ in range(D)]
+    state = make_state(cell, D, projection=projection)
+    input = double(T, B, I)
+    output, final = reference.layer(cell, input, state, directions, lengths=lengths, reset=reset)
+    expected, expected_final = oracles.layer(
+        cell.name,
+        input.numpy(),
+        tuple(s.numpy() for s in state),
+        [as_numpy(w) for w in directions],
+        None if lengths is None else lengths.numpy(),
+        None if reset is None else reset.numpy(),
+    )
+    assert_exact(output, expected, "output")
+    for name, actual, oracle in zip(cell.states, final, expected_final, strict=True):
+        assert_exact(actual, oracle, f"{name}_n")
+
+
+@every_cell
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_layer(cell, D, bias):
+    check_against_numpy(cell, D, bias=bias)
+
+
+@every_cell
+@pytest.mark.parametrize("D", [1, 2])
+def test_lengths(cell, D):
+    check_against_numpy(cell, D, lengths=torch.tensor([3, 5, 0, 1]))
+
+
+@every_cell
+@pytest.mark.parametrize("D", [1, 2])
+def test_reset_is_splitting_the_sequence(cell, D):
+    reset = torch.tensor(
+        [[0, 1, 0, 1], [0, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool
+    )
+    check_against_numpy(cell, D, reset=reset)
+
+
+# The GRU mixes h_{t-1} itself into h_t, so its h cannot have another width.
+@pytest.mark.parametrize("cell", [c for c in cells.REGISTRY.values() if c.name != "gru"], ids=NAME)
+@pytest.mark.parametrize("D", [1, 2])
+def test_projection(cell, D):
+    check_against_numpy(cell, D, projection=True)
+
+
+@every_cell
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("case", ["plain", "lengths", "reset"])
+def test_gradients_once_and_twice(cell, D, case):
+    """Every input: the sequence, the initial states, all parameters."""
+    if cell.name == "rnn_relu":
+        torch.manual_seed(3)  # no unit of this draw lies within a difference step of the kink
+    T, B, I, H = 2, 2, 1, 2
+    G = len(cell.gates)
+    shapes = [(G * H, I), (G * H, H), (G * H,), (G * H,)] + [(H,)] * len(cell.params)
+    leaves = [double(T, B, I), *(double(D, B, H) for _ in cell.states)]
+    leaves += [double(*shape) for _ in range(D) for shape in shapes]
+    S, per_direction = len(cell.states), len(shapes)
+    lengths = torch.tensor([2, 1]) if case == "lengths" else None
+    reset = torch.tensor([[True, False], [False, True]]) if case == "reset" else None
+
+    def run(input, *rest):
+        state, flat = rest[:S], rest[S:]
+        directions = [
+            Weights(*flat[k : k + 4], None, tuple(flat[k + 4 : k + per_direction]))
+            for k in range(0, len(flat), per_direction)
+        ]
+        output, final = reference.layer(
+            cell, input, state, directions, lengths=lengths, reset=reset
+        )
+        return output, *final
+
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    assert gradcheck(run, leaves)
+    assert gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("cell", [c for c in cells.REGISTRY.values() if c.aten], ids=NAME)
+def test_low_precision_is_as_good_as_torchs(cell):
+    """bfloat16 and float16 input against torch's own operator in that dtype."""
+    weights, state, input = make_weights(cell), make_state(cell, 1), double(T, B, I)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        low = [t.to(dtype) for t in (input, *state, *weights[:4])]
+        exact = [t.double() for t in low]
+        S = len(state)
+
+        def run(tensors, S=S):
+            w = Weights(*tensors[1 + S :], None, ())
+            output, final = reference.layer(cell, tensors[0], tuple(tensors[1 : 1 + S]), [w])
+            return output, *final
+
+        def plain(tensors, S=S):
+            hx = tuple(tensors[1 : 1 + S])
+            function = getattr(torch, cell.aten)
+            options = (True, 1, 0.0, False, False, False)
+            return function(tensors[0], hx if S > 1 else hx[0], tensors[1 + S :], *options)
+
+        for actual, torchs, true in zip(run(low), plain(low), plain(exact), strict=True):
+            assert_as_good(actual, torchs, true, f"{cell.name} {dtype}")
+
+
+def test_weights_of_the_wrong_number():
+    with pytest.raises(RuntimeError, match=r"weights: expected a multiple of 4 .* got 5"):
+        reference.split_weights(
+            cells.get("lstm"), [torch.zeros(1)] * 5, bias=True, projection=False
+        )
+    with pytest.raises(RuntimeError, match="got 0"):
+        reference.split_weights(cells.get("gru"), [], bias=False, projection=False)
