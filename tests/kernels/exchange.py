@@ -19,13 +19,6 @@ def expected(x: torch.Tensor, h0: torch.Tensor, decay: float = 0.5) -> torch.Ten
     """h_t = decay * mean(h_{t-1}) + x_t, in float32, stored in the dtype of x."""
     h, steps = h0, []
     for x_t in x.unbind():
-        h = interpreter_cast(decay * h.float().mean(1, keepdim=True) + x_t.float(), x.dtype)
+        h = (decay * h.float().mean(1, keepdim=True) + x_t.float()).to(x.dtype)
         steps.append(h)
     return torch.stack(steps)
-
-
-def interpreter_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As the interpreter casts float32: to bfloat16 it cuts off, where hardware rounds."""
-    if dtype == torch.bfloat16:
-        x = (x.view(torch.int32) & -0x10000).view(torch.float32)
-    return x.to(dtype)

@@ -1,0 +1,46 @@
+"""bfloat16 in Triton's interpreter, which gets it wrong (seen in 3.7.1).
+
+The interpreter keeps bfloat16 values as their bit patterns. Its `dot` multiplies these as
+integers, and its cast from float32 cuts off where hardware rounds to nearest, ties to even.
+"""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _is_bfloat16(handle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """float32 values from the bit patterns of bfloat16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round(values: np.ndarray) -> np.ndarray:
+    """The bit patterns of bfloat16 nearest to float32 values; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def repair() -> None:
+    """Replaces the two operations; does nothing the second time."""
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "multiplies_bfloat16", False):
+        return
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def create_dot(self, a, b, d, *options):
+        handle = interpreter.TensorHandle
+        a, b = (handle(_widen(x.data), tl.float32) if _is_bfloat16(x) else x for x in (a, b))
+        return dot(self, a, b, d, *options)
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(_round(src.data), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    builder.multiplies_bfloat16 = True

@@ -1,0 +1,180 @@
+"""Whole modules through the interpreted kernels: every option that the modules offer."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_checks import Case, assert_as_good_as_torch, build, lengths_of
+
+import fusedrnn
+
+MODULES = ("LSTM", "GRU", "RNN")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, so that nothing unwritten goes unseen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+OPTIONS = {
+    "plain": {},
+    "stack": {"num_layers": 2, "bidirectional": True},
+    "batch_first": {"batch_first": True, "bidirectional": True, "bias": False},
+}
+
+
+@pytest.mark.parametrize("rows", ["all", "packed", "lengths"])
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("module", MODULES)
+def test_options(module, options, save, rows):
+    assert_as_good_as_torch(Case(module, options=options, save=save, rows=rows), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("module", MODULES)
+def test_low_precision(module, dtype):
+    case = Case(module, T=5, B=2, H=9, dtype=dtype, options={"bidirectional": True})
+    assert_as_good_as_torch(case, "cpu")
+
+
+def test_relu():
+    case = Case("RNN", rows="lengths", options={"nonlinearity": "relu", "bidirectional": True})
+    assert_as_good_as_torch(case, "cpu")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_saturating(module):
+    assert_as_good_as_torch(Case(module, scale=40.0), "cpu")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    module=st.sampled_from(MODULES),
+    T=st.integers(1, 5),
+    B=st.integers(1, 5),
+    I=st.integers(1, 9),
+    H=st.sampled_from([1, 2, 3, 16, 17, 33]),
+    save=st.sampled_from(["gates", "states"]),
+    rows=st.sampled_from(["all", "packed", "lengths"]),
+    num_layers=st.integers(1, 2),
+    bidirectional=st.booleans(),
+    batch_first=st.booleans(),
+    bias=st.booleans(),
+)
+def test_drawn(module, T, B, I, H, save, rows, **options):
+    assert_as_good_as_torch(Case(module, T, B, I, H, save=save, rows=rows, options=options), "cpu")
+
+
+def test_empty_rows_keep_their_state():
+    module = build(Case("LSTM", options={"bidirectional": True}), fusedrnn, torch.float32, "cpu")
+    input, hx = torch.randn(4, 3, 5), (torch.randn(2, 3, 7), torch.randn(2, 3, 7))
+    lengths = torch.tensor([0, 4, 0])
+    with fusedrnn.use_backend("triton"):
+        output, final = module(input, hx, lengths=lengths)
+    for before, after in zip(hx, final, strict=True):
+        torch.testing.assert_close(after[:, [0, 2]], before[:, [0, 2]], rtol=0, atol=0)
+    assert (output[:, [0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("module", MODULES)
+def test_bad_values_stay_in_their_row(module, value):
+    case = Case(module)
+    input = torch.randn(4, 3, 5)
+    dirty = input.clone()
+    dirty[1, 1] = value
+    rnn = build(case, fusedrnn, torch.float32, "cpu", backend="triton")
+    clean_output, _ = rnn(input)
+    output, _ = rnn(dirty)
+    torch.testing.assert_close(output[:, [0, 2]], clean_output[:, [0, 2]], rtol=0, atol=0)
+    theirs, _ = build(case, torch.nn, torch.float32, "cpu")(dirty)
+    assert (output[1:, 1].isnan() == theirs[1:, 1].isnan()).all()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_same_bits_every_time(module):
+    case = Case(module, B=4, H=17, options={"bidirectional": True, "num_layers": 2})
+    rnn = build(case, fusedrnn, torch.float32, "cpu", backend="triton")
+    input = torch.randn(4, 4, 5)
+    results = []
+    for _ in range(2):
+        rnn.zero_grad()
+        output, _ = rnn(input, lengths=lengths_of(Case(B=4)))
+        output.square().sum().backward()
+        results.append([output, *(p.grad for p in rnn.parameters())])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_dropout_between_layers_is_seeded():
+    rnn = fusedrnn.GRU(5, 64, num_layers=2, dropout=0.5, backend="triton")
+    theirs = torch.nn.GRU(5, 64, num_layers=2, dropout=0.5)
+    theirs.load_state_dict(rnn.state_dict())
+    input = torch.randn(3, 4, 5)
+    torch.manual_seed(1)
+    first, _ = rnn(input)
+    torch.manual_seed(1)
+    second, _ = rnn(input)
+    torch.manual_seed(1)
+    expected, _ = theirs(input)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected)  # the same mask as torch's own draw
+    rnn.eval()
+    assert not torch.allclose(rnn(input)[0], first)
+
+
+def test_nothing_is_saved_without_gradients():
+    rnn = fusedrnn.LSTM(5, 7, backend="triton")
+    input = torch.randn(4, 3, 5)
+    state = [torch.zeros(1, 3, 7)] * 2
+    weights = [p.detach() for p in rnn.parameters()]
+    arguments = (input, state, weights, None, None, None, "lstm", True, False, False, False)
+    saved = {
+        save: len(torch.ops.fusedrnn.layer(*arguments, "triton", save, "")) - 3
+        for save in ("", "states", "gates")
+    }
+    assert saved == {"": 0, "states": 1, "gates": 2}
+    with torch.no_grad():
+        torch.testing.assert_close(rnn(input)[0], build_equal(rnn, input))
+
+
+def build_equal(rnn, input):
+    theirs = torch.nn.LSTM(5, 7)
+    theirs.load_state_dict(rnn.state_dict())
+    return theirs(input)[0]
+
+
+def test_double_backward_and_compile():
+    rnn = fusedrnn.GRU(5, 7, backend="triton")
+    input = torch.randn(3, 2, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rnn(input)[0].sin().sum(), input, create_graph=True)
+    gradient.square().sum().backward()
+    theirs = torch.nn.GRU(5, 7)
+    theirs.load_state_dict(rnn.state_dict())
+    same = input.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(theirs(same)[0].sin().sum(), same, create_graph=True)
+    gradient.square().sum().backward()
+    torch.testing.assert_close(input.grad, same.grad)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (2, 4):
+        torch.testing.assert_close(compiled(torch.ones(T, 2, 5))[0], rnn(torch.ones(T, 2, 5))[0])
+
+
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_opcheck(cell, save):
+    G = {"lstm": 4, "gru": 3, "rnn_tanh": 1}[cell]
+    state = [torch.randn(2, 3, 7) for _ in range(2 if cell == "lstm" else 1)]
+    weights = [torch.randn(G * 7, 5), torch.randn(G * 7, 7), torch.randn(G * 7), torch.randn(G * 7)]
+    config = (None, None, None, cell, True, True, False, False, "triton", save, "")
+    arguments = (torch.randn(4, 3, 5), state, weights * 2, *config)
+    torch.library.opcheck(torch.ops.fusedrnn.layer, arguments)
+    output, *rest = torch.ops.fusedrnn.layer(*arguments)
+    final, saved = rest[: len(state)], rest[len(state) :]
+    arguments = ([output, *final], *arguments[:3], output, saved, *config, True)
+    torch.library.opcheck(torch.ops.fusedrnn.layer_backward, arguments)
