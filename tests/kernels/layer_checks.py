@@ -121,9 +121,10 @@ def run(case: Case, module: nn.Module, dtype: torch.dtype, device: str) -> dict[
 def assert_as_good_as_torch(case: Case, device: str, backend: str = "triton") -> None:
     """The fused kernels against float64, with torch.nn's own error as the yardstick.
 
-    Per tensor, the largest error relative to the largest exact value may be twice that of
-    torch.nn in the same dtype and precision, plus four roundings of it: another order of
-    summation is as good, and a tensor that torch happens to hit exactly must not fail us.
+    Per tensor, the largest error relative to the largest exact value may be twice torch.nn's
+    in the same dtype and precision, plus four roundings of it: another order of summation is as
+    good. torch's error is the worst of the outputs, or of the gradients: in one tensor alone
+    it may be small by luck.
     """
     with precision(case.tf32):
         exact = run(case, build(case, nn, torch.float64, device), torch.float64, device)
@@ -132,9 +133,15 @@ def assert_as_good_as_torch(case: Case, device: str, backend: str = "triton") ->
         fused = run(case, module, case.dtype, device)
     floor = 4 * (TF32_EPS if case.tf32 else torch.finfo(case.dtype).eps)
     assert fused.keys() == exact.keys()
-    for name, value in exact.items():
-        assert fused[name].shape == value.shape, name
-        scale = value.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        error = ((fused[name] - value).abs().max() / scale).item()
-        limit = 2 * ((plain[name] - value).abs().max() / scale).item() + floor
-        assert error <= limit, f"{case}: {name}: error {error:.2e}, allowed {limit:.2e}"
+    for kind in (False, True):
+        names = [name for name in exact if name.startswith("d_") == kind]
+        limit = 2 * max(_error(plain[name], exact[name]) for name in names) + floor
+        for name in names:
+            assert fused[name].shape == exact[name].shape, name
+            error = _error(fused[name], exact[name])
+            assert error <= limit, f"{case}: {name}: error {error:.2e}, allowed {limit:.2e}"
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    scale = exact.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return ((value - exact).abs().max() / scale).item()

@@ -135,7 +135,7 @@ def test_nothing_is_saved_without_gradients():
     weights = [p.detach() for p in rnn.parameters()]
     arguments = (input, state, weights, None, None, None, "lstm", True, False, False, False)
     saved = {
-        save: len(torch.ops.fusedrnn.layer(*arguments, "triton", save, "")) - 3
+        save: len(torch.ops.fusedrnn.layer(*arguments, "triton", save, "", 0.0)) - 3
         for save in ("", "states", "gates")
     }
     assert saved == {"": 0, "states": 1, "gates": 2}
@@ -171,7 +171,7 @@ def test_opcheck(cell, save):
     G = {"lstm": 4, "gru": 3, "rnn_tanh": 1}[cell]
     state = [torch.randn(2, 3, 7) for _ in range(2 if cell == "lstm" else 1)]
     weights = [torch.randn(G * 7, 5), torch.randn(G * 7, 7), torch.randn(G * 7), torch.randn(G * 7)]
-    config = (None, None, None, cell, True, True, False, False, "triton", save, "")
+    config = (None, None, None, cell, True, True, False, False, "triton", save, "", 0.0)
     arguments = (torch.randn(4, 3, 5), state, weights * 2, *config)
     torch.library.opcheck(torch.ops.fusedrnn.layer, arguments)
     output, *rest = torch.ops.fusedrnn.layer(*arguments)
