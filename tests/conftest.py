@@ -19,7 +19,7 @@ hypothesis.settings.register_profile(
     database=None,
     derandomize="FUSEDRNN_EXAMPLES" not in os.environ,
     print_blob=True,
-    max_examples=int(os.environ.get("FUSEDRNN_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("FUSEDRNN_EXAMPLES", "120")),
 )
 hypothesis.settings.load_profile("fusedrnn")
 
