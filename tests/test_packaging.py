@@ -1,0 +1,246 @@
+"""The package as it is built and imported: what a wheel holds, and who imports whom."""
+
+import ast
+import graphlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fusedrnn
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"fusedrnn": ROOT / "fusedrnn", "fusedrnn.kernels": ROOT / "kernels"}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `code` in a new interpreter, away from this folder, which would be found first."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tempfile.gettempdir(),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# ------------------------------------------------------------------------------------ the wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, built without isolation from a copy: a build leaves files in its source."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("fusedrnn", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+        + ["--no-index", "--wheel-dir", "dist", "."],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert built.returncode == 0, built.stderr
+    (path,) = (copy / "dist").glob("*.whl")
+    return path
+
+
+def test_wheel_holds_every_module_once_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        inside = sorted(n for n in archive.namelist() if ".dist-info/" not in n)
+    wanted = [
+        f"{package.replace('.', '/')}/{file.relative_to(folder).as_posix()}"
+        for package, folder in FOLDERS.items()
+        for file in [*folder.rglob("*.py"), *folder.rglob("*.json"), *folder.rglob("py.typed")]
+    ]
+    assert inside == sorted(wanted)
+    assert "fusedrnn/py.typed" in inside
+    assert "fusedrnn/kernels/__init__.py" in inside
+
+
+def test_wheel_names_the_license_and_the_version(wheel):
+    assert wheel.name == f"fusedrnn-{fusedrnn.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (n for n in archive.namelist() if n.endswith("METADATA"))
+        text = archive.read(metadata).decode()
+        assert any(n.endswith("licenses/LICENSE") for n in archive.namelist())
+    assert "License-Expression: Apache-2.0" in text
+    assert "Requires-Python: >=3.10" in text
+
+
+def test_wheel_works_when_unpacked(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    ran = python(
+        """
+        import fusedrnn, fusedrnn.kernels.plan, torch
+        print(fusedrnn.__file__, fusedrnn.kernels.plan.__file__, sep="\\n")
+        fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))
+        """,
+        PYTHONPATH=str(tmp_path),
+    )
+    assert ran.returncode == 0, ran.stderr
+    for file in ran.stdout.splitlines():
+        assert Path(file).is_relative_to(tmp_path)
+
+
+def test_one_version_everywhere():
+    def found(pattern, name):
+        return re.search(pattern, (ROOT / name).read_text(), re.MULTILINE)[1]
+
+    assert found(r'^version = "(.+)"', "pyproject.toml") == fusedrnn.__version__
+    assert found(r"^## (\S+)", "CHANGELOG.md") in (fusedrnn.__version__, "Unreleased")
+    assert found(r"torch==([0-9.]+)", "Makefile") == found(r"^torch==(\S+)", "constraints.txt")
+
+
+# -------------------------------------------------------------------------------- without triton
+
+BLOCK_TRITON = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Block())
+sys.modules["triton"] = None
+"""
+
+
+def test_import_leaves_triton_alone():
+    ran = python("import fusedrnn, sys; print([m for m in sys.modules if 'fusedrnn.kernels' in m])")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
+
+
+def test_works_on_the_cpu_without_triton():
+    ran = python(
+        BLOCK_TRITON
+        + textwrap.dedent(
+            """
+            import copy
+            import torch
+            import fusedrnn
+
+            for name in ("LSTM", "GRU", "RNN"):
+                theirs = getattr(torch.nn, name)(5, 7, num_layers=2, bidirectional=True)
+                ours = getattr(fusedrnn, name)(5, 7, num_layers=2, bidirectional=True)
+                ours.load_state_dict(theirs.state_dict())
+                x = torch.randn(6, 3, 5)
+                for rnn in (theirs, ours):
+                    rnn(x)[0].square().sum().backward()
+                assert torch.equal(ours(x)[0], theirs(x)[0])
+                for p, q in zip(ours.parameters(), theirs.parameters()):
+                    torch.testing.assert_close(p.grad, q.grad)
+            why = fusedrnn.explain(ours, x).passed_over["triton"]
+            assert "triton is not installed" in why, why
+            try:
+                fusedrnn.LSTM(5, 7, backend="triton")(x)
+            except RuntimeError as error:
+                assert "triton is not installed" in str(error), error
+            else:
+                raise SystemExit("a backend that is not there ran")
+            """
+        )
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+# ------------------------------------------------------------------------------ who imports whom
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its full name."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for file in folder.rglob("*.py"):
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = file
+    return found
+
+
+def imports(file: Path, top_level_only: bool = False) -> set[str]:
+    """The dotted names a file imports; `from a import b` counts as a.b."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports, inside functions too."""
+    modules = sources()
+    graph = {}
+    for name, file in modules.items():
+        graph[name] = set()
+        for target in imports(file):
+            known = target if target in modules else target.rpartition(".")[0]
+            if known in modules:
+                graph[name].add(known)
+    return graph
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen, todo = set(), [start]
+    while todo:
+        for target in graph[todo.pop()] - seen:
+            seen.add(target)
+            todo.append(target)
+    return seen
+
+
+def test_imports_have_no_cycle():
+    tuple(graphlib.TopologicalSorter(import_graph()).static_order())
+
+
+def test_imports_point_one_way():
+    graph = import_graph()
+    chain = ["cells", "kernels", "autograd", "functional", "modules"]
+    for place, name in enumerate(chain):
+        for start in (m for m in graph if f"{m}.".startswith(f"fusedrnn.{name}.")):
+            for later in chain[place + 1 :]:
+                assert f"fusedrnn.{later}" not in reachable(graph, start), f"{start} -> {later}"
+    # The chain is one: each link is there.
+    assert any(m.startswith("fusedrnn.cells") for m in graph["fusedrnn.kernels.bind"])
+    assert "fusedrnn.kernels" in graph["fusedrnn.autograd"]
+    assert "fusedrnn.autograd" in graph["fusedrnn.functional"]
+    assert "fusedrnn.functional" in graph["fusedrnn.modules"]
+
+
+def test_reference_knows_the_cells_and_no_backend():
+    outside = {"kernels", "autograd", "functional", "modules", "dispatch"}
+    found = {m.split(".")[1] for m in reachable(import_graph(), "fusedrnn.reference")}
+    assert "cells" in found
+    assert not found & outside
+
+
+def test_only_the_kernels_import_triton():
+    for name, file in sources().items():
+        if not name.startswith("fusedrnn.kernels"):
+            assert not [n for n in imports(file) if n.split(".")[0] == "triton"], name
+            early = [n for n in imports(file, True) if n.startswith("fusedrnn.kernels")]
+            assert not early, f"{name} imports the kernels before a call needs them"
+
+
+def test_nobody_imports_the_other_package_of_that_name():
+    # `import kernels` works inside this folder, and finds another project's package elsewhere.
+    for folder in ("fusedrnn", "kernels", "tests", "bench", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not [n for n in imports(file) if n.split(".")[0] == "kernels"], file

@@ -1,0 +1,122 @@
+"""README.md says only what is so: its code runs, its table is what dispatch does."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedrnn import cells, dispatch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+# Row of the table -> how it differs from a plain call.
+ROWS = {
+    "tensors on a CUDA device": [{}],
+    "tensors on the CPU": [{"device": "cpu"}],
+    **{f"`{name}`": [{"cell": name}] for name in cells.REGISTRY},
+    "float32, bfloat16, float16": [
+        {"dtype": torch.float32},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
+    ],
+    "float64": [{"dtype": torch.float64}],
+    "several layers, both directions": [{"num_layers": 2, "directions": 2}],
+    "`proj_size`": [{"proj_size": 4}],
+    "`PackedSequence`": [{"packed": True}],
+    "`lengths=` of padded input, on any device": [{"lengths": True}],
+    "`torch.func` transforms, forward-mode AD": [{"transformed": True}],
+    **{what: [{"inside": (name,)}] for name, what in dispatch.INSIDE.items()},
+}
+
+
+def table() -> dict[str, list[str]]:
+    section = README.split("## What works where")[1].split("## ")[0]
+    lines = [line.strip("| ").split("|") for line in section.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    head, body = rows[0], rows[1:]
+    assert head == [f"`{name}`" for name in dispatch.BACKENDS]
+    return {label: cells for label, *cells in body}
+
+
+def test_table_has_a_row_for_everything():
+    assert sorted(table()) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_table_is_what_dispatch_does(row, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    plain = {"cell": "lstm", "device": "cuda", "dtype": torch.float32, "T": 5, "B": 4}
+    plain |= {"input_size": 8, "hidden_size": 8, "needs_grad": True}
+    for backend, said in zip(dispatch.BACKENDS, table()[row], strict=True):
+        refusals = [
+            dispatch.REFUSES[backend](dispatch.Call(**{**plain, **changed}))
+            for changed in ROWS[row]
+        ]
+        if said == "yes":
+            assert refusals == [None] * len(refusals)
+        else:
+            assert said.split()[0] == "no"
+            assert all(refusals)
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 3
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet_runs(number, monkeypatch):
+    module = types.ModuleType(f"readme_{number}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    before = dict(cells.REGISTRY)
+    try:
+        exec(compile(SNIPPETS[number], f"README.md, snippet {number + 1}", "exec"), vars(module))
+        for cell in cells.REGISTRY.values():
+            if cell.name not in before:
+                check_cell(cell)
+    finally:
+        cells.REGISTRY.clear()
+        cells.REGISTRY.update(before)
+
+
+def check_cell(cell):
+    """The backward body of a cell in README against autograd through its forward body."""
+    units = 7
+
+    def draw(count):
+        return tuple(torch.randn(units, dtype=torch.float64) for _ in range(count))
+
+    x, h, state = (draw(len(n)) for n in (cell.gates, cell.gates, cell.states))
+    leaves = [t.requires_grad_() for t in (*x, *h, *state)]
+    new, saved = cell.forward(x, h, state, ())
+    d_state = draw(len(cell.states))
+    expected = torch.autograd.grad(new, leaves, d_state)
+    dx, dh, d_prev, d_params = cell.backward(d_state, saved, state, new, ())
+    assert d_params == ()
+    for ours, theirs in zip((*dx, *dh, *d_prev), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_every_path_exists():
+    names = re.findall(r"`((?:fusedrnn|kernels|tests|bench|examples)/[\w./]*)`", README)
+    assert names
+    # git keeps no empty folder, so a results folder without results need not be there.
+    missing = [name for name in names if not (ROOT / name).exists()]
+    assert missing in ([], ["bench/results/"])
+
+
+def test_every_make_target_exists():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"\bmake ([a-z-]+) ", README)) | set(
+        re.findall(r"`make ([a-z-]+)[ `]", README)
+    )
+    assert {"demo", "test", "gpu-test"} <= named <= set(targets)
+
+
+def test_no_gpu_figure_without_a_measurement():
+    measured = [p for p in (ROOT / "bench" / "results").glob("*/*") if p.is_file()]
+    assert measured or "not measured yet" in README
