@@ -105,7 +105,7 @@ def _run_aten_padded(function, config, input, state, weights, lengths, options):
     rows are sorted, and empty ones keep their state and get an output of zeros."""
     batch_dim = 0 if config.batch_first else 1
     T = input.shape[1 - batch_dim]
-    sorted_lengths, order = lengths.cpu().sort(descending=True, stable=True)
+    sorted_lengths, order = lengths.cpu().clamp(0, T).sort(descending=True, stable=True)
     filled = int((sorted_lengths > 0).sum())
     if filled == 0:
         D = 2 if config.bidirectional else 1

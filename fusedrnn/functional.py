@@ -58,7 +58,8 @@ def recurrent(
         batch_sizes: [T] int64 on the CPU: rows of each time step of packed input.
         lengths: [B] integers on any device: time steps of each row of padded input. Later
             outputs are 0, final states are those at the row's own end, and the reverse
-            direction starts there.
+            direction starts there. A row of length 0 keeps its state. On a GPU, where looking
+            would mean waiting, a length beyond T counts as T and a negative one as 0.
         reset: bool [T, B] ([B, T] with batch_first): sets a row's state to 0 before that step.
             Or (mask, states): sets it to these, each [L * D, B or 1, H].
         backend: "auto", "triton", "aten", "reference" or None (see `fusedrnn.dispatch`).
@@ -233,6 +234,8 @@ def _check_sequence(lengths, reset, hx, batch_sizes, T, B, batch_first, unbatche
         if unbatched and isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths.reshape(1)
         packing.check_lengths(lengths, B)
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
+            packing.check_length_values(lengths, T)
     fresh = ()
     if isinstance(reset, (tuple, list)):
         if len(reset) != 2:

@@ -45,6 +45,15 @@ def check_lengths(lengths: Tensor, B: int) -> None:
         raise RuntimeError(f"lengths: expected shape ({B},), got {tuple(lengths.shape)}")
 
 
+def check_length_values(lengths: Tensor, T: int) -> None:
+    """Raises for lengths on the CPU that are not in [0, T]."""
+    if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+        raise ValueError(
+            f"lengths: expected values from 0 to T={T}, "
+            f"got values from {int(lengths.min())} to {int(lengths.max())}"
+        )
+
+
 @dataclass(frozen=True)
 class Rows:
     """Where the row of (time t, batch b) lies in a sequence tensor [N, ...].

@@ -1,0 +1,218 @@
+"""lengths= without packing: equal to pack, run, unpack.
+
+Through torch's operators in every bit, since both give them the same rows. The reference loop
+multiplies padded rows, in another order and number, so that BLAS may round otherwise.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fusedrnn
+
+T, B, I, H = 7, 5, 3, 4
+LENGTHS = {
+    "unsorted": [3, 7, 1, 5, 2],
+    "sorted": [7, 6, 4, 2, 1],
+    "short": [2, 3, 1, 3, 2],  # none reaches T
+    "equal": [7, 7, 7, 7, 7],
+}
+MODULES = {
+    "lstm": fusedrnn.LSTM,
+    "lstm-projected": functools.partial(fusedrnn.LSTM, proj_size=2),
+    "gru": fusedrnn.GRU,
+    "rnn": fusedrnn.RNN,
+}
+LAYOUTS = {
+    "plain": {},
+    "2x2": {"num_layers": 2, "bidirectional": True},
+    "batch_first": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+}
+each_module = pytest.mark.parametrize("name", MODULES)
+each_backend = pytest.mark.parametrize("backend", ["aten", "reference"])
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def states(result):
+    return result[1] if isinstance(result[1], tuple) else (result[1],)
+
+
+def assert_same(backend, found, expected):
+    exact = {"rtol": 0, "atol": 0} if backend == "aten" else {}
+    torch.testing.assert_close(found, expected, **exact)
+
+
+def make(name, layout, backend, **kwargs):
+    """A module, an input with something in the padding, and an initial state."""
+    module = MODULES[name](I, H, **LAYOUTS[layout], backend=backend, **kwargs)
+    x = torch.randn(B, T, I) if module.batch_first else torch.randn(T, B, I)
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    hx = torch.randn(layers, B, module.proj_size or H)
+    if isinstance(module, fusedrnn.LSTM):
+        hx = (hx, torch.randn(layers, B, H))
+    return module, x, hx
+
+
+@each_layout
+@each_backend
+@pytest.mark.parametrize("lengths", LENGTHS)
+@each_module
+def test_equal_to_packing(name, lengths, backend, layout):
+    module, x, hx = make(name, layout, backend)
+    lengths = torch.tensor(LENGTHS[lengths])
+    x.requires_grad_()
+    output, *final = (r := module(x, hx, lengths=lengths))[0], *states(r)
+    packed = pack_padded_sequence(x, lengths, module.batch_first, enforce_sorted=False)
+    data, last = module(packed, hx)
+    unpacked, _ = pad_packed_sequence(data, module.batch_first, total_length=T)
+    assert_same(backend, output, unpacked)
+    for one, other in zip(final, states((None, last)), strict=True):
+        assert_same(backend, one, other)
+
+    d_output = torch.randn_like(output)
+    wanted = [x, *module.parameters()]
+    found = torch.autograd.grad([output, *final], wanted, [d_output, *final], retain_graph=True)
+    expected = torch.autograd.grad(
+        [unpacked, *states((None, last))], wanted, [d_output, *states((None, last))]
+    )
+    for one, other in zip(found, expected, strict=True):
+        # The graph is another (indexing, not unpacking), and adds in another order.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@each_backend
+@each_module
+def test_each_row_is_the_row_alone(name, backend):
+    """The oracle that knows no packing: cut the row, run it, look at its own end."""
+    module, x, hx = make(name, "2x2", backend)
+    lengths = torch.tensor([3, 7, 1, 5, 2])
+    result = module(x, hx, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        row_hx = tuple(h[:, b : b + 1] for h in states((None, hx)))
+        row_hx = row_hx if len(row_hx) > 1 else row_hx[0]
+        alone = module(x[:n, b : b + 1], row_hx)
+        torch.testing.assert_close(result[0][:n, b], alone[0][:, 0], rtol=1e-6, atol=1e-6)
+        assert torch.equal(result[0][n:, b], torch.zeros_like(result[0][n:, b]))
+        for one, other in zip(states(result), states(alone), strict=True):
+            torch.testing.assert_close(one[:, b], other[:, 0], rtol=1e-6, atol=1e-6)
+
+
+@each_layout
+@each_backend
+@each_module
+@pytest.mark.parametrize("lengths", [[0, 7, 0, 2, 0], [0, 0, 0, 0, 0]], ids=["some", "all"])
+def test_rows_of_length_zero_keep_their_state(name, backend, layout, lengths):
+    module, x, hx = make(name, layout, backend)
+    result = module(x, hx, lengths=torch.tensor(lengths))
+    output = result[0] if module.batch_first else result[0].transpose(0, 1)
+    empty = torch.tensor(lengths) == 0
+    assert not output[empty].any()
+    for final, first in zip(states(result), states((None, hx)), strict=True):
+        assert torch.equal(final[:, empty], first[:, empty])
+    if not empty.all():
+        rows = (~empty).nonzero()[:, 0]
+        part = tuple(h[:, rows] for h in states((None, hx)))
+        alone = module(
+            x.index_select(0 if module.batch_first else 1, rows),
+            part if len(part) > 1 else part[0],
+            lengths=torch.tensor(lengths)[rows],
+        )
+        rest = alone[0] if module.batch_first else alone[0].transpose(0, 1)
+        torch.testing.assert_close(output[rows], rest, rtol=1e-6, atol=1e-6)
+
+
+@each_backend
+def test_gradient_of_an_empty_row_goes_to_its_state(backend):
+    module, x, hx = make("gru", "plain", backend)
+    hx.requires_grad_()
+    x.requires_grad_()
+    _, final = module(x, hx, lengths=torch.tensor([0, 7, 0, 2, 0]))
+    d_x, d_hx = torch.autograd.grad(final.sum(), [x, hx])
+    assert torch.equal(d_hx[:, [0, 2, 4]], torch.ones(1, 3, H))
+    assert not d_x[:, [0, 2, 4]].any()
+    assert not d_x[2:, 3].any()
+    assert d_x[:2, 3].all()
+
+
+@each_backend
+@each_layout
+def test_padding_is_never_read(backend, layout):
+    module, x, hx = make("lstm", layout, backend)
+    lengths = torch.tensor([3, 7, 1, 5, 0])
+    clean = module(x, hx, lengths=lengths)
+    time = torch.arange(T)
+    padding = time[None, :] >= lengths[:, None]
+    x = x.masked_fill((padding if module.batch_first else padding.T)[:, :, None], float("nan"))
+    dirty = module(x, hx, lengths=lengths)
+    assert torch.equal(clean[0], dirty[0])
+    assert all(map(torch.equal, states(clean), states(dirty)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.int16])
+def test_integer_dtypes(dtype):
+    module, x, _ = make("gru", "plain", None)
+    lengths = torch.tensor([3, 7, 1, 5, 2])
+    assert torch.equal(module(x, lengths=lengths.to(dtype))[0], module(x, lengths=lengths)[0])
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(backend, dtype):
+    module, x, _ = make("lstm", "2x2", backend, dtype=dtype)
+    x = x.to(dtype)
+    lengths = torch.tensor([3, 4, 1, 5, 2])
+    output, (h_n, _) = module(x, lengths=lengths)
+    assert output.dtype == h_n.dtype == dtype
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    unpacked, _ = pad_packed_sequence(module(packed)[0], total_length=T)
+    assert_same(backend, output, unpacked)
+
+
+@each_backend
+def test_unbatched(backend):
+    module, x, _ = make("gru", "2x2", backend)
+    for length in (torch.tensor([4]), torch.tensor(4)):
+        output, h_n = module(x[:, 0], lengths=length)
+        cut, last = module(x[:4, 0])
+        torch.testing.assert_close(output[:4], cut)
+        torch.testing.assert_close(h_n, last)
+        assert not output[4:].any()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        ([3, 7, 1, 5, 2], TypeError, r"lengths: expected an integer tensor.*got list"),
+        (torch.ones(B), TypeError, r"lengths: expected an integer tensor, got torch.float32"),
+        (torch.ones(B, dtype=torch.bool), TypeError, r"lengths: expected an integer.*torch.bool"),
+        (torch.ones(4, dtype=torch.int64), RuntimeError, r"lengths: .*\(5,\), got \(4,\)"),
+        (torch.ones(B, 1, dtype=torch.int64), RuntimeError, r"lengths: .*\(5,\), got \(5, 1\)"),
+        (torch.tensor([8, 1, 1, 1, 1]), ValueError, r"lengths: .*T=7, got values from 1 to 8"),
+        (torch.tensor([3, -1, 1, 1, 1]), ValueError, r"lengths: .*T=7, got values from -1 to 3"),
+    ],
+)
+def test_misuse(lengths, error, message):
+    module, x, _ = make("lstm", "plain", None)
+    with pytest.raises(error, match=message):
+        module(x, lengths=lengths)
+
+
+def test_misuse_with_a_packed_sequence():
+    module, x, _ = make("lstm", "plain", None)
+    packed = pack_padded_sequence(x, torch.tensor([7, 6, 4, 2, 1]))
+    with pytest.raises(ValueError, match="lengths: a PackedSequence has its own"):
+        module(packed, lengths=torch.tensor([7, 6, 4, 2, 1]))
+
+
+def test_values_are_not_read_under_compile():
+    module, x, _ = make("lstm", "2x2", None)
+    lengths = torch.tensor([3, 0, 1, 5, 2])
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, lengths=lengths)[0], module(x, lengths=lengths)[0])
