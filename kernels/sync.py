@@ -195,9 +195,10 @@ def load(
             spins += 1
         tile = _value(words, DTYPE, PROTOCOL)
         alive = _verdict(late == 0, step, error_ptr, alive)
-        # Every thread has read this slot before any thread publishes the next step: a store of
-        # the step after that overwrites what is read here, and waits for nothing else.
-        tl.debug_barrier()
+        if PROTOCOL == "ll":
+            # Every thread has read this slot before any thread publishes the next step: a store
+            # of the step after that overwrites what is read here, and waits for nothing else.
+            tl.debug_barrier()
     else:
         tile = tl.load(slot_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
     return tile, alive
