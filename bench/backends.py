@@ -1,0 +1,330 @@
+"""Everyone who can compute a shape: fusedrnn's backends, torch.nn, and other projects.
+
+A backend here is a function `build(problem, which, device) -> Runner`; `Runner.run(i)` computes
+input set i once. All do equal work: the input product included, gradients for the input and for
+every parameter, none of them accumulated. `refuses(name, shape, device)` says why one is left
+out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.device import Device
+from bench.problem import Problem, as_hx, flatten, grad_names, state_names
+from bench.shapes import Shape
+from fusedrnn import cells, dispatch, modules
+from fusedrnn.reference import split_weights
+from fusedrnn.replace import OURS
+
+WHAT = {
+    "torch_nn": "torch.nn's module: cuDNN on a GPU, oneDNN or native code on a CPU",
+    "torch_nn_graph": "torch.nn's module, replayed from a CUDA graph",
+    "auto": "fusedrnn as installed",
+    "triton": 'fusedrnn, backend="triton" (measured where auto takes another)',
+    "triton_states": 'fusedrnn, backend="triton", save="states": less memory',
+    "triton_graph": 'fusedrnn, backend="triton", replayed from a CUDA graph',
+    "aten": 'fusedrnn, backend="aten"',
+    "reference": 'fusedrnn, backend="reference": a loop of torch operators',
+    "reference_graph": "the reference loop, replayed from a CUDA graph",
+    "reference_compile": "the loop with its step under torch.compile, in a CUDA graph on a GPU",
+    "flashrnn": "FlashRNN's fused CUDA kernel, with the input product added",
+    "flashrnn_alternating": "FlashRNN's alternating CUDA kernels, with the input product added",
+    "haste": "haste",
+}
+GRAPHED = {
+    "torch_nn_graph": "torch_nn",
+    "triton_graph": "triton",
+    "reference_graph": "reference",
+}
+# A time loop of this many steps or more is not worth capturing or compiling: minutes, gigabytes.
+LONGEST_LOOP = 1024
+
+
+@dataclass
+class Runner:
+    """`run(i)` computes input set i and returns the tensors that `names` names."""
+
+    run: Callable[[int], tuple[Tensor, ...]]
+    names: tuple[str, ...]
+    ran_on: str = ""  # the backend that fusedrnn chose
+    memory_counts: bool = True  # whether a call allocates what it needs (a graph's replay: no)
+
+
+def refuses(name: str, shape: Shape, device: Device) -> str | None:
+    """Why a backend does not run a shape, or None."""
+    if name not in WHAT:
+        raise ValueError(f"backend must be one of {sorted(WHAT)}, got {name!r}")
+    if name in GRAPHED and not device.has_graphs:
+        return "CUDA graphs need a CUDA device"
+    if name in GRAPHED and shape.resets and GRAPHED[name] == "torch_nn":
+        return "a loop of calls, too long to be of interest"
+    if name.startswith("reference_") and (shape.lengths or shape.resets or shape.bidirectional):
+        return "the captured loop is measured for padded input in one direction"
+    if name.startswith("reference_") and shape.T * shape.layers > LONGEST_LOOP:
+        return f"a loop of more than {LONGEST_LOOP} steps takes minutes to capture"
+    if name == "reference_compile" and not device.compiles:
+        return "torch.compile is switched off for this run"
+    if name.startswith("triton"):
+        call = _call(shape, device)
+        return dispatch.triton_refuses(call)
+    if name == "aten":
+        return dispatch.aten_refuses(_call(shape, device))
+    if name.startswith("flashrnn"):
+        return _flashrnn_refuses(name, shape, device)
+    if name == "haste":
+        return _haste_refuses(shape, device)
+    return None
+
+
+def _call(shape: Shape, device: Device) -> dispatch.Call:
+    from bench.problem import TORCH_DTYPES
+
+    return dispatch.Call(
+        shape.cell, device.torch.type, TORCH_DTYPES[shape.dtype], shape.T, shape.B, shape.I,
+        shape.H, shape.layers, shape.directions, packed=bool(shape.lengths), reset=shape.resets,
+    )  # fmt: skip
+
+
+def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
+    """The runner of a backend; `which` is forward, training or inference."""
+    if name in GRAPHED:
+        return _graphed(build(GRAPHED[name], problem, which, device), problem, device)
+    if name == "torch_nn":
+        module = problem.module(modules.TORCH_CLASSES)
+        return _runner(Stepwise(module) if problem.shape.resets else module, problem, which)
+    if name == "reference_compile":
+        module = CompiledLoop(problem.module(OURS), problem.shape.cell, device.compiles)
+        runner = _runner(module, problem, which)
+        return _graphed(runner, problem, device) if device.has_graphs else runner
+    if name.startswith("flashrnn"):
+        fused = "cuda_fused" if name == "flashrnn" else "cuda"
+        return _runner(FlashRNN(problem, fused), problem, which, named=False)
+    if name == "haste":
+        return _runner(_haste_module(problem), problem, which, named=False)
+    module = problem.module(OURS)
+    forced, _, option = name.partition("_")
+    if forced != "auto":
+        module.backend = forced
+    if option == "states":
+        module.save = "states"
+    runner = _runner(module, problem, which)
+    runner.ran_on = forced
+    if forced == "auto":
+        given = problem.inputs[0]
+        with torch.set_grad_enabled(which != "inference"):
+            runner.ran_on = modules_explain(module, given)
+    return runner
+
+
+def modules_explain(module: nn.Module, given) -> str:
+    """The backend that `auto` takes for a set of inputs."""
+    from fusedrnn import explain
+
+    return explain(module, given.input, as_hx(given.hx), reset=given.reset).backend
+
+
+def _runner(module: nn.Module, problem: Problem, which: str, named: bool = True) -> Runner:
+    """`named`: the parameters are those of torch.nn, and their gradients can be compared."""
+    module.train(which != "inference")
+    parameters = list(module.parameters())
+    names = state_names(problem.shape)
+    given = [
+        (x.input, as_hx(x.hx), {} if x.reset is None else {"reset": x.reset})
+        for x in problem.inputs
+    ]
+
+    def inference(i: int) -> tuple[Tensor, ...]:
+        input, hx, extra = given[i]
+        with torch.no_grad():
+            return flatten(module(input, hx, **extra))
+
+    def forward(i: int) -> tuple[Tensor, ...]:
+        input, hx, extra = given[i]
+        return flatten(module(input, hx, **extra))
+
+    wanted = [[x.leaf, *parameters] for x in problem.inputs]
+
+    def training(i: int) -> tuple[Tensor, ...]:
+        results = forward(i)
+        gradients = torch.autograd.grad(
+            results, wanted[i], problem.inputs[i].cotangents, materialize_grads=True
+        )
+        return *results, *gradients
+
+    if which == "training":
+        own = [name for name, _ in module.named_parameters()] if named else []
+        names = (*names, *grad_names(own))
+    run = {"inference": inference, "forward": forward, "training": training}[which]
+    return Runner(run, names)
+
+
+def _graphed(runner: Runner, problem: Problem, device: Device) -> Runner:
+    replays = [device.graph(lambda i=i: runner.run(i)) for i in range(len(problem.inputs))]
+    return Runner(lambda i: replays[i](), runner.names, runner.ran_on, memory_counts=False)
+
+
+class Stepwise(nn.Module):
+    """What users of torch.nn do where a state must be reset in mid-sequence: a call per step."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.inner = module
+
+    def named_parameters(self, *args, **kwargs):
+        return self.inner.named_parameters(*args, **kwargs)
+
+    def forward(self, input, hx=None, *, reset):
+        shape = (self.inner.num_layers, input.shape[1], self.inner.hidden_size)
+        count = 2 if self.inner.mode == "LSTM" else 1
+        states = hx if isinstance(hx, tuple) else (hx,) if hx is not None else None
+        states = states or tuple(input.new_zeros(shape) for _ in range(count))
+        keep = (~reset).to(input.dtype)[:, None, :, None]
+        outputs = []
+        for t in range(input.shape[0]):
+            states = tuple(s * keep[t] for s in states)
+            output, final = self.inner(input[t : t + 1], as_hx(states))
+            states = final if isinstance(final, tuple) else (final,)
+            outputs.append(output)
+        return torch.cat(outputs), as_hx(states)
+
+
+class CompiledLoop(nn.Module):
+    """The reference's loop, its step fused by torch.compile: what one gets without a kernel."""
+
+    def __init__(self, module: nn.Module, cell: str, backend: str):
+        super().__init__()
+        self.inner = module
+        self.cell = cells.get(cell)
+        gates = len(self.cell.gates)
+        body = self.cell.forward
+
+        def step(x_gates, w_hh, b_hh, *state):
+            h_gates = F.linear(state[0], w_hh, b_hh).float()
+            wide = tuple(s.float() for s in state)
+            new, _ = body(x_gates.float().chunk(gates, -1), h_gates.chunk(gates, -1), wide, ())
+            return (new[0].to(x_gates.dtype), *new[1:])
+
+        torch.compiler.reset()
+        self.step = torch.compile(step, backend=backend, dynamic=False)
+
+    def named_parameters(self, *args, **kwargs):
+        return self.inner.named_parameters(*args, **kwargs)
+
+    def forward(self, input, hx=None):
+        inner, finals = self.inner, []
+        flat = [getattr(inner, name) for name in inner._flat_weights_names]
+        layers = split_weights(self.cell, flat, bias=True, projection=False)
+        for layer, weights in enumerate(layers):
+            x_gates = F.linear(input, weights.w_ih, weights.b_ih)
+            state = tuple(s[layer] for s in (hx if isinstance(hx, tuple) else (hx,))) if (
+                hx is not None
+            ) else tuple(
+                input.new_zeros(input.shape[1], inner.hidden_size) for _ in self.cell.states
+            )  # fmt: skip
+            state = (state[0], *(s.float() for s in state[1:]))
+            outputs = []
+            for t in range(input.shape[0]):
+                state = self.step(x_gates[t], weights.w_hh, weights.b_hh, *state)
+                outputs.append(state[0])
+            input = torch.stack(outputs)
+            finals.append(tuple(s.to(input.dtype) for s in state))
+        return input, as_hx(tuple(torch.stack(parts) for parts in zip(*finals, strict=True)))
+
+
+def _one_plain_layer(shape: Shape) -> str | None:
+    if shape.layers > 1 or shape.bidirectional or shape.lengths or shape.resets or shape.T == 1:
+        return "one padded layer in one direction, from a zero state, is all it has"
+    return None
+
+
+def _flashrnn_refuses(name: str, shape: Shape, device: Device) -> str | None:
+    if importlib.util.find_spec("flashrnn") is None:
+        return "flashrnn is not installed"
+    if device.torch.type != "cuda":
+        return "flashrnn needs a CUDA device"
+    if shape.dtype.startswith("fp32") and name == "flashrnn":
+        return "flashrnn's fused kernel is for 16-bit types"
+    if shape.cell == "gru" and name == "flashrnn":
+        return "flashrnn has no fused GRU"
+    return _one_plain_layer(shape)
+
+
+class FlashRNN(nn.Module):
+    """flashrnn's function as a module with one head, and a linear layer before it.
+
+    Its layouts: Wx [B, T, G, 1, H], R [G, 1, H, H] with rows the new unit, b [G, 1, H]. Its GRU
+    keeps the recurrent part of n first: R is n, r, z, the bias is n (recurrent), r, z, n (input).
+    """
+
+    FUNCTIONS = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "elman"}  # noqa: RUF012
+
+    def __init__(self, problem: Problem, kernel: str):
+        super().__init__()
+        shape, w = problem.shape, problem.weights
+        self.function, self.kernel = self.FUNCTIONS[shape.cell], kernel
+        self.dtype_name = str(problem.dtype).removeprefix("torch.")
+        G, H = shape.gates, shape.H
+        w_hh = w["weight_hh_l0"].view(G, 1, H, H)
+        b_ih, b_hh = w["bias_ih_l0"].view(G, 1, H), w["bias_hh_l0"].view(G, 1, H)
+        if shape.cell == "gru":
+            w_hh = w_hh[[2, 0, 1]]
+            bias = torch.cat([b_hh[2:], b_ih[:2] + b_hh[:2], b_ih[2:]])
+        else:
+            bias = b_ih + b_hh
+        place = {"device": problem.device, "dtype": problem.dtype}
+        self.w_ih = nn.Parameter(w["weight_ih_l0"].to(**place))
+        self.w_hh = nn.Parameter(w_hh.to(**place))
+        self.bias = nn.Parameter(bias.to(**place))
+
+    def forward(self, input, hx=None):
+        from flashrnn import flashrnn  # pyright: ignore[reportMissingImports]
+
+        H = self.w_hh.shape[-1]
+        x_gates = F.linear(input.transpose(0, 1), self.w_ih).unflatten(-1, (-1, 1, H))
+        states, last = flashrnn(
+            x_gates, self.w_hh, self.bias, function=self.function, backend=self.kernel,
+            dtype=self.dtype_name,
+        )  # fmt: skip
+        output = states[0, :, :, 0].transpose(0, 1)  # [S, B, T, 1, H] -> [T, B, H]
+        final = tuple(s.transpose(0, 1) for s in last[:, :, 0])  # [S, B, 1, 1, H] -> [1, B, H]
+        return output, as_hx(final)
+
+
+def _haste_refuses(shape: Shape, device: Device) -> str | None:
+    if importlib.util.find_spec("haste_pytorch") is None:
+        return "haste_pytorch is not installed"
+    if device.torch.type != "cuda":
+        return "haste needs a CUDA device"
+    if not shape.dtype.startswith("fp32"):
+        return "haste computes float32 and float64"
+    if shape.cell not in ("lstm", "gru"):
+        return "haste has no plain RNN"
+    return _one_plain_layer(shape)
+
+
+class Haste(nn.Module):
+    """haste's layer; it takes torch.nn's weights itself, and has no state argument to pass on."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input, hx=None):
+        return self.layer(input)
+
+
+def _haste_module(problem: Problem) -> nn.Module:
+    import haste_pytorch  # pyright: ignore[reportMissingImports]
+
+    shape = problem.shape
+    layer = getattr(haste_pytorch, shape.cell.upper())(shape.I, shape.H).to(problem.device)
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    layer.from_native_weights(*(problem.weights[n].to(problem.device) for n in names))
+    return Haste(layer)

@@ -1,0 +1,210 @@
+"""One point: gate everyone against float64, then time whoever passed, taking turns."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bench import backends
+from bench.backends import Runner
+from bench.device import Device
+from bench.problem import Problem, set_precision
+from bench.shapes import Point
+
+# The norm of the error over the norm of the answer, per tensor. torch.nn, which sets the scale
+# for the others, must stay within ABSOLUTE; whoever else within twice torch.nn's own error, or
+# within FLOOR (a few roundings of the stored states) where torch.nn happens to be closer.
+ABSOLUTE = {"fp32-exact": 1e-4, "fp32-tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
+FLOOR = {"fp32-exact": 1e-5, "fp32-tf32": 1e-3, "fp16": 2e-3, "bf16": 1.6e-2}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure a backend in one pass."""
+
+    seconds: float = 0.3  # of calls, per backend and pass
+    fewest: int = 3
+    most: int = 200
+    rounds: int = 5
+    sets: int = 3  # input sets in rotation
+    memory: bool = True
+
+
+def deviation(runner: Runner, results, answer: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative error over the tensors, and which one has it; inf where NaN."""
+    worst, where = -1.0, ""
+    for name, result in zip(runner.names, results, strict=False):
+        exact = answer[name]
+        if result.shape != exact.shape:
+            return math.inf, f"{name} has shape {tuple(result.shape)}, not {tuple(exact.shape)}"
+        norm = exact.norm().item()
+        error = (result.double() - exact).norm().item() / (norm or 1.0)
+        if math.isnan(error):
+            error = math.inf
+        if error > worst:
+            worst, where = error, name
+    return worst, where
+
+
+def limit(dtype: str, torch_nn: float | None) -> float:
+    """The error that a backend may have, given torch.nn's (None: for torch.nn itself)."""
+    if torch_nn is None:
+        return ABSOLUTE[dtype]
+    return max(2 * torch_nn, FLOOR[dtype])
+
+
+class BrokenDevice(RuntimeError):
+    """Nothing more can be measured in this process (an illegal access, say)."""
+
+
+def measure(
+    point: Point, which: str, device: Device, effort: Effort, floor_seconds: float | None = None
+) -> tuple[list[dict], dict[str, str]]:
+    """The rows of a point in one pass, and why backends were left out.
+
+    A row whose result is wrong, or that failed, has an `error` and no time.
+
+    Raises:
+        BrokenDevice: the device cannot go on.
+    """
+    shape = point.shape
+    left_out, rows, runners = {}, [], {}
+    with_nn = ("torch_nn", *(n for n in point.backends if n != "torch_nn"))
+    set_precision(shape.dtype)
+    problem = Problem(shape, device.torch, effort.sets)
+    torch_nn_error = None
+    for name in with_nn:
+        why = backends.refuses(name, shape, device)
+        if why is None and name == "triton" and "auto" in runners:
+            auto = runners["auto"].ran_on
+            why = "auto takes it already" if auto == "triton" else None
+        if why is not None:
+            left_out[name] = why
+            continue
+        row = {**shape.fields(), "tier": point.tier, "pass": which, "backend": name}
+        row |= dict.fromkeys(FIELDS)
+        rows.append(row)
+        try:
+            start = time.perf_counter()
+            runner = backends.build(name, problem, which, device)
+            results = runner.run(0)
+            device.synchronize()
+            row["first_call_s"] = round(time.perf_counter() - start, 4)
+            row["ran_on"] = runner.ran_on or name
+            error, where = deviation(runner, results, problem.answer(which))
+            del results
+        except Exception as failure:
+            row["error"] = describe(failure)
+            _stop_if_broken(failure, row, rows)
+            continue
+        allowed = limit(shape.dtype, torch_nn_error)
+        row["deviation"], row["deviation_limit"] = round_to(error, 3), round_to(allowed, 3)
+        if name == "torch_nn":
+            torch_nn_error = min(error, ABSOLUTE[shape.dtype])
+        if error > allowed:
+            row["error"] = f"wrong: {where} is off by {error:.2e}, allowed {allowed:.2e}"
+            continue
+        runners[name] = runner
+    by_name = {row["backend"]: row for row in rows}
+    try:
+        samples = take_turns(runners, device, effort)
+        for name, times in samples.items():
+            row, runner = by_name[name], runners[name]
+            row |= statistics_of(times)
+            row["floor_ms"] = None if floor_seconds is None else round_to(floor_seconds * 1e3, 4)
+            row["cache"] = device.cache
+            sets = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
+            host = device.host_seconds(sets * 4)
+            row["host_us"] = None if host is None else round(host * 1e6, 1)
+            if effort.memory and runner.memory_counts:
+                row["peak_bytes"] = device.peak_bytes(sets[0])
+    except Exception as failure:
+        for row in rows:
+            row["error"] = row["error"] or describe(failure)
+            row["ms"] = None
+        _stop_if_broken(failure, rows[-1], rows)
+    add_ratios(rows)
+    return rows, left_out
+
+
+# Of every row, besides the shape, the pass and the backend.
+FIELDS = (
+    "ran_on", "ms", "ms_p10", "ms_p90", "calls", "ms_torch_nn", "ratio", "floor_ms",
+    "floor_ratio", "host_us", "first_call_s", "peak_bytes", "cache", "deviation",
+    "deviation_limit", "error",
+)  # fmt: skip
+
+
+def take_turns(
+    runners: dict[str, Runner], device: Device, effort: Effort
+) -> dict[str, list[float]]:
+    """Seconds of calls. The backends alternate, so that a drift of the machine meets them all."""
+    share, estimates = {}, {}
+    for name, runner in runners.items():  # warm-up, and an estimate
+        calls = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
+        estimates[name] = statistics.median(device.time_calls(calls))
+        wanted = effort.seconds / max(estimates[name], 1e-7)
+        count = min(max(wanted, effort.fewest), effort.most)
+        share[name] = math.ceil(count / effort.rounds)
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+    names = list(runners)
+    for turn in range(effort.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
+            done = len(samples[name])
+            # A slow backend is not called again once it has its fewest and its time is spent.
+            if done >= effort.fewest and sum(samples[name]) > effort.seconds:
+                continue
+            run = runners[name].run
+            sets = [(done + k) % effort.sets for k in range(share[name])]
+            samples[name] += device.time_calls([lambda run=run, i=i: run(i) for i in sets])
+    return samples
+
+
+def statistics_of(times: list[float]) -> dict:
+    """Median and quantiles, in milliseconds."""
+    ordered = sorted(times)
+    at = lambda q: ordered[min(int(q * len(ordered)), len(ordered) - 1)]  # noqa: E731
+    return {
+        "ms": round_to(statistics.median(ordered) * 1e3, 5),
+        "ms_p10": round_to(at(0.1) * 1e3, 5),
+        "ms_p90": round_to(at(0.9) * 1e3, 5),
+        "calls": len(ordered),
+    }
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """`ratio` = ms_torch_nn / ms of rows measured together, `floor_ratio` = ms / floor_ms."""
+    torch_nn = next((r["ms"] for r in rows if r["backend"] == "torch_nn"), None)
+    for row in rows:
+        if row["ms"] is None:
+            continue
+        row["ms_torch_nn"] = torch_nn
+        row["ratio"] = None if torch_nn is None else round_to(torch_nn / row["ms"], 4)
+        if row["floor_ms"]:
+            row["floor_ratio"] = round_to(row["ms"] / row["floor_ms"], 4)
+
+
+def describe(failure: Exception) -> str:
+    if isinstance(failure, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _stop_if_broken(failure: Exception, row: dict, rows: list[dict]) -> None:
+    text = str(failure)
+    sticky = ("illegal memory access", "unspecified launch failure", "misaligned address",
+              "device-side assert", "illegal instruction")  # fmt: skip
+    if any(word in text for word in sticky):
+        broken = BrokenDevice(describe(failure))
+        broken.rows = rows  # pyright: ignore[reportAttributeAccessIssue]
+        raise broken from failure
+
+
+def round_to(value: float, digits: int) -> float | None:
+    """`value` with that many significant digits; None where it is no finite number."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

@@ -1,0 +1,296 @@
+"""What is measured: the grid, the named workloads, the cost curves, and in which order.
+
+A full grid has tens of thousands of points, more than any time box holds. So every plan is an
+order: what decides most comes first, and the rest of the grid follows in a fixed shuffle, so
+that a run cut off anywhere leaves an unbiased sample of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+PASSES = ("forward", "training", "inference")
+DTYPES = ("bf16", "fp16", "fp32-tf32", "fp32-exact")
+CELLS = ("lstm", "gru", "rnn_tanh")
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+T_GRID = (64, 256, 1024)
+B_GRID = (1, 8, 16, 32, 64, 128, 256)
+H_GRID = (64, 128, 256, 300, 512, 768, 1024)
+LAYERS_GRID = (1, 2, 4)
+PLANE_T = 256  # the heat maps are planes H x B at this length
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem. `lengths` names a distribution for packed input, "" is padded to full length.
+
+    `name` is for people and does not change what is computed.
+    """
+
+    cell: str
+    dtype: str
+    T: int
+    B: int
+    I: int
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+    lengths: str = ""
+    resets: bool = False
+    name: str = ""
+
+    @property
+    def gates(self) -> int:
+        return GATES[self.cell]
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def key(self) -> str:
+        """What is computed, in one line; the identity of a result."""
+        parts = [self.cell, self.dtype, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
+        parts += [f"L{self.layers}"] if self.layers > 1 else []
+        parts += ["bi"] if self.bidirectional else []
+        parts += [f"packed-{self.lengths}"] if self.lengths else []
+        parts += ["resets"] if self.resets else []
+        return " ".join(parts)
+
+    def fields(self) -> dict:
+        """As a results row has it."""
+        row = asdict(self)
+        lengths = row.pop("lengths")
+        return {**row, "packed": bool(lengths), "lengths": lengths}
+
+    def tiny(self) -> Shape:
+        """The same code paths in almost no time."""
+        return replace(self, T=min(self.T, 5), B=min(self.B, 3), I=min(self.I, 6), H=min(self.H, 8))
+
+
+def of_row(row: dict) -> Shape:
+    """The shape that a results row was measured on."""
+    names = Shape.__dataclass_fields__
+    return Shape(**{name: row[name] for name in names if name in row})
+
+
+@dataclass(frozen=True)
+class Point:
+    """A shape to measure, in which passes and against whom."""
+
+    shape: Shape
+    tier: str
+    backends: tuple[str, ...]
+    passes: tuple[str, ...] = PASSES
+
+
+EVERYONE = (
+    "torch_nn",
+    "auto",
+    "triton",
+    "triton_states",
+    "triton_graph",
+    "torch_nn_graph",
+    "reference",
+    "reference_graph",
+    "reference_compile",
+    "flashrnn",
+    "flashrnn_alternating",
+    "haste",
+)
+CLOSE = ("torch_nn", "auto", "triton", "triton_states", "torch_nn_graph")
+TWO = ("torch_nn", "auto", "triton")
+CURVE = ("torch_nn", "auto", "triton_states", "reference")
+
+
+def length_list(distribution: str, T: int, B: int, seed: int = 0) -> list[int]:
+    """B sequence lengths, longest first, the longest being T.
+
+    "text": log-normal, as sentences are (median a third of the longest, sigma 0.6).
+    "speech": most utterances near the longest, a tail of short ones, as in read speech.
+    "uniform": every length from 1 to T.
+
+    Raises:
+        ValueError: another name.
+    """
+    random_ = random.Random(f"{distribution} {T} {B} {seed}")
+    draw = {
+        "text": lambda: T / 3 * random_.lognormvariate(0, 0.6),
+        "speech": lambda: T * random_.betavariate(4, 1.2),
+        "uniform": lambda: T * random_.random(),
+    }
+    if distribution not in draw:
+        raise ValueError(f"distribution must be one of {sorted(draw)}, got {distribution!r}")
+    lengths = [min(max(round(draw[distribution]()), 1), T) for _ in range(B)]
+    lengths[0] = T
+    return sorted(lengths, reverse=True)
+
+
+def steps_in(shape: Shape) -> int:
+    """Time steps that exist, summed over the rows."""
+    if not shape.lengths:
+        return shape.T * shape.B
+    return sum(length_list(shape.lengths, shape.T, shape.B))
+
+
+def hardest(dtype: str = "fp16") -> Shape:
+    """The point where cuDNN is at its best."""
+    return Shape("lstm", dtype, 1024, 16, 768, 768, name="hardest point")
+
+
+def headline() -> Iterator[Shape]:
+    """What the goals of the project are about, one shape each."""
+    yield hardest("fp16")
+    yield hardest("bf16")
+    yield Shape("gru", "bf16", 256, 32, 512, 512)
+    yield Shape("lstm", "bf16", 256, 32, 512, 512)
+    yield Shape("lstm", "bf16", 256, 32, 512, 512, bidirectional=True)
+    yield Shape("lstm", "bf16", 256, 32, 512, 512, layers=4)
+    yield Shape("lstm", "bf16", 256, 32, 512, 512, lengths="text")
+    yield Shape("lstm", "fp32-tf32", 256, 32, 512, 512)
+    yield Shape("gru", "fp16", 1024, 16, 768, 768)
+    yield Shape("gru", "fp32-tf32", 256, 16, 1024, 1024)
+    yield Shape("lstm", "fp32-exact", 256, 32, 512, 512)
+
+
+def workloads(dtype: str) -> Iterator[Shape]:
+    """Networks that people run."""
+    yield Shape(
+        "lstm", dtype, 400, 16, 80, 768, 5, True, "speech", name="speech encoder, 5x768 both ways"
+    )
+    yield Shape("lstm", dtype, 128, 64, 512, 512, 3, name="character LM, 3x512")
+    yield Shape("lstm", dtype, 96, 64, 7, 128, 2, name="time series, 2x128")
+    yield Shape("lstm", dtype, 128, 128, 256, 256, resets=True, name="RL rollout, 1x256, resets")
+    yield Shape("lstm", dtype, 64, 32, 100, 256, 2, True, "text", name="tagging BiLSTM, 2x256")
+    for cell in CELLS:
+        yield Shape(cell, dtype, 64, 64, 300, 300, 3, name=f"lecture exercise, {cell} 3x300")
+    yield Shape("lstm", dtype, 784, 128, 1, 128, name="MNIST pixel by pixel, 1x128")
+    yield Shape("lstm", dtype, 1, 1, 512, 512, name="decoding, one step")
+
+
+def plane(cell: str, dtype: str) -> list[Shape]:
+    """H x B at one length and one layer: a heat map."""
+    return [Shape(cell, dtype, PLANE_T, B, H, H) for H, B in product(H_GRID, B_GRID)]
+
+
+def grid() -> Iterator[Shape]:
+    """Everything, input as wide as the hidden state."""
+    for cell, dtype, T, B, H, layers, both, lengths in product(
+        CELLS, DTYPES, T_GRID, B_GRID, H_GRID, LAYERS_GRID, (False, True), ("", "text")
+    ):
+        yield Shape(cell, dtype, T, B, H, H, layers, both, lengths)
+
+
+def in_grid(shape: Shape) -> bool:
+    """Whether `grid` has this shape."""
+    return (
+        not shape.resets
+        and shape.I == shape.H
+        and shape.T in T_GRID
+        and shape.B in B_GRID
+        and shape.H in H_GRID
+        and shape.layers in LAYERS_GRID
+        and shape.lengths in ("", "text")
+    )
+
+
+GPU_BASE = Shape("lstm", "bf16", 256, 32, 512, 512)
+CPU_BASE = Shape("lstm", "fp32-exact", 64, 16, 128, 128)
+GPU_CURVES = {
+    "T": (32, 64, 128, 256, 512, 1024, 2048),
+    "B": (1, 4, 16, 64, 256),
+    "H": (64, 128, 256, 512, 768, 1024, 1536),
+    "layers": (1, 2, 4, 8),
+}
+CPU_CURVES = {
+    "T": (8, 16, 32, 64, 128, 256),
+    "B": (1, 4, 16, 64),
+    "H": (32, 64, 128, 256, 512),
+    "layers": (1, 2, 4, 8),
+}
+
+
+def curve(base: Shape, axis: str, values: tuple[int, ...]) -> list[Shape]:
+    """`base` with one dimension varied; I follows H."""
+    return [
+        replace(shape, I=shape.H)
+        for shape in (replace(base, **{axis: value}, name="") for value in values)
+    ]
+
+
+def curves(base: Shape, values: dict[str, tuple[int, ...]]) -> list[Shape]:
+    return [shape for axis in values for shape in curve(base, axis, values[axis])]
+
+
+def gpu_plan() -> list[Point]:
+    """The full run: goals, workloads, planes, curves, then the rest of the grid, shuffled."""
+    points = [Point(s, "headline", EVERYONE) for s in headline()]
+    for dtype in ("bf16", "fp32-tf32"):
+        points += [Point(s, "workloads", CLOSE) for s in workloads(dtype)]
+    shuffle = random.Random(0).shuffle
+    for dtype in ("bf16", "fp16", "fp32-tf32", "fp32-exact"):
+        for cell in CELLS:
+            shapes = plane(cell, dtype)
+            shuffle(shapes)
+            points += [Point(s, "planes", TWO) for s in shapes]
+    at = next(i for i, p in enumerate(points) if p.tier == "planes") + 2 * 49
+    points[at:at] = [
+        Point(s, "curves", CURVE, ("training", "inference")) for s in curves(GPU_BASE, GPU_CURVES)
+    ]
+    rest = list(grid())
+    shuffle(rest)
+    points += [Point(s, "grid", TWO, ("training", "inference")) for s in rest]
+    return _without_repeats(points)
+
+
+def cpu_plan() -> list[Point]:
+    """What a CPU does in two minutes: small workloads, the cost curves, a small plane."""
+    names = ("torch_nn", "auto", "reference")
+    dtype = "fp32-exact"
+    points = [
+        Point(Shape("lstm", dtype, 64, 16, 128, 128), "headline", names),
+        Point(Shape("gru", dtype, 64, 16, 128, 128), "headline", names),
+        Point(Shape("rnn_tanh", dtype, 64, 16, 128, 128), "headline", names),
+        Point(Shape("lstm", dtype, 64, 16, 128, 128, bidirectional=True), "headline", names),
+        Point(Shape("lstm", dtype, 64, 16, 128, 128, lengths="text"), "headline", names),
+        Point(Shape("lstm", dtype, 96, 32, 7, 128, 2, name="time series, 2x128"), "workloads",
+              names),
+        Point(Shape("lstm", dtype, 64, 16, 64, 64, resets=True, name="RL rollout, 1x64, resets"),
+              "workloads", names),
+        Point(Shape("lstm", dtype, 64, 16, 100, 64, 2, True, "text",
+                    name="tagging BiLSTM, 2x64"), "workloads", names),
+        Point(Shape("lstm", dtype, 1, 1, 512, 512, name="decoding, one step"), "workloads", names),
+    ]  # fmt: skip
+    points += [
+        Point(s, "curves", names, ("training", "inference")) for s in curves(CPU_BASE, CPU_CURVES)
+    ]
+    points += [
+        Point(Shape("gru", dtype, 32, B, H, H), "planes", ("torch_nn", "auto"), ("inference",))
+        for H, B in product((64, 128, 256), (1, 8, 32))
+    ]
+    return _without_repeats(points)
+
+
+def tiny_plan(points: list[Point] | None = None) -> list[Point]:
+    """Every kind of point of the full run once, at a size that takes milliseconds."""
+    chosen = gpu_plan() if points is None else points
+    seen: dict[tuple, Point] = {}
+    for point in chosen:
+        shape = replace(point.shape.tiny(), layers=min(point.shape.layers, 2))
+        kind = (point.tier, replace(shape, T=0, B=0, I=0, H=0, name=""))
+        if point.tier == "grid" and len(seen) > 60:
+            break
+        seen.setdefault(kind, replace(point, shape=shape))
+    return _without_repeats(list(seen.values()))
+
+
+def _without_repeats(points: list[Point]) -> list[Point]:
+    """The first point of every shape."""
+    first: dict[str, Point] = {}
+    for point in points:
+        first.setdefault(point.shape.key, point)
+    return list(first.values())
