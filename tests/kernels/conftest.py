@@ -1,9 +1,14 @@
-"""Kernels run in Triton's interpreter here, which must be chosen before triton is imported."""
+"""Kernels run in Triton's interpreter here, which must be chosen before they are imported."""
 
 import os
 import sys
 from pathlib import Path
 
+if "fusedrnn.kernels" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError(
+        "fusedrnn.kernels is imported already, for compilation: run tests/kernels by itself, or "
+        "with TRITON_INTERPRET=1"
+    )
 os.environ["TRITON_INTERPRET"] = "1"
 
 # importlib mode leaves sys.path alone; the helpers beside this file are imported by name.
