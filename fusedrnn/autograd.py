@@ -496,19 +496,20 @@ class AtenStack(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
             outputs = run(*inputs)
-        ctx.again, ctx.inputs, ctx.outputs = again, inputs, outputs
-        ctx.save_for_backward(*tensors)
+        ctx.again = again
+        # Saved rather than kept, so that autograd frees cuDNN's graph when it frees this node's.
+        ctx.save_for_backward(*tensors, *inputs, *outputs)
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx, *d_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
-        tensors = ctx.saved_tensors
+        n = len(ctx.needs_input_grad) - 2
+        tensors, inputs = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n]
+        outputs = ctx.saved_tensors[2 * n :]
         create_graph = torch.is_grad_enabled()
         if create_graph:
             inputs = [t.view_as(t) for t in tensors]
             outputs = ctx.again(*inputs)
-        else:
-            inputs, outputs = ctx.inputs, ctx.outputs
         wanted = [t for t in inputs if t.requires_grad]
         found = iter(
             torch.autograd.grad(

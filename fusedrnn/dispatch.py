@@ -117,8 +117,7 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
-@functools.cache
-def triton_missing() -> str | None:
+def _triton_missing() -> str | None:
     """Why Triton cannot be used in this process at all, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
@@ -129,15 +128,18 @@ def triton_missing() -> str | None:
     return None
 
 
+# Found out once, at import, so that torch.compile need not trace the search.
+TRITON_MISSING = _triton_missing()
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter, which runs kernels on a CPU, is switched on."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def triton_refuses(call: Call) -> str | None:
-    missing = triton_missing()
-    if missing:
-        return missing
+    if TRITON_MISSING:
+        return TRITON_MISSING
     if call.transformed:
         return "torch.func transforms and forward-mode AD need plain torch operators"
     if call.device == "cpu" and not interpreted():
