@@ -9,6 +9,8 @@ parametrizations and re-assigned parameters need no further care.
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,30 @@ from fusedrnn.regularizers import Regularizers
 TORCH_CLASSES: dict[str, type[nn.Module]] = {
     name: getattr(nn, name) for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 }
+
+
+def _shown_as(**differences) -> Callable:
+    """Gives an `__init__(self, *args, **kwargs)` the signature that it documents.
+
+    `help` reads it, and torch.nn.utils.skip_init, which looks for `device`. It is RNNBase's
+    with `differences`: a name with None is left out, one with a value follows num_layers.
+    """
+    own = inspect.signature(nn.RNNBase.__init__).parameters.values()
+    shown = []
+    for parameter in own:
+        if parameter.name != "mode" and differences.get(parameter.name, "") is not None:
+            shown.append(parameter)
+        if parameter.name == "num_layers":
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            added = [(name, value) for name, value in differences.items() if value is not None]
+            shown += [inspect.Parameter(name, kind, default=value) for name, value in added]
+    shown.append(inspect.Parameter("ours", inspect.Parameter.VAR_KEYWORD))
+
+    def decorate(init):
+        init.__signature__ = inspect.Signature(shown)
+        return init
+
+    return decorate
 
 
 class RecurrentModule(nn.RNNBase):
@@ -238,6 +264,7 @@ class LSTM(RecurrentModule):
         >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
     """
 
+    @_shown_as()
     def __init__(self, *args, **kwargs):
         super().__init__("LSTM", *args, **kwargs)
 
@@ -298,6 +325,7 @@ class GRU(RecurrentModule):
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
     """
 
+    @_shown_as(proj_size=None)
     def __init__(self, *args, **kwargs):
         if "proj_size" in kwargs:
             raise ValueError("proj_size: only LSTM has projections, not RNN or GRU")
@@ -353,6 +381,7 @@ class RNN(RecurrentModule):
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
     """
 
+    @_shown_as(proj_size=None, nonlinearity="tanh")
     def __init__(self, *args, **kwargs):
         if "proj_size" in kwargs:
             raise ValueError("proj_size: only LSTM has projections, not RNN or GRU")
@@ -407,6 +436,11 @@ class LSTMCell(CellModule, nn.LSTMCell):
 
     cell_name = "lstm"
 
+    def __init__(
+        self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None
+    ):
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
+
 
 class GRUCell(CellModule, nn.GRUCell):
     """One step of a GRU; replaces torch.nn.GRUCell. Equations as in `fusedrnn.GRU`.
@@ -424,6 +458,11 @@ class GRUCell(CellModule, nn.GRUCell):
 
     cell_name = "gru"
 
+    def __init__(
+        self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None
+    ):
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
+
 
 class RNNCell(CellModule, nn.RNNCell):
     """One step of a simple RNN; replaces torch.nn.RNNCell. Equations as in `fusedrnn.RNN`.
@@ -438,6 +477,21 @@ class RNNCell(CellModule, nn.RNNCell):
         RuntimeError, ValueError: the argument, what was expected, what came.
     Source: Elman 1990, doi:10.1207/s15516709cog1402_1.
     """
+
+    def __init__(
+        self,
+        input_size,
+        hidden_size,
+        bias=True,
+        nonlinearity="tanh",
+        device=None,
+        dtype=None,
+        *,
+        backend=None,
+    ):
+        super().__init__(
+            input_size, hidden_size, bias, nonlinearity, device, dtype, backend=backend
+        )
 
     @property
     def cell_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
