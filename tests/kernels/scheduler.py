@@ -25,9 +25,10 @@ from typing import Any
 
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from fusedrnn.kernels import sync
 from races import Access, Detector
 from triton._C.libtriton import ir
+
+from fusedrnn.kernels import sync
 
 BUILDER = interpreter.interpreter_builder
 IDLE_POLLS = 3  # a program that has polled in vain so often is waiting, not reading twice
@@ -244,11 +245,11 @@ class _Session:
         if self.launch is not None:
             self.launch.version += 1
 
-    # Memory. Triton 3.9 merges the two cache arguments into one policy.
+    # Memory. Triton 3.9 merges the two cache arguments into one policy, made of their names.
 
     def masked_load(self, pointers: Any, mask: Any, other: Any, cache: Any, *rest: Any) -> Any:
         volatile = bool(rest[-1])
-        bypass = volatile or cache == ir.CACHE_MODIFIER.CG
+        bypass = volatile or cache in (ir.CACHE_MODIFIER.CG, "cg")
         if bypass:
             self.step_aside("load", pointers)
         if self.detector is not None:
