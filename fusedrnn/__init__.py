@@ -12,6 +12,7 @@ from fusedrnn.explain import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.regularizers import Regularizers
 from fusedrnn.replace import replace_modules, restore_modules
+from fusedrnn.streaming import Stream
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "Regularizers",
+    "Stream",
     "explain",
     "functional",
     "replace_modules",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cells, dispatch, functional, regularizers
+from fusedrnn import cells, dispatch, functional, regularizers, streaming
 from fusedrnn.regularizers import Regularizers
 
 # torch's own classes, kept here: a program may put ours in their place in torch.nn.
@@ -195,6 +195,23 @@ class RecurrentModule(nn.RNNBase):
                     f"input, got {state.dtype} on {state.device}"
                 )
         return tuple(hx)
+
+    def step(self, x: Tensor, state=None):
+        """One time step, for decoding and rollouts: output, state = module.step(x, state).
+
+        Args:
+            x: [B, I] or [I].
+            state: None at the start, then what the last step returned; as hx.
+        Returns:
+            output [B, H] or [H], state. They equal those of the sequence call.
+        Raises:
+            ValueError, RuntimeError: see `fusedrnn.streaming.step`.
+        """
+        return streaming.step(self, x, state)
+
+    def stream(self, state=None, *, detach: bool = True) -> streaming.Stream:
+        """A `fusedrnn.Stream`, which carries the state from one chunk to the next."""
+        return streaming.Stream(self, state, detach=detach)
 
     def extra_repr(self) -> str:
         own = self.regularizers

@@ -1,0 +1,220 @@
+"""One step at a time, and one chunk at a time: decoding, rollouts, truncated backpropagation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrnn import cells, dispatch, functional
+
+CELLS = {
+    "lstm": torch.lstm_cell,
+    "gru": torch.gru_cell,
+    "rnn_tanh": torch.rnn_tanh_cell,
+    "rnn_relu": torch.rnn_relu_cell,
+}
+
+
+def step(module, x: Tensor, state=None):
+    """One time step of all layers; what `module.step` calls.
+
+    The layers run one by one through torch's operators for a single step, which, unlike those
+    for sequences, prepare nothing for steps to come. A forced backend, a projection or a
+    regulariser takes the way of a sequence of one step.
+
+    Args:
+        module: an LSTM, GRU or RNN, not bidirectional.
+        x: [B, I] or [I].
+        state: as the module's hx: [L, B, H] or [L, H], a pair of these for an LSTM; None for
+            zeros.
+    Returns:
+        output [B, H] or [H], and the next state.
+    Raises:
+        ValueError: a bidirectional module, or x of another number of dimensions.
+        RuntimeError: a shape; or a regulariser that draws one mask for a whole sequence.
+    Numerics: equal to the sequence call but for the rounding of another order of summation.
+    """
+    name = type(module).__name__
+    if module.bidirectional:
+        raise ValueError(f"{name}.step: {needs_one_direction}")
+    if x.dim() not in (1, 2):
+        raise ValueError(f"{name}.step: x: expected [B, I] or [I], got shape {tuple(x.shape)}")
+    if x.shape[-1] != module.input_size:
+        raise RuntimeError(
+            f"{name}.step: x: expected size(-1) to be input_size={module.input_size}, "
+            f"got shape {tuple(x.shape)}"
+        )
+    own = module.regularizers
+    if own is not None and module.training and own.stochastic():
+        raise RuntimeError(
+            f"{name}.step: expected a module in evaluation mode (module.eval()), got one in "
+            f"training with {own}: its masks belong to whole sequences"
+        )
+    mode = module.mode.lower()
+    states = _states(module, name, mode, x, state)
+    weights = [getattr(module, n) for n in module._flat_weights_names]
+    plain = dispatch.forced_backend(module.backend) in ("auto", "aten")
+    unbatched = x.dim() == 1
+    if unbatched:
+        x, states = x.unsqueeze(0), tuple(s.unsqueeze(1) for s in states)
+    if plain and not module.proj_size and own is None:
+        output, final = _step_by_cells(module, mode, x, states, weights)
+    else:
+        output, final = _step_by_sequence(module, mode, x, states, weights)
+    if unbatched:
+        output, final = output.squeeze(0), tuple(f.squeeze(1) for f in final)
+    return output, final if len(final) > 1 else final[0]
+
+
+def _step_by_sequence(module, mode, x, states, weights):
+    """All layers as a sequence of one step."""
+    output, final = functional.recurrent(
+        mode,
+        x.unsqueeze(0),
+        states,
+        weights,
+        hidden_size=module.hidden_size,
+        bias=module.bias,
+        num_layers=module.num_layers,
+        dropout=module.dropout,
+        training=module.training,
+        proj_size=module.proj_size,
+        backend=module.backend,
+        save=module.save,
+        regularizers=module.regularizers,
+    )
+    return output.squeeze(0), final
+
+
+def _step_by_cells(module, mode, x, states, weights):
+    """All layers by torch's operators for one step."""
+    function = CELLS[mode]
+    layers, size = module.num_layers, len(weights) // module.num_layers
+    columns = [s.unbind(0) for s in states]
+    finals = []
+    for layer in range(layers):
+        if layer and module.dropout:
+            x = F.dropout(x, module.dropout, module.training)
+        own = weights[layer * size : (layer + 1) * size]
+        previous = tuple(c[layer] for c in columns)
+        final = function(x, previous if len(previous) > 1 else previous[0], *own)
+        final = final if isinstance(final, tuple) else (final,)
+        finals.append(final)
+        x = final[0]
+    stacked = tuple(
+        parts[0].unsqueeze(0) if layers == 1 else torch.stack(parts)
+        for parts in zip(*finals, strict=True)
+    )
+    return x, stacked
+
+
+def _states(module, name, mode, x, state) -> tuple[Tensor, ...]:
+    names = cells.get(mode).states
+    layers, rows = module.num_layers, x.shape[:-1]
+    widths = (module.proj_size or module.hidden_size, module.hidden_size)
+    if state is None:
+        return tuple(
+            torch.zeros((layers, *rows, w), dtype=x.dtype, device=x.device)
+            for w in widths[: len(names)]
+        )
+    states = state if isinstance(state, (tuple, list)) else (state,)
+    if len(states) != len(names):
+        raise TypeError(f"{name}.step: state: expected {names}, got {len(states)} tensor(s)")
+    for one, which, width in zip(states, names, widths, strict=False):
+        if one.shape != (layers, *rows, width):
+            raise RuntimeError(
+                f"{name}.step: state ({which}): expected shape {(layers, *rows, width)}, "
+                f"got {tuple(one.shape)}"
+            )
+    return tuple(states)
+
+
+needs_one_direction = (
+    "expected a unidirectional module, got bidirectional=True: the reverse direction needs the "
+    "end of the sequence first"
+)
+
+
+class Stream:
+    """A module that goes on where it stopped: carries the state from chunk to chunk.
+
+    Chunk by chunk equals one long pass forward. Backward stops at the beginning of each chunk,
+    since the state is detached there: truncated backpropagation through time (Williams & Peng
+    1990).
+
+    Args:
+        module: an LSTM, GRU or RNN, not bidirectional.
+        state: where to begin, as hx; None for zeros.
+        detach: False lets gradients cross from chunk to chunk.
+    Attributes:
+        state: the state after the last chunk, as hx, or None before the first. Save it and set
+            it to go back.
+    Raises:
+        TypeError, ValueError: not a module of fusedrnn, or a bidirectional one.
+
+    Example::
+
+        >>> stream = rnn.stream()
+        >>> for chunk, first in chunks:              # [T, B, I]; bool [T, B], where episodes begin
+        ...     loss = criterion(stream(chunk, reset=first))
+        ...     loss.backward()
+    """
+
+    def __init__(self, module, state=None, *, detach: bool = True):
+        if not hasattr(module, "regularizers"):
+            raise TypeError(
+                f"module: expected an LSTM, GRU or RNN of fusedrnn, got {type(module).__name__}"
+            )
+        if module.bidirectional:
+            raise ValueError(f"{type(module).__name__}.stream: {needs_one_direction}")
+        self.module = module
+        self.detach = detach
+        self.state = state
+
+    def __call__(self, input, *, lengths: Tensor | None = None, reset=None):
+        """The next chunk, as the module takes it; returns its output."""
+        output, self.state = self.module(input, self._begin(), lengths=lengths, reset=reset)
+        return output
+
+    def step(self, x: Tensor) -> Tensor:
+        """The next time step: x [B, I] -> output [B, H]."""
+        output, self.state = step(self.module, x, self._begin())
+        return output
+
+    def reset(self, rows: Tensor | None = None, state=None) -> None:
+        """Begins anew before the next chunk: episodes that ended with the last one.
+
+        Args:
+            rows: bool [B]; None for all.
+            state: what they begin with, as hx, in which 1 may stand for B; None for zeros.
+        Raises:
+            TypeError, RuntimeError: rows that are not bool [B].
+        """
+        if self.state is None:
+            if state is not None:
+                raise RuntimeError("reset: state: expected a stream that has begun, got none yet")
+            return
+        states = self.state if isinstance(self.state, (tuple, list)) else (self.state,)
+        B = states[0].shape[1]
+        if rows is None:
+            rows = torch.ones(B, dtype=torch.bool, device=states[0].device)
+        if not isinstance(rows, Tensor) or rows.dtype != torch.bool:
+            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"reset: rows: expected a bool tensor ({B},), got {kind}")
+        if rows.shape != (B,):
+            raise RuntimeError(f"reset: rows: expected shape ({B},), got {tuple(rows.shape)}")
+        if state is None:
+            fresh = tuple(torch.zeros_like(s) for s in states)
+        else:
+            fresh = state if isinstance(state, (tuple, list)) else (state,)
+        new = tuple(torch.where(rows[:, None], f, s) for f, s in zip(fresh, states, strict=True))
+        self.state = new if len(new) > 1 else new[0]
+
+    def _begin(self):
+        state = self.state
+        if state is None or not self.detach:
+            return state
+        if isinstance(state, (tuple, list)):
+            return tuple(s.detach() for s in state)
+        return state.detach()

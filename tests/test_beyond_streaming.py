@@ -1,0 +1,239 @@
+"""step and stream: equal to the sequence call, gradients cut where they should be."""
+
+import functools
+
+import pytest
+import torch
+
+import fusedrnn
+
+T, B, I, H = 12, 3, 4, 5
+MODULES = {
+    "lstm": fusedrnn.LSTM,
+    "lstm-projected": functools.partial(fusedrnn.LSTM, proj_size=3),
+    "gru": fusedrnn.GRU,
+    "rnn_tanh": fusedrnn.RNN,
+    "rnn_relu": functools.partial(fusedrnn.RNN, nonlinearity="relu"),
+}
+each_module = pytest.mark.parametrize("name", MODULES)
+layers = pytest.mark.parametrize("num_layers", [1, 3])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def states(hx):
+    return hx if isinstance(hx, tuple) else (hx,)
+
+
+def assert_states(found, expected, **tolerance):
+    for one, other in zip(states(found), states(expected), strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def walk(module, x, state=None):
+    outputs = []
+    for x_t in x:
+        output, state = module.step(x_t, state)
+        outputs.append(output)
+    return torch.stack(outputs), state
+
+
+@layers
+@pytest.mark.parametrize("backend", [None, "aten", "reference"])
+@pytest.mark.parametrize("bias", [True, False])
+@each_module
+def test_steps_equal_the_sequence(name, bias, backend, num_layers):
+    module = MODULES[name](
+        I, H, num_layers, bias=bias, backend=backend, batch_first=True, dtype=torch.float64
+    )
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    output, state = walk(module, x)
+    expected, final = module(x.transpose(0, 1))
+    torch.testing.assert_close(output, expected.transpose(0, 1), rtol=1e-13, atol=1e-13)
+    assert_states(state, final, rtol=1e-13, atol=1e-13)
+
+    cotangent = torch.randn_like(output)
+    wanted = [x, *module.parameters()]
+    found = torch.autograd.grad(output, wanted, cotangent)
+    exact = torch.autograd.grad(expected.transpose(0, 1), wanted, cotangent)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@layers
+@each_module
+def test_steps_from_a_state_and_unbatched(name, num_layers):
+    module = MODULES[name](I, H, num_layers, dtype=torch.float64).eval()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    _, start = module(torch.randn_like(x))
+    output, state = walk(module, x, start)
+    expected, final = module(x, start)
+    torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-13)
+    assert_states(state, final, rtol=1e-13, atol=1e-13)
+    for backend in (None, "reference"):
+        module.backend = backend
+        alone, last = walk(module, x[:, 1], None)
+        expected, final = module(x[:, 1])
+        torch.testing.assert_close(alone, expected, rtol=1e-13, atol=1e-13)
+        assert_states(last, final, rtol=1e-13, atol=1e-13)
+
+
+def test_step_does_not_change_the_state_it_is_given():
+    module = fusedrnn.LSTM(I, H, 2)
+    state = (torch.randn(2, B, H), torch.randn(2, B, H))
+    kept = tuple(s.clone() for s in state)
+    module.step(torch.randn(B, I), state)
+    assert all(map(torch.equal, state, kept))
+
+
+def test_step_keeps_zoneouts_expectation_and_refuses_masks_in_training():
+    module = fusedrnn.LSTM(I, H, 2, zoneout=(0.2, 0.4), recurrent_dropout=0.3).double()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"step: expected a module in evaluation .*zoneout"):
+        module.step(x[0])
+    module.eval()
+    output, _ = walk(module, x)
+    torch.testing.assert_close(output, module(x)[0], rtol=1e-13, atol=1e-13)
+
+
+def test_step_compiles_in_one_graph():
+    module = fusedrnn.LSTM(I, H, 2)
+    step = torch.compile(module.step, fullgraph=True, backend="aot_eager")
+    x, state = torch.randn(B, I), None
+    _, state = module.step(x)
+    found, next_state = step(x, state)
+    expected, final = module.step(x, state)
+    torch.testing.assert_close(found, expected)
+    assert_states(next_state, final)
+
+
+@layers
+@each_module
+def test_a_stream_equals_one_long_pass(name, num_layers):
+    module = MODULES[name](I, H, num_layers, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    first = torch.rand(T, B) < 0.25
+    first[4] = torch.tensor([True, False, False])  # an episode that begins with a chunk
+    stream = module.stream()
+    cuts = [(0, 4), (4, 5), (5, 12)]
+    parts = [stream(x[a:b], reset=first[a:b]) for a, b in cuts]
+    expected, final = module(x, reset=first)
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-13, atol=1e-13)
+    assert_states(stream.state, final, rtol=1e-13, atol=1e-13)
+    assert all(not s.requires_grad for s in states(stream._begin()))
+
+
+def test_a_stream_mixes_steps_and_chunks():
+    module = fusedrnn.GRU(I, H, 2, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    stream = module.stream()
+    parts = [stream(x[:5]), stream.step(x[5])[None], stream.step(x[6])[None], stream(x[7:])]
+    torch.testing.assert_close(torch.cat(parts), module(x)[0], rtol=1e-13, atol=1e-13)
+
+
+def test_reset_of_rows_between_chunks():
+    module = fusedrnn.LSTM(I, H, 2, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    done = torch.tensor([True, False, True])
+    mask = torch.zeros(T, B, dtype=torch.bool)
+    mask[7] = done
+    fresh = tuple(torch.randn(2, 1, H, dtype=torch.float64) for _ in range(2))
+    for state, given in ((None, mask), (fresh, (mask, fresh))):
+        stream = module.stream()
+        before = stream(x[:7])
+        stream.reset(done, state)
+        output = torch.cat([before, stream(x[7:])])
+        torch.testing.assert_close(output, module(x, reset=given)[0], rtol=1e-13, atol=1e-13)
+    stream.reset()
+    torch.testing.assert_close(stream(x), module(x)[0])
+
+
+def test_gradients_end_at_the_chunk():
+    module = fusedrnn.LSTM(I, H, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    stream = module.stream()
+    stream(x[:6])
+    carried = stream.state
+    output = stream(x[6:])
+    found = torch.autograd.grad(output.sum(), [x, *module.parameters()])
+    assert not found[0][:6].any()
+    assert found[0][6:].all()
+    # Truncated backpropagation, spelled out.
+    alone = module(x[6:], tuple(s.detach() for s in carried))[0]
+    expected = torch.autograd.grad(alone.sum(), [x, *module.parameters()])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_gradients_cross_the_chunk_on_request():
+    module = fusedrnn.LSTM(I, H, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    stream = module.stream(detach=False)
+    output = torch.cat([stream(x[:6]), stream(x[6:])])
+    found = torch.autograd.grad(output.square().sum(), x)[0]
+    expected = torch.autograd.grad(module(x)[0].square().sum(), x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_memory_of_past_chunks_is_freed():
+    """An endless stream must not hold the graph of its past."""
+    module = fusedrnn.GRU(I, H)
+    stream = module.stream()
+    past = torch.randn(T, B, I, requires_grad=True)
+    stream(past)
+    output = stream(torch.randn(T, B, I))
+    assert torch.autograd.grad(output.sum(), past, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (
+            lambda: fusedrnn.GRU(I, H, bidirectional=True).step(torch.randn(B, I)),
+            ValueError,
+            r"GRU.step: expected a unidirectional module, got bidirectional=True",
+        ),
+        (
+            lambda: fusedrnn.GRU(I, H, bidirectional=True).stream(),
+            ValueError,
+            r"GRU.stream: expected a unidirectional",
+        ),
+        (
+            lambda: fusedrnn.GRU(I, H).step(torch.randn(T, B, I)),
+            ValueError,
+            r"step: x: expected \[B, I\] or \[I\], got shape \(12, 3, 4\)",
+        ),
+        (
+            lambda: fusedrnn.GRU(I, H).step(torch.randn(B, 9)),
+            RuntimeError,
+            r"step: x: .*input_size=4, got shape \(3, 9\)",
+        ),
+        (
+            lambda: fusedrnn.LSTM(I, H).step(torch.randn(B, I), torch.randn(1, B, H)),
+            TypeError,
+            r"step: state: expected \('h', 'c'\), got 1 tensor",
+        ),
+        (
+            lambda: fusedrnn.GRU(I, H).step(torch.randn(B, I), torch.randn(B, H)),
+            RuntimeError,
+            r"step: state \(h\): expected shape \(1, 3, 5\), got \(3, 5\)",
+        ),
+        (lambda: fusedrnn.Stream(torch.nn.GRU(I, H)), TypeError, r"module: .* got GRU"),
+    ],
+)
+def test_misuse(use, error, message):
+    with pytest.raises(error, match=message):
+        use()
+
+
+def test_misuse_of_reset():
+    stream = fusedrnn.GRU(I, H).stream()
+    stream.reset()  # nothing to do yet
+    stream(torch.randn(T, B, I))
+    with pytest.raises(TypeError, match=r"rows: expected a bool tensor \(3,\), got torch.int64"):
+        stream.reset(torch.tensor([0, 1, 0]))
+    with pytest.raises(RuntimeError, match=r"rows: expected shape \(3,\), got \(2,\)"):
+        stream.reset(torch.tensor([False, True]))
