@@ -31,9 +31,11 @@ venv: $(STAMP)-base  ## An environment with the package installed
 demo: $(STAMP)-demo  ## Train a character model with torch.nn and with fusedrnn, about a minute
 	$(BIN)/python examples/char_lm.py $(ARGS)
 
-# One thread per worker: two workers with two threads each would fight over two cores.
+# One thread per worker: two workers with two threads each would fight over two cores. tests/gpu
+# is not even collected: it imports Triton before the kernel tests switch its interpreter on.
 test: $(STAMP)-test  ## The tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -p per_file -n 2 --dist worksteal \
+	  -m "not gpu" --ignore tests/gpu $(ARGS)
 
 gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
