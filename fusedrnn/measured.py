@@ -1,0 +1,66 @@
+"""What was measured to be faster, and for which calls: torch's own kernels or ours.
+
+`dispatch_table.json` is generated from the results under bench/results/ by
+`python -m bench.dispatch_table`; nobody edits it. It lists, for a device and a kind of call, the
+points at which both were timed:
+
+    {"schema": 1, "sources": [...],
+     "devices": {"NVIDIA H200": {"lstm fp16 training": [[T, B, H, speed-up], ...]}}}
+
+and only those kinds that have a speed-up below 1 somewhere: a kind that is not there is ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+
+PATH = Path(__file__).parent / "dispatch_table.json"
+Table = dict[str, dict[str, list[list[float]]]]
+
+
+def kind(
+    cell: str, dtype: str, *, training: bool, layers: int, directions: int, packed: bool
+) -> str:
+    """The name of a kind of call: what changes which kernels cuDNN picks.
+
+    Args:
+        dtype: "bf16", "fp16", "fp32-tf32" or "fp32-exact".
+    """
+    words = [cell, dtype, "training" if training else "inference"]
+    words += ["stacked"] if layers > 1 else []
+    words += ["bidirectional"] if directions > 1 else []
+    words += ["packed"] if packed else []
+    return " ".join(words)
+
+
+@functools.cache
+def table() -> Table:
+    """The devices' measurements; empty where nothing was measured."""
+    if not PATH.exists():
+        return {}
+    return json.loads(PATH.read_text())["devices"]
+
+
+def aten_is_faster(device: str, kind: str, T: int, B: int, H: int) -> float | None:
+    """The speed-up, below 1, that was measured nearest to a call; None where ours is as fast.
+
+    Nearest by the logarithms of T, B and H, since times grow with products of them.
+    """
+    return _nearest_loss(table(), device, kind, T, B, H)
+
+
+def _nearest_loss(devices: Table, device: str, kind: str, T: int, B: int, H: int) -> float | None:
+    points = devices.get(device, {}).get(kind)
+    if not points:
+        return None
+    call = [math.log2(max(n, 1)) for n in (T, B, H)]
+
+    def distance(point: list[float]) -> tuple[float, float]:
+        apart = sum((math.log2(n) - c) ** 2 for n, c in zip(point[:3], call, strict=True))
+        return apart, point[3]  # of two as near, the worse
+
+    ratio = min(points, key=distance)[3]
+    return ratio if ratio < 1 else None
