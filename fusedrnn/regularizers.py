@@ -130,7 +130,7 @@ def make(given: dict) -> Regularizers | None:
 def scaled_mask(shape, p: float, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """0 with probability p, else 1 / (1 - p), in the dtype of `like`."""
     uniform = torch.rand(shape, device=like.device, generator=generator)
-    return torch.where(uniform < p, 0.0, 1 / (1 - p)).to(like.dtype)
+    return (uniform >= p).to(like.dtype) * (1 / (1 - p))
 
 
 def drop_weight(w_hh: Tensor, own: Regularizers) -> Tensor:
@@ -164,12 +164,13 @@ def zoneout_of(
         rows: (T, B), (B, T) or (N,), as the input's.
         state: S tensors [D, B, H].
     Returns:
-        bool [*rows, D, S, H], True where a unit keeps its state; or in evaluation [S] float32,
-        the probabilities.
+        bool [*rows, D, S, H], True where a unit keeps its state; or in evaluation [S], the
+        probabilities.
     """
     rates = own.zoneout_rates(len(state))
-    device = state[0].device
-    p = torch.tensor(rates, dtype=torch.float32, device=device)
+    device, wide = state[0].device, torch.promote_types(state[0].dtype, torch.float32)
+    # Filled on the device: a copy from the host would wait for it, and break graph capture.
+    p = torch.cat([torch.full((1,), rate, dtype=wide, device=device) for rate in rates])
     if not training:
         return p
     D, H = state[0].shape[0], state[0].shape[-1]
