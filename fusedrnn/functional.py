@@ -41,6 +41,7 @@ def recurrent(
     backend: str | None = None,
     save: str = "gates",
     regularizers: Regularizers | None = None,
+    record: list | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Any registered cell over a whole sequence.
 
@@ -65,6 +66,8 @@ def recurrent(
         backend: "auto", "triton", "aten", "reference" or None (see `fusedrnn.dispatch`).
         save: what the fused backward reads: "gates" (fast) or "states" (less memory).
         regularizers: see `fusedrnn.Regularizers`.
+        record: takes the states of every layer, direction and step, as nodes of the graph, for
+            `fusedrnn.gradient_flow`; the reference then runs the call.
     Returns:
         output [T, B, D * H] in the layout of the input; the S final states [L * D, B, H].
     Raises:
@@ -89,11 +92,23 @@ def recurrent(
     if hx is None:
         rows, like = (num_layers * D, B), {"dtype": input.dtype, "device": input.device}
         h_0 = torch.zeros(*rows, proj_size or hidden_size, **like)
-        hx = (h_0,)
-        for _ in range(len(kind.states) - 1):
-            # A forward pass alone can use the same zeros twice; a backward pass would clone them.
-            share = not proj_size and not torch.is_grad_enabled()
-            hx += (h_0 if share else torch.zeros(*rows, hidden_size, **like),)
+        hx = (h_0, *(torch.zeros(*rows, hidden_size, **like) for _ in kind.states[1:]))
+    device = input.device
+    compiling = torch.compiler.is_compiling()
+    if (
+        device.type == "cpu"
+        and lengths is reset is regularizers is None
+        and not compiling
+        and kind.aten is not None
+        and dispatch.forced_backend(backend) in ("auto", "aten")
+        and not transformed()
+    ):
+        # What `dispatch.select` says to such a call, and all that it comes to. The general way
+        # below would cost a small layer a tenth of its time.
+        return _aten_at_once(
+            kind.aten, input, hx, weights, batch_sizes, unbatched, batch_first,
+            (bias, num_layers, dropout, training, bidirectional),
+        )  # fmt: skip
     inside: tuple[str, ...] = ()
     if lengths is not None or reset is not None:
         lengths, reset, fresh = _check_sequence(
@@ -114,14 +129,12 @@ def recurrent(
         or any(w.requires_grad for w in weights)
         or any(h.requires_grad for h in hx)
     )
-    device = input.device
     call = Call(
         cell, device.type, input.dtype, T, B, input.shape[-1], hidden_size, num_layers, D,
         proj_size, batch_sizes is not None, lengths is not None, reset is not None, needs_grad,
         transformed(), device.index, inside,
     )  # fmt: skip
-    chosen = dispatch.select(call, backend)
-    compiling = torch.compiler.is_compiling()
+    chosen = "reference" if record is not None else dispatch.select(call, backend)
     autocast = autocast_dtype(device.type)
     sequence = Sequence(lengths, batch_sizes, reset)
     projection = proj_size > 0
@@ -146,6 +159,8 @@ def recurrent(
         run = run_layer
         if not compiling and chosen == "reference":
             run = run_reference
+            if record is not None:
+                run = functools.partial(run_reference, record=record)
         elif not compiling and chosen == "aten":
             run = functools.partial(_aten, num_layers=1, dropout=0.0, needs_grad=needs_grad)
         output, final = _layers(
@@ -155,6 +170,19 @@ def recurrent(
     if unbatched:
         output = output.squeeze(0 if batch_first else 1)
         final = tuple(f.squeeze(1) for f in final)
+    return output, tuple(final)
+
+
+def _aten_at_once(name, input, hx, weights, batch_sizes, unbatched, batch_first, options):
+    """A whole call of `recurrent` by torch's operator `name`."""
+    function = getattr(torch, name)
+    state = hx if len(hx) > 1 else hx[0]
+    if batch_sizes is not None:
+        output, *final = function(input, batch_sizes, state, weights, *options)
+        return output, tuple(final)
+    output, *final = function(input, state, weights, *options, batch_first)
+    if unbatched:
+        return output.squeeze(0 if batch_first else 1), tuple([f.squeeze(1) for f in final])
     return output, tuple(final)
 
 

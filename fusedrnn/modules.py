@@ -218,10 +218,11 @@ class RecurrentModule(nn.RNNBase):
         return super().extra_repr() + (f", {own}" if own is not None else "")
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles torch.nn's module, which holds the same parameters."""
-        module = copy.copy(self)
-        module.__class__ = TORCH_CLASSES[type(self).__name__]  # pyright: ignore
-        return module
+        """torch.jit.script compiles torch.nn's module, which holds the same parameters.
+
+        It also leaves that in the place of ours, in the model that it was given.
+        """
+        return _as_torchs(self)
 
 
 class LSTM(RecurrentModule):
@@ -436,6 +437,10 @@ class CellModule:
         final = _cell_step(self, input, states)
         return final[0] if len(final) == 1 else final
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """As RecurrentModule's."""
+        return _as_torchs(self)
+
 
 class LSTMCell(CellModule, nn.LSTMCell):
     """One step of an LSTM; replaces torch.nn.LSTMCell. Equations as in `fusedrnn.LSTM`.
@@ -544,6 +549,24 @@ def _cell_step(module, input: Tensor, hx) -> tuple[Tensor, ...]:
         backend=module.backend,
     )
     return tuple(f.squeeze(0) for f in final)
+
+
+def _as_torchs(module) -> nn.Module:
+    """A copy that is torch.nn's module of that name and shares the parameters.
+
+    Raises:
+        TypeError: it would not compute the same.
+    """
+    torchs = TORCH_CLASSES.get(type(module).__name__)
+    if torchs is None or getattr(module, "regularizers", None) is not None:
+        what = "a subclass" if torchs is None else "with regularizers"
+        raise TypeError(
+            f"{type(module).__name__}: torch.jit.script compiles torch.nn's module in the place of "
+            f"fusedrnn's, which cannot stand in for {what}"
+        )
+    other = copy.copy(module)
+    other.__class__ = torchs
+    return other
 
 
 def _set_backend(module, backend: str | None) -> None:
