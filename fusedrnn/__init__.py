@@ -6,7 +6,7 @@ rnn = fusedrnn.LSTM(128, 256, num_layers=2, bidirectional=True)     # as torch.n
 fusedrnn.replace_modules(model)                                     # or a finished model
 """
 
-from fusedrnn import functional
+from fusedrnn import functional, gradient_flow
 from fusedrnn.dispatch import BACKENDS, use_backend
 from fusedrnn.explain import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -28,6 +28,7 @@ __all__ = [
     "Stream",
     "explain",
     "functional",
+    "gradient_flow",
     "replace_modules",
     "restore_modules",
     "use_backend",

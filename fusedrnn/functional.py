@@ -97,7 +97,7 @@ def recurrent(
     compiling = torch.compiler.is_compiling()
     if (
         device.type == "cpu"
-        and lengths is reset is regularizers is None
+        and lengths is reset is regularizers is record is None
         and not compiling
         and kind.aten is not None
         and dispatch.forced_backend(backend) in ("auto", "aten")
