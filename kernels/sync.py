@@ -5,24 +5,24 @@ the gates' gradients (backward) at every step; groups never wait for each other.
 spells a step like this, whatever the protocol:
 
     alive = 1
+    publish h_0 as step 1, as below
     for t in range(T):
-        if t == 0:                                   # h_0 is the user's: read it directly
-            h = tl.load(h0_ptr + ...)
-        else:                                        # h_t was published as step t
-            alive = sync.wait(signal_ptr, t, n_programs, error_ptr, spin_limit, alive,
-                              PROTOCOL, FLAGS_BLOCK)
-            slot_ptr = ring_ptr + sync.slot(t, PROTOCOL) * slot_size
-            h, alive = sync.load(slot_ptr, offs, mask, t, error_ptr, spin_limit, alive,
-                                 DTYPE, PROTOCOL)    # as many loads as there are chunks
+        alive = sync.wait(signal_ptr, t + 1, n_programs, error_ptr, spin_limit, alive, PROTOCOL,
+                          FLAGS_BLOCK)
+        slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
+        h, alive = sync.load(slot_ptr, offs, mask, t + 1, error_ptr, spin_limit, alive, DTYPE,
+                             PROTOCOL)               # `load_all` where h is several tiles
         h_gates = dot(h, w) + sync.poison(alive)
         h_own = ...
-        slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
-        sync.store(slot_ptr, offs_own, h_own, mask_own, t + 1, PROTOCOL)
-        sync.arrive(signal_ptr, program, t + 1, alive, PROTOCOL)
+        slot_ptr = ring_ptr + sync.slot(t + 2, PROTOCOL) * slot_size
+        sync.store(slot_ptr, offs_own, h_own, mask_own, t + 2, PROTOCOL)
+        sync.arrive(signal_ptr, program, t + 2, alive, PROTOCOL)
         ...                                          # whatever nobody waits for
 
-Steps count from 1: step 0 is what an untouched workspace says. `ring_ptr` and `signal_ptr`
-point at the group's own part of the workspace (`Workspace.ring_stride`, `.signal_stride`).
+Steps count from 1: step 0 is what an untouched workspace says. User data is never polled in
+place, where it could look like anything: h_0 goes through `store` as all else does. `ring_ptr`
+and `signal_ptr` point at the group's own part of the workspace (`Workspace.ring_stride`,
+`.signal_stride`).
 
 Rules for the caller:
 - Every program of the group publishes every step, with the same masks for which the others
@@ -184,24 +184,60 @@ def load(
 
     Zero where `mask` is false. Every read bypasses L1, which other multiprocessors do not update.
     """
+    tiles, alive = load_all(
+        slot_ptr, (offs,), (mask,), step, error_ptr, spin_limit, alive, DTYPE, PROTOCOL
+    )
+    return tiles[0], alive
+
+
+@triton.jit
+def load_all(
+    slot_ptr,
+    offs,
+    masks,
+    step,
+    error_ptr,
+    spin_limit,
+    alive,
+    DTYPE: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+):
+    """As `load`, for tuples of tiles of one shape; returns a tuple of tiles.
+
+    They are polled together: one trip to L2 for all of them, and registers for all of them.
+    """
     if PROTOCOL == "ll" or PROTOCOL == "sentinel":
         limit = spin_limit * alive
-        words = tl.load(slot_ptr + offs, mask=mask, other=0, volatile=True)
-        late = tl.max((_is_late(words, step, PROTOCOL) & mask).to(tl.int32))
+        words, late = _poll(slot_ptr, offs, masks, step, PROTOCOL)
         spins = 0
         while (late != 0) & (spins < limit):
-            words = tl.load(slot_ptr + offs, mask=mask, other=0, volatile=True)
-            late = tl.max((_is_late(words, step, PROTOCOL) & mask).to(tl.int32))
+            words, late = _poll(slot_ptr, offs, masks, step, PROTOCOL)
             spins += 1
-        tile = _value(words, DTYPE, PROTOCOL)
+        tiles = ()
+        for i in tl.static_range(len(offs)):
+            tiles = tiles + (_value(words[i], DTYPE, PROTOCOL),)
         alive = _verdict(late == 0, step, error_ptr, alive)
         if PROTOCOL == "ll":
             # Every thread has read this slot before any thread publishes the next step: a store
             # of the step after that overwrites what is read here, and waits for nothing else.
             tl.debug_barrier()
     else:
-        tile = tl.load(slot_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
-    return tile, alive
+        tiles = ()
+        for i in tl.static_range(len(offs)):
+            tile = tl.load(slot_ptr + offs[i], mask=masks[i], other=0.0, cache_modifier=".cg")
+            tiles = tiles + (tile,)
+    return tiles, alive
+
+
+@triton.jit
+def _poll(slot_ptr, offs, masks, step, PROTOCOL: tl.constexpr):
+    """Reads the words once; returns them, and whether one of them is not yet that of `step`."""
+    words = (tl.load(slot_ptr + offs[0], mask=masks[0], other=0, volatile=True),)
+    late = _is_late(words[0], step, PROTOCOL) & masks[0]
+    for i in tl.static_range(1, len(offs)):
+        words = words + (tl.load(slot_ptr + offs[i], mask=masks[i], other=0, volatile=True),)
+        late |= _is_late(words[i], step, PROTOCOL) & masks[i]
+    return words, tl.max(late.to(tl.int32))
 
 
 @triton.jit

@@ -52,12 +52,11 @@ _MAX = "        tl.atomic_max(signal_ptr + program, step"
 _COUNTER_VERDICT = "        alive = _verdict(arrived >= target"
 _FLAGS_VERDICT = "        arrived = tl.min(tl.where(mask, flags, step))"
 _FLAGS_POLL = "tl.load(signal_ptr + offs, mask=mask, other=step, volatile=True)"
-_POLL = "tl.load(slot_ptr + offs, mask=mask, other=0, volatile=True)"
 _NO_POLL = (
     Change("while (late != 0) &", "while (late < 0) &"),
     Change("_verdict(late == 0", "_verdict(late >= 0"),
 )
-_POLL_THROUGH_L2 = Change(_POLL, _POLL.replace("volatile=True", 'cache_modifier=".cg"'))
+_POLL_PAST_L1_ONLY = Change("other=0, volatile=True", 'other=0, cache_modifier=".cg"')
 
 COUNTER = (
     Mutant(
@@ -175,7 +174,7 @@ LL = (
     Mutant(
         "expects the step before",
         "ll",
-        (WrongResult, Race),
+        (WrongResult, Race, Deadlock),
         (Change("(words & 0xFFFFFFFF) != step", "(words & 0xFFFFFFFF) != step - 1"),),
     ),
     Mutant(
@@ -192,7 +191,7 @@ LL = (
         (Change("word = (bits << 32) | step", "word = (bits << 32) | (step + 1)"),),
         always=True,
     ),
-    Mutant("polls without volatile", "ll", (Race,), (_POLL_THROUGH_L2,), always=True),
+    Mutant("polls without volatile", "ll", (Race,), (_POLL_PAST_L1_ONLY,), always=True),
     Mutant("one slot", "ll", (Race, Deadlock), (_ONE_SLOT,)),
     Mutant(
         "ring not cleared",
@@ -204,7 +203,7 @@ LL = (
 
 SENTINEL = (
     Mutant("no poll", "sentinel", (WrongResult, Race), _NO_POLL),
-    Mutant("polls without volatile", "sentinel", (Race,), (_POLL_THROUGH_L2,), always=True),
+    Mutant("polls without volatile", "sentinel", (Race,), (_POLL_PAST_L1_ONLY,), always=True),
     Mutant(
         "slots used again",
         "sentinel",
@@ -220,10 +219,9 @@ SENTINEL = (
 )
 
 # Mistakes of a caller, made in bench/roundtrip.py.
-_STORE = "sync.store(slot_ptr, rows * H + units, own, own_mask, t + 1, PROTOCOL)"
-_ARRIVE = "sync.arrive(signal_ptr, program, t + 1, alive, PROTOCOL)"
-_LOAD_ARGUMENTS = "                    mask,\n                    t,\n"
-_LOAD_MASK = "mask = (batch < B) & (others < H)"
+_STORE = "sync.store(slot_ptr, rows * H + units, h, own_mask, t + 2, PROTOCOL)"
+_ARRIVE = "sync.arrive(signal_ptr, program, t + 2, alive, PROTOCOL)"
+_LOAD_MASK = "masks = masks + ((batch < B) & (others < H),)"
 CALLER = (
     *(
         Mutant(
@@ -243,14 +241,14 @@ CALLER = (
                 "polls what is not stored",
                 protocol,
                 (Deadlock,),
-                kernel=(Change(_LOAD_ARGUMENTS, _LOAD_ARGUMENTS.replace("mask", "others < H")),),
+                kernel=(Change(_LOAD_MASK, _LOAD_MASK.replace("batch < B", "rows < BLOCK_B")),),
                 always=True,
             ),
             Mutant(
                 "polls less than is stored",
                 protocol,
                 (WrongResult,),
-                kernel=(Change(_LOAD_MASK, _LOAD_MASK + " & (others != 1)"),),
+                kernel=(Change(_LOAD_MASK, _LOAD_MASK.replace("< H)", "< H) & (others != 1)")),),
                 always=True,
             ),
             Mutant(
@@ -267,16 +265,16 @@ CALLER = (
             "waits for the step before",
             protocol,
             (Race,),
-            kernel=(Change("signal_ptr, t, n_programs", "signal_ptr, t - 1, n_programs"),),
+            kernel=(Change("signal_ptr, t + 1, n_programs", "signal_ptr, t, n_programs"),),
         )
         for protocol in ("counter", "flags")
     ),
     *(
         Mutant(
-            "reads the slot of the step before",
+            "reads the slot of the step after",
             protocol,
             caught,
-            kernel=(Change("sync.slot(t, PROTOCOL)", "sync.slot(t + 1, PROTOCOL)"),),
+            kernel=(Change("sync.slot(t + 1, PROTOCOL)", "sync.slot(t + 2, PROTOCOL)"),),
             always=True,
         )
         for protocol, caught in (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loops import forward_and_backward
 from races import Detector
-from scan_cases import Case, kernels, problem
+from scan_cases import Case
 from scheduler import cooperative
-from test_scan_spread import spread
 
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch, sync
@@ -22,10 +22,9 @@ CASES = {  # and how many interleavings of each
 }
 
 
-def forward_and_backward(case: Case, protocol: str, seed: int | None) -> list[torch.Tensor]:
-    plan = spread(protocol)
+def run(case: Case, protocol: str, seed: int | None) -> list[torch.Tensor]:
     with cooperative(seed, detector=Detector()):
-        answer = kernels(case, problem(case), (plan, plan))
+        answer = forward_and_backward(case, protocol)
     return [tensor for _, tensor in answer.named()]
 
 
@@ -33,9 +32,9 @@ def forward_and_backward(case: Case, protocol: str, seed: int | None) -> list[to
 @pytest.mark.parametrize("protocol", sync.PROTOCOLS)
 def test_interleavings_agree(protocol, name):
     case, seeds = CASES[name]
-    first = forward_and_backward(case, protocol, 0)
+    first = run(case, protocol, 0)
     for seed in range(1, seeds):
-        for a, b in zip(first, forward_and_backward(case, protocol, seed), strict=True):
+        for a, b in zip(first, run(case, protocol, seed), strict=True):
             assert torch.equal(a, b), f"seed {seed}"
 
 
@@ -43,11 +42,11 @@ def test_interleavings_agree(protocol, name):
 def test_timeout_and_the_call_after_it(protocol, monkeypatch):
     """Programs that run one after the other never meet: as on a GPU that cannot hold them all."""
     case, _ = CASES["rnn"]
-    right = forward_and_backward(case, protocol, 0)
+    right = run(case, protocol, 0)
     with monkeypatch.context() as patch:
         patch.setattr(sync, "spin_limit", lambda device: 20)
         with pytest.raises(RuntimeError, match=r"timed out at step \d: its results are NaN"):
-            forward_and_backward(case, protocol, None)
+            run(case, protocol, None)
     launch.check("cpu")
-    after = forward_and_backward(case, protocol, 0)
+    after = run(case, protocol, 0)
     assert all(torch.equal(a, b) for a, b in zip(right, after, strict=True))

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from exchange import BENCH, expected, roundtrip
+from loops import forward_and_backward
 from mutants import BACKWARD, CALLER, FORWARD, SYNC, Mutant, WrongResult
 from mutation import mutated
 from races import Detector, Race
-from scan_cases import Case, kernels, problem
+from scan_cases import Case
 from scheduler import Deadlock, cooperative
-from test_scan_spread import spread
 
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch, sync
@@ -28,7 +28,7 @@ def broken_sync(monkeypatch, tmp_path):
 
     def break_it(changes):
         mutant = mutated(SYNC_PATH, tmp_path, *changes)
-        for name in ("slot", "store", "arrive", "wait", "load", "poison", "workspace"):
+        for name in ("slot", "store", "arrive", "wait", "load", "load_all", "poison", "workspace"):
             monkeypatch.setattr(sync, name, getattr(mutant, name))
 
     return break_it
@@ -76,19 +76,12 @@ def test_mistakes_of_a_caller(mutant, tmp_path):
 
 
 CASE = Case(REGISTRY["rnn_tanh"], T=3, B=2, H=20, D=1)
-PROBLEM = problem(CASE)
-
-
-def loops(protocol: str):
-    """The forward and the backward loop over three programs."""
-    plan = spread(protocol)
-    return kernels(CASE, PROBLEM, (plan, plan))
 
 
 @pytest.fixture(scope="module")
 def answers():
     with cooperative(0):
-        return loops("counter")
+        return forward_and_backward(CASE, "counter")
 
 
 @pytest.fixture
@@ -97,7 +90,9 @@ def compare(answers, monkeypatch):
     monkeypatch.setattr(sync, "spin_limit", lambda device: 300)
 
     def run(protocol):
-        for (name, ours), (_, right) in zip(loops(protocol).named(), answers.named(), strict=True):
+        for (name, ours), (_, right) in zip(
+            forward_and_backward(CASE, protocol).named(), answers.named(), strict=True
+        ):
             if not torch.allclose(ours, right, atol=1e-6):
                 raise WrongResult(name)
 

@@ -1,0 +1,23 @@
+"""The real time loops, spread over programs, in a size for the interpreter."""
+
+from __future__ import annotations
+
+from scan_cases import Answer, Case, kernels, problem
+
+from fusedrnn.kernels.plan import Plan
+
+
+def forward_and_backward(case: Case, protocol: str) -> Answer:
+    """H = 20 over three programs of 8 units, K in two chunks of 16; rows of the batch by twos."""
+    plan = Plan(
+        schedule="spread",
+        block_b=2,
+        block_h=8,
+        block_k=16,
+        chunks=2,
+        resident=2,
+        split=2,
+        num_warps=1,
+        protocol=protocol,
+    )
+    return kernels(case, problem(case), (plan, plan))
