@@ -9,9 +9,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fusedrnn.kernels import activations
 
 from fusedrnn.cells._cell import check_body
+from fusedrnn.kernels import activations
 
 
 @functools.cache

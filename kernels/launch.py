@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
+
+from fusedrnn.cells import Cell
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import INTERPRETER, Device, Plan, plan_scan
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
-from torch import Tensor
-
-from fusedrnn.cells import Cell
 
 SAVE = ("gates", "states", None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -75,7 +75,7 @@ def scan_forward(
     N, D, G, H = _check_x_gates(cell, x_gates)
     _check_layer(cell, w_hh, b_hh, state, params, rows, (D, G, H), x_gates)
     if plan is None:
-        plan = _plan(cell, "forward", x_gates, rows.B, H, D)
+        plan = _plan(cell, "forward", x_gates, rows.B, H, D, input_precision)
     output = x_gates.new_empty(N, D, H)
     final = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in state)
     saved = states = None
@@ -160,7 +160,7 @@ def scan_backward(
             _check_tensor("h_gates", h_gates, (N, D, G, H), output),
         )
     if plan is None:
-        plan = _plan(cell, "backward", d_output, rows.B, H, D)
+        plan = _plan(cell, "backward", d_output, rows.B, H, D, input_precision)
     dx_gates = d_output.new_empty(N, D, G, H)
     dh_gates = dx_gates if cell.additive else torch.empty_like(dx_gates)
     d_state = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in state)
@@ -207,57 +207,81 @@ def check(device: torch.device | str = "cuda") -> None:
 
 
 def _launch(kernel, plan: Plan, rows: Rows, *, steps, width, like, **arguments) -> None:
-    """Launches `kernel` on slabs of the batch, one after the other; mostly there is just one."""
+    """Launches `kernel`: once, or for one slab of the problem after the other.
+
+    Args:
+        steps: exchanges between the programs of a group. width: elements of a row of the ring.
+        like: a tensor of the sequence's dtype and device.
+    """
     device = like.device
     H, D = arguments["H"], arguments["D"]
-    hidden_tiles = triton.cdiv(H, plan.block_h)
     error = _error_word(device)
     _raise_if_timed_out(error)
-    for first_b in range(0, rows.B, plan.slab or max(rows.B, 1)):
-        batch = min(plan.slab or rows.B, rows.B - first_b)
-        grid = (hidden_tiles, triton.cdiv(batch, plan.block_b), D)
-        exchange = dict.fromkeys(
-            ("ring_ptr", "signal_ptr", "error_ptr", "ring_stride", "signal_stride", "spin_limit")
-        )
-        flags_block = None
-        if plan.protocol is not None:
-            _check_grid(grid, plan, device)
-            space = sync.workspace(
-                plan.protocol,
-                groups=grid[1] * D,
-                programs=hidden_tiles,
-                steps=steps,
-                slot_size=plan.block_b * width,
-                dtype=like.dtype,
-                device=device,
-                num_warps=plan.num_warps,
-                error=error,
+    slab_b, slab_d = plan.slab_b or max(rows.B, 1), plan.slab_d or D
+    for first_d in range(0, D, slab_d):
+        for first_b in range(0, rows.B, slab_b):
+            grid = (
+                triton.cdiv(H, plan.block_h),
+                triton.cdiv(min(slab_b, rows.B - first_b), plan.block_b),
+                min(slab_d, D - first_d),
             )
-            exchange = {
-                "ring_ptr": space.ring,
-                "signal_ptr": space.signal,
-                "error_ptr": space.error,
-                "ring_stride": space.ring_stride,
-                "signal_stride": space.signal_stride,
-                "spin_limit": sync.spin_limit(device),
-            }
-            flags_block = space.flags_block
-        kernel[grid](
-            **arguments,
-            **exchange,
-            offsets_ptr=rows.offsets,
-            lengths_ptr=rows.lengths,
-            T=rows.T,
-            B=rows.B,
-            first_b=first_b,
-            stride_t=rows.stride_t,
-            stride_b=rows.stride_b,
-            FLAGS_BLOCK=flags_block,
-            **plan.constants(),
-            **plan.options(),
-        )
+            if plan.protocol is None:
+                exchange = dict.fromkeys(EXCHANGE)
+            else:
+                _check_grid(grid, plan, device)
+                exchange = _exchange(plan, grid, steps, width, like, error)
+            kernel[grid](
+                **arguments,
+                **exchange,
+                offsets_ptr=rows.offsets,
+                lengths_ptr=rows.lengths,
+                T=rows.T,
+                B=rows.B,
+                first_b=first_b,
+                first_d=first_d,
+                stride_t=rows.stride_t,
+                stride_b=rows.stride_b,
+                **plan.constants(),
+                **plan.options(device_of(device)),
+            )
     if device.type != "cuda":
         _raise_if_timed_out(error)
+
+
+EXCHANGE = (
+    "ring_ptr",
+    "signal_ptr",
+    "error_ptr",
+    "ring_stride",
+    "signal_stride",
+    "spin_limit",
+    "FLAGS_BLOCK",
+)
+
+
+def _exchange(plan: Plan, grid, steps: int, width: int, like: Tensor, error: Tensor) -> dict:
+    """What the programs of one launch wait and exchange through, as arguments of the kernel."""
+    space = sync.workspace(
+        plan.protocol,
+        groups=grid[1] * grid[2],
+        programs=grid[0],
+        steps=steps,
+        slot_size=plan.block_b * width,
+        dtype=like.dtype,
+        device=like.device,
+        num_warps=plan.num_warps,
+        error=error,
+    )
+    values = (
+        space.ring,
+        space.signal,
+        space.error,
+        space.ring_stride,
+        space.signal_stride,
+        sync.spin_limit(like.device),
+        space.flags_block,
+    )
+    return dict(zip(EXCHANGE, values, strict=True))
 
 
 @functools.cache
@@ -275,8 +299,11 @@ def device_of(device: torch.device) -> Device:
     )
 
 
-def _plan(cell: Cell, which: str, like: Tensor, B: int, H: int, D: int) -> Plan:
-    return plan_scan(cell, which, like.dtype, B=B, H=H, D=D, device=device_of(like.device))
+def _plan(cell: Cell, which: str, like: Tensor, B: int, H: int, D: int, precision: str) -> Plan:
+    device = device_of(like.device)
+    return plan_scan(
+        cell, which, like.dtype, B=B, H=H, D=D, device=device, input_precision=precision
+    )
 
 
 @functools.cache
@@ -294,13 +321,13 @@ def _raise_if_timed_out(error: Tensor) -> None:
 
 
 def _check_grid(grid: tuple[int, int, int], plan: Plan, device: torch.device) -> None:
+    """A grid that does not fit would wait for programs that cannot start."""
     programs = grid[0] * grid[1] * grid[2]
-    properties = device_of(device)
-    room = properties.multiprocessors * plan.programs_per_multiprocessor(properties)
+    room = device_of(device).multiprocessors * plan.programs_each
     if device.type == "cuda" and programs > room:
         raise RuntimeError(
-            f"{plan} needs {programs} programs that run at the same time "
-            f"(grid {grid}), and {device} holds {room}"
+            f"the grid {grid} has {programs} programs that must run at the same time, "
+            f"{device} holds {room} of them; plan: {plan}"
         )
 
 

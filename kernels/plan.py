@@ -1,22 +1,81 @@
-"""wip"""
+"""Which tiles a time loop runs with: pure arithmetic, from the shape, the dtype and the device.
+
+Three schedules, one kernel each for forward and backward:
+
+    resident   one program owns all units: the weights fit one multiprocessor, nothing is exchanged
+    spread     programs that run at the same time own BLOCK_H units each, with their weights
+    streaming  as spread, but not all chunks of K fit: the others are read from L2 in every step
+
+A plan is the cheapest of a few candidates by a rough count of clock cycles a step, among those
+whose shared memory fits a program and whose grid fits the device. The batch decides only between
+a few heights of the batch tile, and T decides nothing, so a new batch size or sequence length
+mostly runs what is compiled already. A batch or a number of directions too large for one grid is
+split into several launches, each over the whole sequence.
+"""
+
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fusedrnn.cells import Cell
+
+PASSES = ("forward", "backward")
+ITEM_SIZE = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
+
+# Of one multiprocessor, per clock cycle: rough, to compare candidates with, not to predict.
+SHARED_BYTES = 128
+L2_BYTES = 24
+MULTIPLY_ADDS = {"16-bit": 1024, "tf32": 512, "tf32x3": 170, "ieee": 128}
+# An exchange: store, signal, poll, load, each a trip to L2, and a counter that all add to.
+EXCHANGE_CYCLES = 2000
+CYCLES_PER_PROGRAM = 8
 
 
 @dataclass(frozen=True)
 class Device:
+    """What a plan has to know of a device.
+
+    Attributes:
+        capability: of CUDA, (9, 0) for example.
+        shared_per_program: largest shared memory of one program, in bytes.
+        shared_per_multiprocessor: what programs on one multiprocessor share; each program also
+            takes 1 KiB of it for itself.
+        backend: "cuda", "hip" or "interpreter".
+    """
+
     capability: tuple[int, int]
     multiprocessors: int
     shared_per_program: int
     shared_per_multiprocessor: int
     backend: str = "cuda"
 
-INTERPRETER = Device((0, 0), 1, 1 << 40, 1 << 40, "interpreter")
+
+# Runs one program after the other, which must therefore not wait for each other.
+INTERPRETER = Device((0, 0), 1, 1 << 50, 1 << 50, "interpreter")
+
 
 @dataclass(frozen=True)
 class Plan:
+    """How one pass of one layer runs. The fields in capitals in the kernels have these names.
+
+    Attributes:
+        schedule: "resident", "spread" or "streaming"; follows from the numbers below.
+        block_b, block_h: batch elements and units of a program.
+        block_k, chunks: K, which is all of H, in equal chunks.
+        resident: chunks whose weights stay on the chip.
+        split: groups of warps that share out each chunk.
+        stages: of the pipeline that reads the other chunks.
+        protocol: how programs wait for each other (`sync`); None where there is nobody to.
+        max_registers: per thread, or None for the compiler's own choice.
+        programs_each: programs that run at the same time on each multiprocessor.
+        slab_b, slab_d: the most batch elements and directions of one launch; None for any.
+    """
+
     schedule: str
     block_b: int
     block_h: int
@@ -27,16 +86,194 @@ class Plan:
     num_warps: int
     stages: int = 1
     protocol: str | None = None
-    slab: int | None = None
-    maxnreg: int | None = None
+    max_registers: int | None = None
+    programs_each: int = 1
+    slab_b: int | None = None
+    slab_d: int | None = None
 
-    def programs_per_multiprocessor(self, device): return 1
-    def constants(self):
-        return {"BLOCK_B": self.block_b, "BLOCK_H": self.block_h, "BLOCK_K": self.block_k, "CHUNKS": self.chunks, "RESIDENT": self.resident, "SPLIT": self.split, "STAGES": self.stages, "PROTOCOL": self.protocol}
-    def options(self):
-        return {"num_warps": self.num_warps, "num_stages": 1}
+    def constants(self) -> dict[str, Any]:
+        """The kernels' constexpr arguments."""
+        return {
+            "BLOCK_B": self.block_b,
+            "BLOCK_H": self.block_h,
+            "BLOCK_K": self.block_k,
+            "CHUNKS": self.chunks,
+            "RESIDENT": self.resident,
+            "SPLIT": self.split,
+            "STAGES": self.stages,
+            "PROTOCOL": self.protocol,
+        }
 
-@functools.cache
-def plan_scan(cell, which, dtype, *, B, H, D, device):
-    k = 1 << max(H - 1, 15).bit_length()
-    return Plan("resident", 16, k, k, 1, 1, 1, 8)
+    def options(self, device: Device) -> dict[str, Any]:
+        """The compiler's options. The time loop itself is never pipelined: each step needs the
+        last one, and its loads are moved ahead by hand."""
+        options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        if device.backend == "cuda" and self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        if self.protocol is not None:
+            options["launch_cooperative_grid"] = True
+        return options
+
+    def shared_bytes(self, cell: Cell, which: str, item: int, copies: int = 1) -> int:
+        """An upper bound of a program's shared memory; the ahead-of-time suite holds it to that.
+
+        The weights; what streaming has in flight; and the larger of the left operands on their
+        way into the product and the partial sums on their way out of it.
+        """
+        gates = len(cell.gates)
+        chunk = gates * self.block_k * self.block_h * item * copies
+        left = self.block_b * self.block_k * item * copies
+        sums = self.split * self.block_b * self.block_h * 4
+        weights = self.resident * chunk
+        if self.schedule == "streaming":
+            weights += self.stages * chunk
+        if self.schedule == "resident" and which == "backward":
+            weights += gates * left
+        return weights + max(2 * left, sums)
+
+
+def plan_scan(
+    cell: Cell,
+    which: str,
+    dtype: torch.dtype,
+    *,
+    B: int,
+    H: int,
+    D: int,
+    device: Device,
+    input_precision: str = "tf32",
+) -> Plan:
+    """The plan for one pass ("forward" or "backward") of a layer of D directions.
+
+    Raises:
+        ValueError: no candidate fits the device; says what would have been needed.
+    """
+    if which not in PASSES:
+        raise ValueError(f"which must be one of {PASSES}, got {which!r}")
+    if dtype not in ITEM_SIZE:
+        raise ValueError(f"dtype must be one of {list(ITEM_SIZE)}, got {dtype}")
+    return _plan_scan(cell, which, dtype, B, H, D, device, input_precision)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_scan(cell, which, dtype, B, H, D, device, input_precision) -> Plan:
+    if device.backend == "interpreter":
+        return _resident(H)
+    item = ITEM_SIZE[dtype]
+    precision = input_precision if item == 4 else "16-bit"
+    copies = 2 if precision == "tf32x3" else 1  # each operand as a large and a small part
+    best, best_cost, least = None, float("inf"), None
+    for plan in _candidates(cell, which, item, H, device, copies):
+        launches = 1
+        if plan.protocol is not None:
+            tiles = -(-H // plan.block_h)
+            room = device.multiprocessors * plan.programs_each
+            least = min(tiles, least or tiles)
+            if tiles > room:
+                continue
+            slab_d = min(D, room // tiles)
+            slab_b = room // (tiles * slab_d) * plan.block_b
+            launches = -(-D // slab_d) * -(-B // slab_b)
+            plan = replace(plan, slab_b=slab_b, slab_d=slab_d)
+        cost = launches * _cycles(plan, cell, which, item, H, precision)
+        if cost < best_cost:
+            best, best_cost = plan, cost
+    if best is not None:
+        return best
+    why = f"no tile fits the {device.shared_per_program} bytes of shared memory of a program"
+    if least is not None:
+        why = (
+            f"at least {least} programs must run at the same time, "
+            f"and the device has {device.multiprocessors} multiprocessors"
+        )
+    raise ValueError(f"no plan for {which} of {cell.name!r} with H = {H}, {dtype}: {why}")
+
+
+def _candidates(
+    cell: Cell, which: str, item: int, H: int, device: Device, copies: int
+) -> Iterator[Plan]:
+    """What fits a program's shared memory, best first among equals. Each kind was compiled for
+    sm_90 and keeps its values in registers (bench/aot.py)."""
+
+    def fits(plan: Plan) -> bool:
+        return plan.shared_bytes(cell, which, item, copies) <= device.shared_per_program
+
+    whole = _resident(H)
+    if whole.block_h <= LARGEST_RESIDENT[item] and fits(whole):
+        yield whole
+    narrow = False  # half the units only where all weights of a program fit no other way
+    for block_b, block_h, split in SPREAD:
+        if block_h == 8 and not narrow:
+            continue
+        block_k, split = _chunk(H, split)
+        chunks = -(-H // block_k)
+        plan = Plan(
+            "spread",
+            block_b,
+            block_h,
+            block_k,
+            chunks,
+            chunks,
+            split,
+            num_warps=8,
+            protocol="counter",
+            max_registers=255,
+        )
+        if fits(plan):
+            yield plan
+            continue
+        narrow = narrow or (block_b, block_h) == (16, 16)
+        if block_b > 16:
+            continue  # what streaming has in flight besides would spill
+        for resident in range(chunks - 1, -1, -1):
+            streaming = replace(plan, schedule="streaming", resident=resident, stages=2)
+            if fits(streaming):
+                yield streaming
+                break
+    plan = STREAMING[which]
+    plan = replace(plan, chunks=-(-H // plan.block_k))
+    if fits(plan):
+        yield plan
+
+
+# (BLOCK_B, BLOCK_H, SPLIT) of the spread schedule. 16 rows are one tensor-core instruction.
+SPREAD = ((16, 16, 8), (16, 32, 8), (32, 16, 8), (16, 8, 8))
+
+# For a batch so large that multiplying takes longer than reading all weights in every step.
+STREAMING = {
+    "forward": Plan("streaming", 64, 16, 64, 0, 0, 1, 8, 3, "counter", 255),
+    "backward": Plan("streaming", 32, 16, 128, 0, 0, 1, 4, 3, "counter", 255),
+}
+
+# Units of one program beyond which its registers spill, by bytes of an element.
+LARGEST_RESIDENT = {2: 128, 4: 64}
+
+
+def _resident(H: int) -> Plan:
+    """One program for all units; K is one chunk, padded to a power of two."""
+    block = max(16, 1 << (H - 1).bit_length())
+    return Plan("resident", 16, block, block, 1, 1, 1, 4 if block <= 32 else 8, max_registers=255)
+
+
+def _chunk(H: int, split: int) -> tuple[int, int]:
+    """The chunk of K and its split: 16 elements, one instruction, for each group of warps; with
+    half as many groups where that leaves less of the last chunk empty."""
+    half = split // 2
+    if -(-H // (16 * half)) * half < -(-H // (16 * split)) * split:
+        split = half
+    return 16 * split, split
+
+
+def _cycles(plan: Plan, cell: Cell, which: str, item: int, H: int, precision: str) -> float:
+    """A rough count of the clock cycles of a step."""
+    gates = len(cell.gates)
+    planes = gates if which == "backward" else 1
+    weights = gates * plan.chunks * plan.block_k * plan.block_h
+    multiply = weights * plan.block_b / MULTIPLY_ADDS[precision]
+    resident = plan.resident / plan.chunks
+    read = weights * item * (resident / SHARED_BYTES + (1 - resident) / L2_BYTES)
+    if plan.protocol is None:
+        return multiply + read
+    exchanged = planes * plan.block_b * H * item / L2_BYTES
+    wait = EXCHANGE_CYCLES + CYCLES_PER_PROGRAM * -(-H // plan.block_h)
+    return multiply + read + exchanged + wait

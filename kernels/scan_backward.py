@@ -17,19 +17,10 @@ dx_gates and dh_gates with the layer's inputs and outputs.
 
 import triton
 import triton.language as tl
+
 from fusedrnn.kernels import sync
-from fusedrnn.kernels.tiles import (
-    add_up,
-    as_float32,
-    left_tile,
-    load_planes,
-    load_weight,
-    multiply,
-    row_of,
-    select,
-    store_planes,
-    zeros,
-)
+from fusedrnn.kernels.product import exchanged_product, load_resident_weights, own_product
+from fusedrnn.kernels.tiles import as_float32, load_planes, row_of, select, store_planes
 
 
 @triton.jit
@@ -67,24 +58,9 @@ def load_states(
     return states
 
 
-@triton.jit
-def load_back_weights(
-    w_hh_ptr,  # [G, H, H] of this direction: gate, unit, unit of the previous step
-    offs_k,  # [BLOCK_K] units of this step
-    offs_h,  # [BLOCK_H] units of the previous step, this program's
-    G: tl.constexpr,
-    H: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """The right operands of one chunk of K, one for each gate."""
-    tiles = ()
-    for g in tl.static_range(G):
-        gate_ptr = w_hh_ptr + g * H * H
-        tiles = tiles + (load_weight(gate_ptr, offs_k, offs_h, H, 1, H=H, SPLIT=SPLIT),)
-    return tiles
-
-
-@triton.jit(do_not_specialize=["T", "B", "first_b", "stride_t", "stride_b"])
+@triton.jit(
+    do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b", "ring_stride"]
+)
 def scan_backward_kernel(
     d_output_ptr,  # [N, D, H]
     d_final_ptrs,  # S x [D, B, H]
@@ -108,7 +84,8 @@ def scan_backward_kernel(
     spin_limit,
     T,
     B,
-    first_b,  # the launch covers the batch from here on
+    first_b,  # the launch covers the batch and the directions from here on
+    first_d,
     stride_t,  # in rows
     stride_b,
     CELL_FORWARD: tl.constexpr,  # computes `saved` again from the gates; None where it was saved
@@ -128,7 +105,7 @@ def scan_backward_kernel(
     PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
     FLAGS_BLOCK: tl.constexpr,
 ):
-    direction = tl.program_id(2)
+    direction = first_d + tl.program_id(2)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_b = first_b + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = (offs_b < B)[:, None]
@@ -141,10 +118,16 @@ def scan_backward_kernel(
 
     # Loaded once: the weights of the resident chunks, the parameters, the initial states.
     w_hh_ptr += direction * G * H * H
-    weights = ()
-    for k in tl.static_range(RESIDENT):
-        offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
-        weights = weights + load_back_weights(w_hh_ptr, offs_k, offs_h, G=G, H=H, SPLIT=SPLIT)
+    weights = load_resident_weights(
+        w_hh_ptr,
+        offs_h,
+        BACKWARD=True,
+        G=G,
+        H=H,
+        BLOCK_K=BLOCK_K,
+        RESIDENT=RESIDENT,
+        SPLIT=SPLIT,
+    )
     params = ()
     d_params = ()
     for i in tl.static_range(len(param_ptrs)):
@@ -163,7 +146,7 @@ def scan_backward_kernel(
 
     alive = 1
     if PROTOCOL is not None:
-        group = direction * tl.num_programs(1) + tl.program_id(1)
+        group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
         ring_ptr += tl.cast(group, tl.int64) * ring_stride
         signal_ptr += group * signal_stride
         # Rows beyond the batch are exchanged too, as zeros: one mask less in the polls.
@@ -287,10 +270,8 @@ def scan_backward_kernel(
             )
 
         # dh_{t-1} += dh_gates_t @ W_hh
-        sums = zeros(1, BLOCK_B=BLOCK_B, BLOCK_H=BLOCK_H, SPLIT=SPLIT)
         if PROTOCOL is None:
-            for g in tl.static_range(G):
-                sums = multiply(rounded[g], weights, sums, FIRST=g, PRECISION=PRECISION)
+            sums = own_product(rounded, weights, G=G, PRECISION=PRECISION)
         else:
             alive = sync.wait(
                 signal_ptr,
@@ -302,42 +283,29 @@ def scan_backward_kernel(
                 PROTOCOL,
                 FLAGS_BLOCK,
             )
-            slot_ptr = ring_ptr + sync.slot(step + 1, PROTOCOL) * (BLOCK_B * G * H)
-            for k in tl.static_range(RESIDENT):
-                offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                left_b, left_k = left_tile(tile_b, offs_k, SPLIT=SPLIT)
-                for g in tl.static_range(G):
-                    d_gate, alive = sync.load(
-                        slot_ptr,
-                        left_b * (G * H) + (g * H + left_k),
-                        left_k < H,
-                        step + 1,
-                        error_ptr,
-                        spin_limit,
-                        alive,
-                        w_hh_ptr.dtype.element_ty,
-                        PROTOCOL,
-                    )
-                    sums = multiply(d_gate, weights, sums, FIRST=k * G + g, PRECISION=PRECISION)
-            if RESIDENT < CHUNKS:
-                for k in tl.range(RESIDENT, CHUNKS, num_stages=STAGES):
-                    offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                    streamed = load_back_weights(w_hh_ptr, offs_k, offs_h, G=G, H=H, SPLIT=SPLIT)
-                    left_b, left_k = left_tile(tile_b, offs_k, SPLIT=SPLIT)
-                    for g in tl.static_range(G):
-                        d_gate, alive = sync.load(
-                            slot_ptr,
-                            left_b * (G * H) + (g * H + left_k),
-                            left_k < H,
-                            step + 1,
-                            error_ptr,
-                            spin_limit,
-                            alive,
-                            w_hh_ptr.dtype.element_ty,
-                            PROTOCOL,
-                        )
-                        sums = multiply(d_gate, streamed, sums, FIRST=g, PRECISION=PRECISION)
-        dh = d_prev[0] + add_up(sums[0], SPLIT=SPLIT)
+            sums, alive = exchanged_product(
+                ring_ptr + sync.slot(step + 1, PROTOCOL) * (BLOCK_B * G * H),
+                weights,
+                w_hh_ptr,
+                offs_h,
+                step + 1,
+                error_ptr,
+                spin_limit,
+                alive,
+                BACKWARD=True,
+                G=G,
+                H=H,
+                BLOCK_B=BLOCK_B,
+                BLOCK_H=BLOCK_H,
+                BLOCK_K=BLOCK_K,
+                CHUNKS=CHUNKS,
+                RESIDENT=RESIDENT,
+                SPLIT=SPLIT,
+                STAGES=STAGES,
+                PRECISION=PRECISION,
+                PROTOCOL=PROTOCOL,
+            )
+        dh = d_prev[0] + sums[0]
         if PROTOCOL is not None:
             dh += sync.poison(alive)
         d_state = (dh,) + d_prev[1:]

@@ -13,39 +13,15 @@ publishes h_0, so that the loop reads every h_{t-1} from the same place.
 
 import triton
 import triton.language as tl
+
 from fusedrnn.kernels import sync
-from fusedrnn.kernels.tiles import (
-    add_up,
-    as_float32,
-    left_tile,
-    load_planes,
-    load_weight,
-    multiply,
-    row_of,
-    select,
-    store_planes,
-    zeros,
+from fusedrnn.kernels.product import exchanged_product, load_resident_weights, own_product
+from fusedrnn.kernels.tiles import as_float32, load_planes, row_of, select, store_planes
+
+
+@triton.jit(
+    do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b", "ring_stride"]
 )
-
-
-@triton.jit
-def load_gate_weights(
-    w_hh_ptr,  # [G, H, H] of this direction: gate, unit, unit of the previous step
-    offs_k,  # [BLOCK_K] units of the previous step
-    offs_h,  # [BLOCK_H] units of this program
-    G: tl.constexpr,
-    H: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """The G right operands of one chunk of K."""
-    tiles = ()
-    for g in tl.static_range(G):
-        gate_ptr = w_hh_ptr + g * H * H
-        tiles = tiles + (load_weight(gate_ptr, offs_k, offs_h, 1, H, H=H, SPLIT=SPLIT),)
-    return tiles
-
-
-@triton.jit(do_not_specialize=["T", "B", "first_b", "stride_t", "stride_b"])
 def scan_forward_kernel(
     x_gates_ptr,  # [N, D, G, H]
     w_hh_ptr,  # [D, G, H, H]: gate, unit, unit of the previous step
@@ -66,7 +42,8 @@ def scan_forward_kernel(
     spin_limit,
     T,
     B,
-    first_b,  # the launch covers the batch from here on
+    first_b,  # the launch covers the batch and the directions from here on
+    first_d,
     stride_t,  # in rows
     stride_b,
     CELL: tl.constexpr,
@@ -84,7 +61,7 @@ def scan_forward_kernel(
     PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
     FLAGS_BLOCK: tl.constexpr,
 ):
-    direction = tl.program_id(2)
+    direction = first_d + tl.program_id(2)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_b = first_b + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = (offs_b < B)[:, None]
@@ -97,10 +74,16 @@ def scan_forward_kernel(
 
     # Loaded once: the weights of the resident chunks, the bias, the parameters, the states.
     w_hh_ptr += direction * G * H * H
-    weights = ()
-    for k in tl.static_range(RESIDENT):
-        offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
-        weights = weights + load_gate_weights(w_hh_ptr, offs_k, offs_h, G=G, H=H, SPLIT=SPLIT)
+    weights = load_resident_weights(
+        w_hh_ptr,
+        offs_h,
+        BACKWARD=False,
+        G=G,
+        H=H,
+        BLOCK_K=BLOCK_K,
+        RESIDENT=RESIDENT,
+        SPLIT=SPLIT,
+    )
     bias = ()
     if b_hh_ptr is not None:
         bias = as_float32(load_planes(b_hh_ptr, 0, own_h, mask_h, direction, D=D, PLANES=G, H=H))
@@ -118,7 +101,7 @@ def scan_forward_kernel(
 
     alive = 1
     if PROTOCOL is not None:
-        group = direction * tl.num_programs(1) + tl.program_id(1)
+        group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
         ring_ptr += tl.cast(group, tl.int64) * ring_stride
         signal_ptr += group * signal_stride
         # Rows beyond the batch are exchanged too, as zeros: one mask less in the polls.
@@ -140,10 +123,9 @@ def scan_forward_kernel(
         x_gates = as_float32(x_next)
 
         # h_gates = h_{t-1} @ W_hh^T + b_hh
-        sums = zeros(G, BLOCK_B=BLOCK_B, BLOCK_H=BLOCK_H, SPLIT=SPLIT)
         if PROTOCOL is None:
             h = state[0].to(w_hh_ptr.dtype.element_ty)
-            sums = multiply(h, weights, sums, FIRST=0, PRECISION=PRECISION)
+            sums = own_product((h,), weights, G=G, PRECISION=PRECISION)
         else:
             alive = sync.wait(
                 signal_ptr,
@@ -155,46 +137,35 @@ def scan_forward_kernel(
                 PROTOCOL,
                 FLAGS_BLOCK,
             )
-            slot_ptr = ring_ptr + sync.slot(step + 1, PROTOCOL) * (BLOCK_B * H)
-            for k in tl.static_range(RESIDENT):
-                offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                left_b, left_k = left_tile(tile_b, offs_k, SPLIT=SPLIT)
-                h, alive = sync.load(
-                    slot_ptr,
-                    left_b * H + left_k,
-                    left_k < H,
-                    step + 1,
-                    error_ptr,
-                    spin_limit,
-                    alive,
-                    w_hh_ptr.dtype.element_ty,
-                    PROTOCOL,
-                )
-                sums = multiply(h, weights, sums, FIRST=k * G, PRECISION=PRECISION)
-            if RESIDENT < CHUNKS:
-                for k in tl.range(RESIDENT, CHUNKS, num_stages=STAGES):
-                    offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                    streamed = load_gate_weights(w_hh_ptr, offs_k, offs_h, G=G, H=H, SPLIT=SPLIT)
-                    left_b, left_k = left_tile(tile_b, offs_k, SPLIT=SPLIT)
-                    h, alive = sync.load(
-                        slot_ptr,
-                        left_b * H + left_k,
-                        left_k < H,
-                        step + 1,
-                        error_ptr,
-                        spin_limit,
-                        alive,
-                        w_hh_ptr.dtype.element_ty,
-                        PROTOCOL,
-                    )
-                    sums = multiply(h, streamed, sums, FIRST=0, PRECISION=PRECISION)
+            sums, alive = exchanged_product(
+                ring_ptr + sync.slot(step + 1, PROTOCOL) * (BLOCK_B * H),
+                weights,
+                w_hh_ptr,
+                offs_h,
+                step + 1,
+                error_ptr,
+                spin_limit,
+                alive,
+                BACKWARD=False,
+                G=G,
+                H=H,
+                BLOCK_B=BLOCK_B,
+                BLOCK_H=BLOCK_H,
+                BLOCK_K=BLOCK_K,
+                CHUNKS=CHUNKS,
+                RESIDENT=RESIDENT,
+                SPLIT=SPLIT,
+                STAGES=STAGES,
+                PRECISION=PRECISION,
+                PROTOCOL=PROTOCOL,
+            )
         h_gates = ()
         for g in tl.static_range(G):
-            h_gate = add_up(sums[g], SPLIT=SPLIT)
-            if PROTOCOL is not None:
-                h_gate += sync.poison(alive)
+            h_gate = sums[g]
             if b_hh_ptr is not None:
                 h_gate += bias[g]
+            if PROTOCOL is not None:
+                h_gate += sync.poison(alive)
             h_gates = h_gates + (h_gate,)
 
         new, saved = CELL(x_gates, h_gates, state, params)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from fusedrnn.kernels import sync
-from fusedrnn.kernels.plan import Plan
 from races import Detector
 from scan_cases import Case, assert_close, kernels, loop, problem
 from scheduler import cooperative
 
 from fusedrnn.cells import REGISTRY
+from fusedrnn.kernels import sync
+from fusedrnn.kernels.plan import Plan
 
 CELLS = sorted(REGISTRY)
 PROTOCOLS = sync.PROTOCOLS

@@ -1,0 +1,155 @@
+"""The plan never asks for more than the device has, for any shape on any device."""
+
+import pytest
+import torch
+
+from fusedrnn.cells import REGISTRY
+from fusedrnn.kernels.plan import INTERPRETER, PASSES, Device, plan_scan
+
+KIB = 1024
+# Shared memory of a program and of a multiprocessor: sm_80, sm_86 / 89 / 120, sm_90 / 100, gfx942.
+SHARED = {
+    (8, 0): (163 * KIB, 164 * KIB, "cuda"),
+    (8, 6): (99 * KIB, 100 * KIB, "cuda"),
+    (9, 0): (227 * KIB, 228 * KIB, "cuda"),
+    (9, 4): (64 * KIB, 64 * KIB, "hip"),
+}
+MULTIPROCESSORS = (1, 2, 8, 30, 64, 108, 132, 304)
+HIDDEN = (1, 2, 15, 16, 17, 63, 64, 65, 96, 128, 129, 192, 256, 300, 384, 512, 640, 768)
+HIDDEN += (1000, 1024, 1500, 1536, 2048, 4096)
+H200 = Device((9, 0), 132, 227 * KIB, 228 * KIB)
+LSTM = REGISTRY["lstm"]
+
+
+def device(capability, multiprocessors):
+    per_program, per_multiprocessor, backend = SHARED[capability]
+    return Device(capability, multiprocessors, per_program, per_multiprocessor, backend)
+
+
+def plans(where, precision="tf32", batches=(1, 16, 100, 4096)):
+    """Every plan for that device, with the shape it is for."""
+    for cell in (LSTM, REGISTRY["gru"], REGISTRY["rnn_tanh"]):
+        for which in PASSES:
+            for dtype in (torch.bfloat16, torch.float32):
+                for H in HIDDEN:
+                    for B in batches:
+                        for D in (1, 2):
+                            shape = {"B": B, "H": H, "D": D}
+                            try:
+                                plan = plan_scan(
+                                    cell,
+                                    which,
+                                    dtype,
+                                    device=where,
+                                    input_precision=precision,
+                                    **shape,
+                                )
+                            except ValueError as error:
+                                plan = str(error)
+                            yield cell, which, dtype, shape, plan
+
+
+@pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_plan_fits(capability, multiprocessors):
+    where = device(capability, multiprocessors)
+    for cell, which, dtype, shape, plan in plans(where):
+        told = (cell.name, which, dtype, shape, plan)
+        B, H, D = shape["B"], shape["H"], shape["D"]
+        if isinstance(plan, str):
+            # On a whole GPU only what is far too large may find no plan.
+            assert "no plan for" in plan, told
+            assert multiprocessors < 108 or H > 1024 or capability != (9, 0), told
+            continue
+        assert plan.shared_bytes(cell, which, dtype.itemsize) <= where.shared_per_program, told
+        assert plan.chunks * plan.block_k >= H > (plan.chunks - 1) * plan.block_k or H < 16, told
+        assert 0 <= plan.resident <= plan.chunks, told
+        assert plan.block_k // plan.split >= 16, told  # of one tensor-core instruction
+        for power in (plan.block_b, plan.block_h, plan.block_k, plan.split, plan.num_warps):
+            assert power & (power - 1) == 0, told
+        tiles = -(-H // plan.block_h)
+        if plan.schedule == "resident":
+            assert (tiles, plan.protocol, plan.resident) == (1, None, plan.chunks), told
+            continue
+        # No launch has more programs than run at the same time, and each launch does something.
+        assert plan.slab_b % plan.block_b == 0, told
+        assert 1 <= plan.slab_d <= D, told
+        grid = tiles * plan.slab_d * -(-min(B, plan.slab_b) // plan.block_b)
+        assert grid <= multiprocessors * plan.programs_each, told
+        # A polled tile must have an element for every thread (`sync`).
+        assert plan.block_b * plan.block_k >= 32 * plan.num_warps, told
+        assert (plan.schedule == "spread") == (plan.resident == plan.chunks), told
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_every_plan_fits_in_other_precisions(precision):
+    for cell, which, dtype, _, plan in plans(H200, precision, batches=(16,)):
+        copies = 2 if precision == "tf32x3" and dtype == torch.float32 else 1
+        if not isinstance(plan, str):
+            used = plan.shared_bytes(cell, which, dtype.itemsize, copies)
+            assert used <= H200.shared_per_program, plan
+
+
+@pytest.mark.parametrize(
+    ("H", "dtype", "schedule"),
+    [
+        (64, torch.bfloat16, "resident"),
+        (128, torch.bfloat16, "resident"),
+        (128, torch.float32, "spread"),
+        (300, torch.bfloat16, "spread"),
+        (768, torch.bfloat16, "spread"),
+        (1024, torch.float16, "spread"),
+        (2048, torch.bfloat16, "streaming"),
+    ],
+)
+def test_schedule_on_a_large_gpu(H, dtype, schedule):
+    for which in PASSES:
+        plan = plan_scan(LSTM, which, dtype, B=16, H=H, D=1, device=H200)
+        assert plan.schedule == schedule, plan
+        assert plan.slab_b is None or plan.slab_b >= 16
+
+
+def test_batch_decides_between_few_kernels():
+    """What is compiled for one batch size serves nearly all."""
+    kernels = {
+        tuple(
+            plan_scan(LSTM, "forward", torch.bfloat16, B=B, H=512, D=1, device=H200)
+            .constants()
+            .items()
+        )
+        for B in range(1, 2000)
+    }
+    assert len(kernels) <= 4, kernels
+
+
+def test_two_directions_share_a_launch_where_they_fit():
+    one = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=512, D=2, device=H200)
+    assert one.slab_d == 2
+    two = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=4096, D=2, device=H200)
+    assert two.slab_d == 1
+
+
+def test_interpreter_runs_everything_resident():
+    for H in HIDDEN:
+        plan = plan_scan(LSTM, "forward", torch.float32, B=5, H=H, D=2, device=INTERPRETER)
+        assert plan.schedule == "resident"
+        assert plan.block_h >= H
+
+
+@pytest.mark.parametrize(
+    ("where", "H", "why"),
+    [
+        (Device((8, 0), 8, 163 * KIB, 164 * KIB), 4096, "128 programs .* has 8 multiprocessors"),
+        (Device((7, 0), 80, 16 * KIB, 16 * KIB), 2048, "16384 bytes of shared memory"),
+    ],
+)
+def test_says_why_there_is_no_plan(where, H, why):
+    with pytest.raises(ValueError, match=rf"no plan for backward of 'lstm' with H = {H}.*{why}"):
+        plan_scan(LSTM, "backward", torch.float32, B=1, H=H, D=1, device=where)
+
+
+def test_says_what_it_does_not_know():
+    with pytest.raises(ValueError, match="which must be one of"):
+        plan_scan(LSTM, "sideways", torch.float32, B=1, H=8, D=1, device=H200)
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got torch.float64"):
+        plan_scan(LSTM, "forward", torch.float64, B=1, H=8, D=1, device=H200)
