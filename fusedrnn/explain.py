@@ -43,7 +43,9 @@ def explain(
             module.cell_name, tensor.device.type, dtype, 1, B, module.input_size,
             module.hidden_size, needs_grad=needs_grad, transformed=transformed(),
         )  # fmt: skip
-        return dispatch.explain_call(call, module.backend)
+        # A single step is torch's own cell, unless another backend is forced.
+        auto = dispatch.forced_backend(module.backend) == "auto"
+        return dispatch.explain_call(call, "aten" if auto else module.backend)
     if not isinstance(module, RecurrentModule):
         raise TypeError(
             f"module: expected one of fusedrnn's modules, got {type(module).__name__}; "

@@ -464,11 +464,12 @@ def test_jit_script_of_a_cell(kind):
     torch.testing.assert_close(scripted(input), torchs(input))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_script_refuses_what_torch_lacks():
     class Own(fusedrnn.LSTM):
         pass
 
-    with pytest.raises(TypeError, match="Own: torch.jit.script .* cannot stand in for a subclass"):
+    with pytest.raises(TypeError, match=r"Own: torch.jit.script .* cannot stand in for a subclass"):
         torch.jit.script(nn.Sequential(Own(3, 5)))
 
 

@@ -1,0 +1,269 @@
+"""Which backend runs a call: who may choose, who may refuse, and what is said about it."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fusedrnn
+from fusedrnn import dispatch, functional
+from fusedrnn.dispatch import Call
+
+KINDS = ("LSTM", "GRU", "RNN")
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    """The tests of the kernels switch it on for their whole process."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The backends that calls went to, in order."""
+    seen = []
+
+    def spy(name, where, what):
+        original = getattr(where, what)
+
+        def wrapped(*args, **kwargs):
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(where, what, wrapped)
+
+    spy("aten", functional, "_aten_at_once")
+    spy("aten", functional, "_aten")
+    spy("reference", functional, "run_reference")
+    return seen
+
+
+def run(module, **options):
+    return module(torch.randn(5, 2, 3), **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cpu_gets_torchs_kernels(kind, ran):
+    module = getattr(fusedrnn, kind)(3, 4)
+    run(module)
+    assert ran == ["aten"]
+    assert fusedrnn.explain(module, torch.randn(5, 2, 3)).backend == "aten"
+
+
+def test_the_shortcut_agrees_with_select():
+    """`functional.recurrent` decides plain CPU calls itself; `select` must say the same."""
+    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        for packed in (False, True):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                call = Call(cell, "cpu", dtype, 5, 2, 3, 4, packed=packed)
+                assert dispatch.select(call) == "aten"
+                assert dispatch.select(call, "aten") == "aten"
+
+
+def test_what_aten_lacks_goes_to_the_reference(ran):
+    module = fusedrnn.LSTM(3, 4)
+    reset = torch.zeros(5, 2, dtype=torch.bool)
+    run(module, reset=reset)
+    assert ran == ["reference"]
+    explanation = fusedrnn.explain(module, torch.randn(5, 2, 3), reset=reset)
+    assert explanation.backend == "reference"
+    assert "reset" in explanation.passed_over["aten"]
+
+
+def test_forced_by_the_module(ran):
+    run(fusedrnn.LSTM(3, 4, backend="reference"))
+    module = fusedrnn.LSTM(3, 4)
+    module.backend = "reference"
+    run(module)
+    assert ran == ["reference"] * 2
+
+
+def test_forced_by_the_context(ran):
+    module = fusedrnn.GRU(3, 4)
+    with fusedrnn.use_backend("reference"):
+        run(module)
+        with fusedrnn.use_backend("aten"):
+            run(module)
+        run(module)
+    run(module)
+    assert ran == ["reference", "aten", "reference", "aten"]
+
+
+def test_the_context_ends_with_an_exception(ran):
+    with pytest.raises(KeyError), fusedrnn.use_backend("reference"):
+        raise KeyError
+    run(fusedrnn.RNN(3, 4))
+    assert ran == ["aten"]
+
+
+def test_the_modules_own_comes_first(ran):
+    with fusedrnn.use_backend("reference"):
+        run(fusedrnn.LSTM(3, 4, backend="aten"))
+        run(fusedrnn.LSTM(3, 4, backend="auto"))
+    assert ran == ["aten", "aten"]
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells(kind, ran):
+    cell = getattr(fusedrnn, kind)(3, 4)
+    input = torch.randn(2, 3)
+    expected = cell(input)
+    assert ran == []  # torch's own cell
+    assert fusedrnn.explain(cell, input).backend == "aten"
+    with fusedrnn.use_backend("reference"):
+        torch.testing.assert_close(cell(input), expected)
+        assert fusedrnn.explain(cell, input).backend == "reference"
+    assert ran == ["reference"]
+
+
+def test_a_cell_on_a_gpu_is_torchs_own():
+    """As CellModule.forward has it; one step is no work for the fused loop."""
+    with FakeTensorMode():
+        input = torch.empty(2, 3, device="cuda")
+    assert fusedrnn.explain(fusedrnn.LSTMCell(3, 4), input).backend == "aten"
+    forced = fusedrnn.LSTMCell(3, 4, backend="reference")
+    assert fusedrnn.explain(forced, input).backend == "reference"
+
+
+PRINT = """
+import torch, fusedrnn
+module = fusedrnn.LSTM(3, 4)
+print(fusedrnn.explain(module, torch.randn(5, 2, 3)).backend)
+with fusedrnn.use_backend("aten"):
+    print(fusedrnn.explain(module, torch.randn(5, 2, 3)).backend)
+"""
+
+
+@pytest.mark.parametrize("name", ["reference", "nonsense"])
+def test_the_environment(name):
+    env = {**os.environ, "FUSEDRNN_BACKEND": name}
+    done = subprocess.run([sys.executable, "-c", PRINT], env=env, capture_output=True, text=True)
+    if name == "nonsense":
+        assert done.returncode != 0
+        assert "FUSEDRNN_BACKEND must be one of" in done.stderr
+        assert "'nonsense'" in done.stderr
+    else:
+        assert done.stdout.split() == ["reference", "aten"], done.stderr
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"backend must be one of .*'aten'.*, got 'cudnn'"):
+        fusedrnn.LSTM(3, 4, backend="cudnn")
+    with (
+        pytest.raises(ValueError, match=r"use_backend\(backend\) must be .* got None"),
+        fusedrnn.use_backend(None),
+    ):
+        pass
+
+
+REFUSED = [
+    ("triton", {}, "the tensors are on the cpu"),
+    ("aten", {"reset": torch.zeros(5, 2, dtype=torch.bool)}, "do not have .*reset"),
+]
+
+
+@pytest.mark.parametrize(("backend", "options", "why"), REFUSED)
+def test_a_forced_backend_that_cannot_says_why(backend, options, why):
+    module = fusedrnn.LSTM(3, 4, backend=backend)
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' was asked for .*{why}"):
+        run(module, **options)
+    with pytest.raises(RuntimeError, match=why):
+        fusedrnn.explain(module, torch.randn(5, 2, 3), **options)
+
+
+def test_a_forced_backend_is_never_left_in_silence(monkeypatch):
+    """Every refusal that dispatch knows turns a forced call into an error."""
+    call = Call("lstm", "cpu", torch.float32, 5, 2, 3, 4)
+    for name in fusedrnn.BACKENDS:
+        monkeypatch.setitem(dispatch.REFUSES, name, lambda call: "of a reason")
+        with pytest.raises(RuntimeError, match=f"'{name}' was asked for .*: of a reason"):
+            dispatch.select(call, name)
+
+
+CUDA = {"device": "cuda", "dtype": torch.float32, "T": 5, "B": 2, "input_size": 3, "hidden_size": 4}
+TRITON_REFUSES = [
+    ({"dtype": torch.float64}, "not torch.float64", "aten"),
+    ({"proj_size": 2}, r"proj_size=2", "aten"),
+    ({"B": 0}, "B=0", "aten"),
+    ({"transformed": True}, "torch.func", "reference"),
+    ({"device": "mps"}, "not on mps", "aten"),
+]
+
+
+@pytest.mark.parametrize(("change", "why", "instead"), TRITON_REFUSES)
+def test_a_gpu_falls_back_and_says_so_once(change, why, instead, monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
+    dispatch._say_once.cache_clear()
+    call = Call("lstm", **{**CUDA, **change})
+    with caplog.at_level(logging.WARNING, logger="fusedrnn"):
+        assert dispatch.select(call) == instead
+        assert dispatch.select(call) == instead
+    assert len(caplog.records) == (call.device == "cuda")
+    explanation = dispatch.explain_call(call)
+    assert explanation.backend == instead
+    assert why in explanation.passed_over["triton"]
+    dispatch._say_once.cache_clear()
+
+
+def test_a_gpu_gets_the_fused_kernels(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
+    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            call = Call(cell, **{**CUDA, "dtype": dtype})
+            assert dispatch.select(call) == "triton"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("missing", ["triton is not installed", "triton 3.1.0 is too old"])
+def test_without_triton(missing, monkeypatch):
+    monkeypatch.setattr(dispatch, "TRITON_MISSING", missing)
+    dispatch._say_once.cache_clear()
+    explanation = dispatch.explain_call(Call("lstm", **CUDA))
+    assert explanation.backend == "aten"
+    assert explanation.passed_over["triton"] == missing
+    dispatch._say_once.cache_clear()
+
+
+def test_explain_prints_all_of_it():
+    module = fusedrnn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2, batch_first=True)
+    explanation = fusedrnn.explain(module, torch.randn(7, 5, 3))
+    assert explanation.call.T == 5
+    assert explanation.call.B == 7
+    assert set(explanation.passed_over) == {"triton", "reference"}
+    text = str(explanation)
+    for part in (
+        "lstm: 2 layer(s) x 2 direction(s), T=5 B=7 I=3 H=4 P=2, float32 on cpu (needs_grad)",
+        "runs on  aten: torch's own kernels",
+        "not on   triton: the tensors are on the cpu",
+        "not on   reference: aten is faster",
+    ):
+        assert part in text
+
+
+def test_explain_of_other_inputs():
+    module = fusedrnn.GRU(3, 4, backend="reference")
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), [5, 2])
+    explanation = fusedrnn.explain(module, packed)
+    assert (explanation.call.T, explanation.call.B, explanation.call.packed) == (5, 2, True)
+    assert explanation.because.startswith("forced")
+    assert explanation.passed_over["aten"] == "reference is forced"
+    unbatched = fusedrnn.explain(module, torch.randn(5, 3)).call
+    assert (unbatched.T, unbatched.B) == (5, 1)
+    with torch.no_grad():
+        assert not fusedrnn.explain(module, torch.randn(5, 3)).call.needs_grad
+    with pytest.raises(TypeError, match=r"got LSTM; use replace_modules"):
+        fusedrnn.explain(torch.nn.LSTM(3, 4), torch.randn(5, 2, 3))
+
+
+def test_the_interpreter_runs_only_when_forced(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
+    call = Call("lstm", "cpu", torch.float32, 5, 2, 3, 4)
+    explanation = dispatch.explain_call(call)
+    assert explanation.backend == "aten"
+    assert "interpreter" in explanation.passed_over["triton"]
+    assert dispatch.select(call, "triton") == "triton"

@@ -1,0 +1,104 @@
+"""python -m fusedrnn: readable, --json for a script, and an exit status that tells."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import __main__ as program
+from fusedrnn import autograd, functional, selfcheck
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_it_runs():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedrnn"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in (fusedrnn.__version__, torch.__version__, "aten", "reference", "ok", "cpu"):
+        assert word in done.stdout
+    # A person reads why Triton was not checked.
+    line = next(line for line in done.stdout.splitlines() if "triton  " in line and "cpu" in line)
+    assert "unavailable" in line
+
+
+def test_json(capsys):
+    assert program.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] == torch.__version__
+    cpu = {c["backend"]: c for c in report["checks"] if c["device"] == "cpu"}
+    assert set(cpu) == set(fusedrnn.BACKENDS)
+    for name in ("aten", "reference"):
+        assert cpu[name]["status"] == "ok"
+        assert 0 < cpu[name]["error"] <= cpu[name]["tolerance"]
+    assert cpu["triton"]["status"] == "unavailable"
+    assert cpu["triton"]["reason"]
+
+
+def wrong_forward(original):
+    def run(*args, **kwargs):
+        output, *final = original(*args, **kwargs)
+        return (output * 1.001, *final)
+
+    return run
+
+
+class Wrong(torch.autograd.Function):
+    """Right forward, wrong backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        return d * 1.001
+
+
+def wrong_backward(original):
+    def run(*args, **kwargs):
+        output, *final = original(*args, **kwargs)
+        return (output, *(Wrong.apply(f) for f in final))
+
+    return run
+
+
+def not_a_number(original):
+    def run(*args, **kwargs):
+        output, *final = original(*args, **kwargs)
+        return (output * float("nan"), *final)
+
+    return run
+
+
+@pytest.mark.parametrize("mistake", [wrong_forward, wrong_backward, not_a_number])
+def test_a_wrong_backend_is_noticed(mistake, monkeypatch, capsys):
+    monkeypatch.setattr(functional, "_aten", mistake(functional._aten))
+    assert program.main([]) == 1
+    out = capsys.readouterr().out
+    assert "wrong" in out
+    assert "do not use" in out
+    assert selfcheck.check("cpu", "aten").status == "wrong"
+    assert selfcheck.check("cpu", "reference").status == "ok"
+
+
+def test_a_backend_that_raises_is_reported(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(functional, "_aten", broken)
+    assert program.main(["--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    failed = [c for c in checks if c["status"] == "failed"]
+    assert [c["backend"] for c in failed] == ["aten"]
+    assert "no such kernel" in failed[0]["reason"]
+    assert autograd.run_aten is not broken

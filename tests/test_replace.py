@@ -1,0 +1,176 @@
+"""replace_modules and restore_modules: what is swapped, what is kept, what is left and why."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import fusedrnn
+
+NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(4, 4, num_layers=2, dropout=0.0)
+        self.same = self.gru
+        self.cells = nn.ModuleDict({"a": nn.LSTMCell(4, 4), "b": nn.GRUCell(4, 4)})
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.lstm = nn.LSTM(4, 4, bidirectional=True, proj_size=2)
+        self.inner = Inner()
+        self.list = nn.ModuleList([nn.RNN(4, 4, nonlinearity="relu"), nn.RNNCell(4, 4)])
+
+    def forward(self, input):
+        x = self.embed(input)
+        x, _ = self.lstm(x)
+        x, _ = self.inner.gru(x)
+        x, _ = self.list[0](x)
+        h, _ = self.inner.cells["a"](x[-1])
+        h = self.inner.cells["b"](h)
+        return x, self.list[1](h)
+
+
+RECURRENT = ("lstm", "inner.gru", "inner.cells.a", "inner.cells.b", "list.0", "list.1")
+
+
+def test_swaps_everything_and_back():
+    model = Model().eval()
+    model.inner.gru.train()
+    input = torch.randn(5, 2, 3)
+    expected = model(input)
+    before = {
+        "parameters": dict(model.named_parameters()),
+        "modules": {name: id(m) for name, m in model.named_modules()},
+        "training": {name: m.training for name, m in model.named_modules()},
+        "types": {name: type(m) for name, m in model.named_modules()},
+        "repr": repr(model),
+        "keys": list(model.state_dict()),
+    }
+    report = fusedrnn.replace_modules(model)
+    assert set(report.swapped) == set(RECURRENT)
+    assert report.left == {}
+    for name in RECURRENT:
+        module = model.get_submodule(name)
+        assert type(module) is getattr(fusedrnn, before["types"][name].__name__)
+    assert model.inner.same is model.inner.gru
+    assert list(model.state_dict()) == before["keys"]
+    assert repr(model) == before["repr"]
+    assert {n: m.training for n, m in model.named_modules()} == before["training"]
+    assert {n: id(m) for n, m in model.named_modules()} == before["modules"]
+    for name, parameter in model.named_parameters():
+        assert parameter is before["parameters"][name]
+    torch.testing.assert_close(model(input), expected, rtol=0, atol=0)
+    with fusedrnn.use_backend("reference"):
+        torch.testing.assert_close(model(input), expected)
+
+    again = fusedrnn.replace_modules(model)
+    assert again.swapped == {}
+    assert again.left == {}
+
+    report = fusedrnn.restore_modules(model)
+    assert set(report.swapped) == set(RECURRENT)
+    assert {n: type(m) for n, m in model.named_modules()} == before["types"]
+    torch.testing.assert_close(model(input), expected, rtol=0, atol=0)
+    assert fusedrnn.restore_modules(model).swapped == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_root_may_be_one(name):
+    module = getattr(nn, name)(3, 4)
+    report = fusedrnn.replace_modules(module)
+    assert type(module) is getattr(fusedrnn, name)
+    assert list(report.swapped) == [""]
+    assert str(report).splitlines()[1] == f"  (the model): torch.nn.{name} -> fusedrnn.{name}"
+
+
+def test_hooks_optimizer_and_references_survive():
+    model = nn.Sequential(nn.LSTM(3, 4))
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alias = model[0]
+    fusedrnn.replace_modules(model)
+    before = alias.weight_hh_l0.detach().clone()
+    output, _ = model(torch.randn(5, 2, 3))
+    output.sum().backward()
+    optimizer.step()
+    assert seen == [fusedrnn.LSTM]
+    assert not torch.equal(alias.weight_hh_l0, before)
+
+
+def test_what_is_left_and_why():
+    class Own(nn.LSTM):
+        def forward(self, input, hx=None):
+            return super().forward(input, hx)
+
+    model = nn.ModuleDict(
+        {
+            "own": Own(3, 4),
+            "normed": nn.utils.parametrizations.weight_norm(nn.GRU(3, 4), "weight_hh_l0"),
+            "plain": nn.GRU(3, 4),
+            "linear": nn.Linear(3, 4),
+        }
+    )
+    report = fusedrnn.replace_modules(model)
+    assert list(report.swapped) == ["plain"]
+    assert set(report.left) == {"own", "normed"}
+    assert "Own is a subclass" in report.left["own"]
+    assert "parametrized" in report.left["normed"]
+    assert type(model["own"]) is Own
+    lines = str(report).splitlines()
+    assert lines[0] == "1 module(s) swapped, 2 left"
+    assert "  plain: torch.nn.GRU -> fusedrnn.GRU" in lines
+    assert any(line.startswith("  own: left, ") for line in lines)
+
+
+def test_parametrized_after_the_swap():
+    model = nn.Sequential(nn.GRU(3, 4))
+    fusedrnn.replace_modules(model)
+    twin = copy.deepcopy(model)
+    fusedrnn.restore_modules(twin)
+    for one in (model, twin):
+        nn.utils.parametrizations.weight_norm(one[0], "weight_hh_l0")
+    input = torch.randn(5, 2, 3)
+    torch.testing.assert_close(model(input), twin(input), rtol=0, atol=0)
+    left = fusedrnn.restore_modules(model).left
+    assert "parametrized" in left["0"]
+    parametrize.remove_parametrizations(model[0], "weight_hh_l0")
+    assert type(model[0]) is fusedrnn.GRU
+
+
+def test_a_swapped_model_can_be_copied_and_pickled(tmp_path):
+    model = Model()
+    fusedrnn.replace_modules(model)
+    input = torch.randn(5, 2, 3)
+    expected = model(input)
+    torch.testing.assert_close(copy.deepcopy(model)(input), expected, rtol=0, atol=0)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    fresh = Model()
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
+    torch.testing.assert_close(fresh(input), expected, rtol=0, atol=0)
+
+
+def test_own_settings_do_not_outlive_ours():
+    """A backend that was forced on the module has no meaning for torch's class."""
+    module = fusedrnn.LSTM(3, 4, backend="reference")
+    fusedrnn.restore_modules(module)
+    input = torch.randn(5, 2, 3)
+    twin = nn.LSTM(3, 4)
+    twin.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(input), twin(input), rtol=0, atol=0)
+    assert repr(module) == repr(twin)
+
+
+def test_not_a_module():
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
+        fusedrnn.replace_modules({})
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got list"):
+        fusedrnn.restore_modules([])
