@@ -21,10 +21,10 @@ PROJECT := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test gpu-test lint format clean
+.PHONY: help venv demo test gpu-test lint format clean bench bench-gpu bench-tiny bench-compare report
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
 
 venv: $(STAMP)-base  ## An environment with the package installed
 
@@ -39,6 +39,22 @@ test: $(STAMP)-test  ## The tests that need no GPU
 
 gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+bench: $(STAMP)-bench  ## Measure speeds into bench/results/, on a GPU where there is one
+	$(BIN)/python -m bench.run $(ARGS)
+
+bench-gpu: $(STAMP)-bench  ## The same, and fail where there is no GPU
+	$(BIN)/python -m bench.run --device cuda $(ARGS)
+
+bench-tiny: $(STAMP)-bench  ## Every benchmark once at a tiny size: none may rot
+	$(BIN)/python -m pytest bench --benchmark-disable $(ARGS)
+
+bench-compare: $(STAMP)-bench  ## Two results files: make bench-compare A=before.json B=after.json
+	@test -n "$(A)" -a -n "$(B)" || { echo "usage: make bench-compare A=FILE B=FILE" >&2; exit 2; }
+	$(BIN)/python -m bench.compare "$(A)" "$(B)" $(ARGS)
+
+report: $(STAMP)-bench  ## bench/REPORT.md and README's figures from bench/results/
+	$(BIN)/python -m bench.report $(ARGS)
 
 lint: $(STAMP)-lint  ## ruff (rules and format) and pyright (types)
 	$(BIN)/ruff check .
