@@ -213,8 +213,8 @@ def load_all(
         while (late != 0) & (spins < limit):
             words, late = _poll(slot_ptr, offs, masks, step, PROTOCOL)
             spins += 1
-        tiles = ()
-        for i in tl.static_range(len(offs)):
+        tiles = (_value(words[0], DTYPE, PROTOCOL),)
+        for i in tl.static_range(1, len(offs)):
             tiles = tiles + (_value(words[i], DTYPE, PROTOCOL),)
         alive = _verdict(late == 0, step, error_ptr, alive)
         if PROTOCOL == "ll":
@@ -222,8 +222,8 @@ def load_all(
             # of the step after that overwrites what is read here, and waits for nothing else.
             tl.debug_barrier()
     else:
-        tiles = ()
-        for i in tl.static_range(len(offs)):
+        tiles = (tl.load(slot_ptr + offs[0], mask=masks[0], other=0.0, cache_modifier=".cg"),)
+        for i in tl.static_range(1, len(offs)):
             tile = tl.load(slot_ptr + offs[i], mask=masks[i], other=0.0, cache_modifier=".cg")
             tiles = tiles + (tile,)
     return tiles, alive
