@@ -25,7 +25,7 @@ def sensitivity(
     lengths: Tensor | None = None,
     reset=None,
     at: list[int] | None = None,
-    chunk: int = 64,
+    chunk: int = 512,
 ) -> Tensor:
     """How much each input step changes each output step: norms of the sequential Jacobian.
 
@@ -153,12 +153,15 @@ def state_gradients(
     return StateGradients(value.item(), {n: norms[:, :, :, s] for s, n in enumerate(names)})
 
 
-def plot_sensitivity(norms: Tensor, axes=None, *, title: str = ""):
+def plot_sensitivity(
+    norms: Tensor, axes=None, *, title: str = "", limits: tuple[float, float] | None = None
+):
     """Draws a sensitivity as a picture: output steps down, input steps across, colour by log10.
 
     Args:
         norms: what `sensitivity` returned; rows of a batch are averaged.
         axes: of matplotlib; None for new ones.
+        limits: of the colours, in powers of ten; with them there is no colour bar.
     Returns:
         the axes. What is exactly 0 stays white.
     """
@@ -166,8 +169,11 @@ def plot_sensitivity(norms: Tensor, axes=None, *, title: str = ""):
     norms = norms.detach().cpu()
     norms = norms.mean(-1) if norms.dim() == 3 else norms
     axes = plt.subplots(layout="constrained")[1] if axes is None else axes
-    image = axes.imshow(norms.masked_fill(norms == 0, float("nan")).log10().numpy())
-    axes.figure.colorbar(image, ax=axes, label="log10 |d output_t / d input_s|")
+    low, high = limits or (None, None)
+    logs = norms.masked_fill(norms == 0, float("nan")).log10()
+    image = axes.imshow(logs.numpy(), vmin=low, vmax=high)
+    if limits is None:
+        axes.figure.colorbar(image, ax=axes, label="log10 |d output_t / d input_s|")
     axes.set(xlabel="input step s", ylabel="output step t", title=title)
     return axes
 
