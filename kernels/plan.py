@@ -69,7 +69,6 @@ class Plan:
         block_k, chunks: K, which is all of H, in equal chunks.
         resident: chunks whose weights stay on the chip.
         split: groups of warps that share out each chunk.
-        stages: of the pipeline that reads the other chunks.
         protocol: how programs wait for each other (`sync`); None where there is nobody to.
         max_registers: per thread, or None for the compiler's own choice.
         programs_each: programs that run at the same time on each multiprocessor.
@@ -84,7 +83,6 @@ class Plan:
     resident: int
     split: int
     num_warps: int
-    stages: int = 1
     protocol: str | None = None
     max_registers: int | None = None
     programs_each: int = 1
@@ -100,7 +98,6 @@ class Plan:
             "CHUNKS": self.chunks,
             "RESIDENT": self.resident,
             "SPLIT": self.split,
-            "STAGES": self.stages,
             "PROTOCOL": self.protocol,
         }
 
@@ -117,8 +114,8 @@ class Plan:
     def shared_bytes(self, cell: Cell, which: str, item: int, copies: int = 1) -> int:
         """An upper bound of a program's shared memory; the ahead-of-time suite holds it to that.
 
-        The weights; what streaming has in flight; and the larger of the left operands on their
-        way into the product and the partial sums on their way out of it.
+        The weights, with one chunk more where some are streamed; and the larger of the left
+        operands on their way into the product and the partial sums on their way out of it.
         """
         gates = len(cell.gates)
         chunk = gates * self.block_k * self.block_h * item * copies
@@ -126,7 +123,7 @@ class Plan:
         sums = self.split * self.block_b * self.block_h * 4
         weights = self.resident * chunk
         if self.schedule == "streaming":
-            weights += self.stages * chunk
+            weights += chunk
         if self.schedule == "resident" and which == "backward":
             weights += gates * left
         return weights + max(2 * left, sums)
@@ -205,6 +202,8 @@ def _candidates(
     for block_b, block_h, split in SPREAD:
         if block_h == 8 and not narrow:
             continue
+        if block_h == 32 and item == 4 and which == "backward":
+            continue  # spills
         block_k, split = _chunk(H, split)
         chunks = -(-H // block_k)
         plan = Plan(
@@ -223,10 +222,8 @@ def _candidates(
             yield plan
             continue
         narrow = narrow or (block_b, block_h) == (16, 16)
-        if block_b > 16:
-            continue  # what streaming has in flight besides would spill
         for resident in range(chunks - 1, -1, -1):
-            streaming = replace(plan, schedule="streaming", resident=resident, stages=2)
+            streaming = replace(plan, schedule="streaming", resident=resident)
             if fits(streaming):
                 yield streaming
                 break
@@ -237,12 +234,12 @@ def _candidates(
 
 
 # (BLOCK_B, BLOCK_H, SPLIT) of the spread schedule. 16 rows are one tensor-core instruction.
-SPREAD = ((16, 16, 8), (16, 32, 8), (32, 16, 8), (16, 8, 8))
+SPREAD = ((16, 16, 8), (16, 32, 8), (16, 8, 8))
 
 # For a batch so large that multiplying takes longer than reading all weights in every step.
 STREAMING = {
-    "forward": Plan("streaming", 64, 16, 64, 0, 0, 1, 8, 3, "counter", 255),
-    "backward": Plan("streaming", 32, 16, 128, 0, 0, 1, 4, 3, "counter", 255),
+    "forward": Plan("streaming", 64, 16, 64, 0, 0, 1, 8, "counter", 255),
+    "backward": Plan("streaming", 32, 16, 128, 0, 0, 1, 4, "counter", 255),
 }
 
 # Units of one program beyond which its registers spill, by bytes of an element.

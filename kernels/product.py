@@ -143,7 +143,6 @@ def exchanged_product(
     CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr,
     SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,
 ):
@@ -169,7 +168,9 @@ def exchanged_product(
             PROTOCOL=PROTOCOL,
         )
     if RESIDENT < CHUNKS:
-        for streamed in tl.range(RESIDENT, CHUNKS, num_stages=STAGES):
+        # Not pipelined: that would turn the reads of the ring into asynchronous copies, which go
+        # through L1 where a thread reads less than 16 bytes, and may find what was there before.
+        for streamed in tl.range(RESIDENT, CHUNKS, num_stages=1):
             sums, alive = multiply_chunk(
                 slot_ptr,
                 streamed,

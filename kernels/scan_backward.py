@@ -100,7 +100,6 @@ def scan_backward_kernel(
     CHUNKS: tl.constexpr,  # of BLOCK_K, over all of H
     RESIDENT: tl.constexpr,  # so many of them stay on the chip, the others are read in each step
     SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,  # of the pipeline that reads them
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
     FLAGS_BLOCK: tl.constexpr,
@@ -301,7 +300,6 @@ def scan_backward_kernel(
                 CHUNKS=CHUNKS,
                 RESIDENT=RESIDENT,
                 SPLIT=SPLIT,
-                STAGES=STAGES,
                 PRECISION=PRECISION,
                 PROTOCOL=PROTOCOL,
             )

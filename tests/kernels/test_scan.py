@@ -11,7 +11,7 @@ CELLS = sorted(REGISTRY)
 
 
 def peephole_forward(x_gates, h_gates, state, params):
-    h, c_prev = state
+    _h, c_prev = state
     (w,) = params
     i = sigmoid(x_gates[0] + h_gates[0] + w * c_prev)
     c = (1 - i) * c_prev + i * tanh(x_gates[1] + h_gates[1])
