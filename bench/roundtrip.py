@@ -15,6 +15,7 @@ import statistics
 import torch
 import triton
 import triton.language as tl
+
 from fusedrnn.kernels import sync
 
 BLOCK_B, BLOCK_H, CHUNK, NUM_WARPS = 16, 8, 128, 8
@@ -57,40 +58,38 @@ def exchange_kernel(
     units = program * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     own_mask = (batch < B) & (units < H)
 
+    offs = ()  # of all units, in chunks
+    masks = ()
+    for k in tl.static_range(CHUNKS):
+        others = k * CHUNK + tl.arange(0, CHUNK)[None, :]
+        offs = offs + (rows * H + others,)
+        masks = masks + ((batch < B) & (others < H),)
+
+    h0 = tl.load(h0_ptr + batch * H + units, mask=own_mask, other=0.0)
+    slot_ptr = ring_ptr + sync.slot(1, PROTOCOL) * slot_size
     alive = 1
+    sync.store(slot_ptr, rows * H + units, h0, own_mask, 1, PROTOCOL)
+    sync.arrive(signal_ptr, program, 1, alive, PROTOCOL)
+
     for t in range(T):
+        alive = sync.wait(
+            signal_ptr, t + 1, n_programs, error_ptr, spin_limit, alive, PROTOCOL, FLAGS_BLOCK
+        )
+        slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
+        tiles, alive = sync.load_all(
+            slot_ptr, offs, masks, t + 1, error_ptr, spin_limit, alive, DTYPE, PROTOCOL
+        )
         total = tl.zeros((BLOCK_B,), tl.float32)
-        if t > 0:
-            alive = sync.wait(
-                signal_ptr, t, n_programs, error_ptr, spin_limit, alive, PROTOCOL, FLAGS_BLOCK
-            )
-        slot_ptr = ring_ptr + sync.slot(t, PROTOCOL) * slot_size
         for k in tl.static_range(CHUNKS):
-            others = k * CHUNK + tl.arange(0, CHUNK)[None, :]
-            mask = (batch < B) & (others < H)
-            if t > 0:
-                h, alive = sync.load(
-                    slot_ptr,
-                    rows * H + others,
-                    mask,
-                    t,
-                    error_ptr,
-                    spin_limit,
-                    alive,
-                    DTYPE,
-                    PROTOCOL,
-                )
-            else:
-                h = tl.load(h0_ptr + batch * H + others, mask=mask, other=0.0)
-            total += tl.sum(h.to(tl.float32), axis=1)
+            total += tl.sum(tiles[k].to(tl.float32), axis=1)
         mean = total / H + sync.poison(alive)
         x = tl.load(x_ptr + batch * H + units, mask=own_mask, other=0.0)
-        own = (decay * mean[:, None] + x).to(DTYPE)
+        h = (decay * mean[:, None] + x).to(DTYPE)
 
-        slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
-        sync.store(slot_ptr, rows * H + units, own, own_mask, t + 1, PROTOCOL)
-        sync.arrive(signal_ptr, program, t + 1, alive, PROTOCOL)
-        tl.store(output_ptr + batch * H + units, own, mask=own_mask)
+        slot_ptr = ring_ptr + sync.slot(t + 2, PROTOCOL) * slot_size
+        sync.store(slot_ptr, rows * H + units, h, own_mask, t + 2, PROTOCOL)
+        sync.arrive(signal_ptr, program, t + 2, alive, PROTOCOL)
+        tl.store(output_ptr + batch * H + units, h, mask=own_mask)
         x_ptr += step_size
         output_ptr += step_size
 
@@ -117,7 +116,7 @@ def exchange(
         protocol,
         groups=groups,
         programs=programs,
-        steps=T,
+        steps=T + 1,
         slot_size=block_b * H,
         dtype=x.dtype,
         device=x.device,
@@ -194,7 +193,7 @@ def roundtrip(
 
 
 if __name__ == "__main__":
-    counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 96, 128) if n]
+    counts = (1, 2, 4, 8, 16, 32, 64, 96, 128)
     print("programs", *counts, sep="\t")
     for name in sync.PROTOCOLS:
         print(name, *(f"{roundtrip(name, n):.2f}" for n in counts), sep="\t")
