@@ -89,6 +89,7 @@ def _call(shape: Shape, device: Device) -> dispatch.Call:
     return dispatch.Call(
         shape.cell, device.torch.type, TORCH_DTYPES[shape.dtype], shape.T, shape.B, shape.I,
         shape.H, shape.layers, shape.directions, packed=bool(shape.lengths), reset=shape.resets,
+        inside=("reset",) if shape.resets else (),
     )  # fmt: skip
 
 

@@ -25,21 +25,31 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Device:
-    """A CPU, timed by the host's clock.
+    """A CPU, timed by the host's clock, or by the CPU time of the one thread that runs.
+
+    CPU time leaves out what other programs took meanwhile, so a busy machine can be measured; it
+    would count the waiting of several threads too.
 
     Attributes:
         name: as results files call it.
         has_graphs: whether a call can be captured and replayed.
         compiles: torch.compile's backend for the compiled competitor, or "" to leave it out.
         cache: "warm" (input sets in rotation) or "cold" (caches flushed before each call).
+        clock: what times are, in words.
     """
 
     has_graphs = False
+    clock = "wall time"
+    now_seconds = staticmethod(time.perf_counter)
 
-    def __init__(self, compiles: str = "inductor", cache: str = "warm"):
+    def __init__(self, compiles: str = "inductor", cache: str = "warm", cpu_time: bool = False):
         self.torch = torch.device("cpu")
         self.compiles = compiles
         self.cache = cache
+        if cpu_time:
+            if torch.get_num_threads() != 1:
+                raise ValueError(f"CPU time needs one thread, not {torch.get_num_threads()}")
+            self.clock, self.now_seconds = "CPU time of one thread", time.thread_time
 
     @property
     def name(self) -> str:
@@ -54,9 +64,9 @@ class Device:
         for call in calls:
             if self.cache == "cold":
                 self.flush()
-            start = time.perf_counter()
+            start = self.now_seconds()
             call()
-            times.append(time.perf_counter() - start)
+            times.append(self.now_seconds() - start)
         return times
 
     def host_seconds(self, calls: list[Callable[[], object]]) -> float | None:
@@ -89,8 +99,11 @@ class CudaDevice(Device):
     """A GPU, timed by CUDA events."""
 
     has_graphs = True
+    clock = "CUDA events"
 
-    def __init__(self, compiles: str = "inductor", cache: str = "warm"):
+    def __init__(self, compiles: str = "inductor", cache: str = "warm", cpu_time: bool = False):
+        if cpu_time:
+            raise ValueError("CPU time says nothing about a GPU")
         super().__init__(compiles, cache)
         self.torch = torch.device("cuda", torch.cuda.current_device())
         self.properties = torch.cuda.get_device_properties(self.torch)

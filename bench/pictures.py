@@ -116,7 +116,7 @@ class Panel:
 
 def curves(title: str, note: str, panels: list[Panel]) -> str:
     """Panels in a row, one legend."""
-    width, height, left, top, gap = 210, 190, 62, 84, 66
+    width, height, left, top, gap = 210, 190, 62, 100, 66
     svg = Svg(left + len(panels) * (width + gap) - gap + 24, top + height + 50)
     svg.text(14, 24, title, 14, "start", bold=True)
     svg.text(14, 43, note, 11, "start", "#555555")

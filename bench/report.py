@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from bench import pictures, shapes
@@ -154,17 +155,17 @@ def _with_memory(row: dict) -> str:
 
 
 def planes(rows: list[dict]) -> dict[str, str]:
-    """Heat maps of the speed-up, H x B, wherever there are at least six points."""
+    """Heat maps of the speed-up, H x B, wherever most of a plane was measured."""
     found: dict[tuple, dict[tuple, float]] = {}
     for row in ours(rows):
         s = of_row(row)
         plain = s.layers == 1 and not (s.bidirectional or s.lengths or s.resets or s.name)
-        if plain and s.I == s.H:
+        if plain and in_grid(replace(s, T=shapes.PLANE_T)):
             found.setdefault((s.cell, s.dtype, row["pass"], s.T), {})[s.B, s.H] = row["ratio"]
     drawn = {}
     for (cell, dtype, which, T), values in sorted(found.items()):
         xs, ys = sorted({b for b, _ in values}), sorted({h for _, h in values})
-        if len(values) < 6 or len(xs) < 2 or len(ys) < 2:
+        if len(values) < max(6, 0.6 * len(xs) * len(ys)):
             continue
         note = "speed-up over torch.nn; blue: faster"
         drawn[f"map-{cell}-{dtype}-{which}-T{T}"] = pictures.heat_map(
@@ -201,7 +202,8 @@ def cost_curves(rows: list[dict]) -> dict[str, str]:
                             if backend == "torch_nn" and row["floor_ms"] and measure != "memory":
                                 low = value({**row, "ms": row["floor_ms"]}, shape)
                                 panel.series.setdefault("floor", []).append((at[0], low))
-                    if any(len(series) > 1 for series in panel.series.values()):
+                    panel.series = {n: s for n, s in panel.series.items() if len(s) > 2}
+                    if panel.series:
                         panels.append(panel)
                 if panels:
                     note = f"one dimension varied, the others {describe(base)}"

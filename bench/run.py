@@ -64,7 +64,7 @@ def run(
         "conditions": {
             "effort": asdict(effort),
             "cache": device.cache,
-            "clock": "CUDA events" if device.torch.type == "cuda" else "host",
+            "clock": device.clock,
             "order": "backends alternate within a point",
             "budget_s": budget,
         },
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.run", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--budget", type=float, default=0, help="seconds (default: 540, CPU 150)")
+    parser.add_argument("--budget", type=float, default=0, help="seconds (default: 540, CPU 120)")
     parser.add_argument("--out", type=Path, help="results file; default bench/results/<device>/")
     parser.add_argument("--resume", type=Path, help="go on with this file's run")
     parser.add_argument("--device", default="", help="cpu or cuda")
@@ -205,18 +205,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--passes", default="", help="forward,training,inference")
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time one thread's CPU time (on a busy machine)"
+    )
     parser.add_argument("--compile", default="inductor", help='backend of torch.compile, or "no"')
     parser.add_argument("--no-limits", action="store_true", help="no floors")
     parser.add_argument("--limits", type=Path, help="take the limits from this results file")
     options = parser.parse_args(arguments)
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads or options.cpu_time:
+        torch.set_num_threads(options.threads or 1)
     # Compilation is measured, so nothing that was compiled before may serve.
     if "TRITON_CACHE_DIR" not in os.environ:
         os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="fusedrnn-bench-")
     compiles = "" if options.compile == "no" else options.compile
-    device = pick_device(options.device, compiles=compiles, cache=options.cache)
+    try:
+        device = pick_device(
+            options.device, compiles=compiles, cache=options.cache, cpu_time=options.cpu_time
+        )
+    except ValueError as error:
+        parser.error(str(error))
     cuda = device.torch.type == "cuda"
     plans = {"cpu": shapes.cpu_plan, "gpu": shapes.gpu_plan, "tiny": shapes.tiny_plan}
     points = plans[options.plan or ("gpu" if cuda else "cpu")]()
@@ -225,10 +233,12 @@ def main(arguments: list[str] | None = None) -> int:
             points, only=options.only, tiers=options.tiers, backends=options.backends,
             passes=options.passes,
         )  # fmt: skip
+        if not points:
+            raise ValueError("no point of the plan is asked for")
         before = results_module.load(options.resume) if options.resume else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    budget = options.budget or (540.0 if cuda else 150.0)
+    budget = options.budget or (540.0 if cuda else 120.0)
     started = time.monotonic()
     if options.no_limits:
         limits = None

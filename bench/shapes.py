@@ -289,8 +289,11 @@ def tiny_plan(points: list[Point] | None = None) -> list[Point]:
 
 
 def _without_repeats(points: list[Point]) -> list[Point]:
-    """The first point of every shape."""
+    """Every shape once, where it first comes, with the backends and passes of all its places."""
     first: dict[str, Point] = {}
     for point in points:
-        first.setdefault(point.shape.key, point)
+        earlier = first.setdefault(point.shape.key, point)
+        backends = (*earlier.backends, *(b for b in point.backends if b not in earlier.backends))
+        passes = tuple(p for p in PASSES if p in earlier.passes or p in point.passes)
+        first[point.shape.key] = replace(earlier, backends=backends, passes=passes)
     return list(first.values())

@@ -32,8 +32,13 @@ SECONDS = 2.0  # for each shape and pass
 ROUNDS = 60
 
 
-def alternate(calls: list, rounds: int, inner: int, clock=time.perf_counter) -> list[list[float]]:
-    """Seconds of each call: `rounds` times each, in turns, `inner` calls at a time."""
+def alternate(calls: list, rounds: int, inner: int, clock=None) -> list[list[float]]:
+    """Seconds of each call: `rounds` times each, in turns, `inner` calls at a time.
+
+    With one thread (OMP_NUM_THREADS=1) CPU time, which other programs do not lengthen.
+    """
+    if clock is None:
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds):
         order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))

@@ -1,0 +1,177 @@
+"""The model's formulas, by hand, with units."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from bench import limits as module
+from bench.device import Device
+from bench.limits import Limits, call_bytes, call_floor, call_flops, interpolate, step_of
+from bench.shapes import Shape
+
+# 4 gates, B=8, H=100, bf16: weights 4 * 100 * 100 * 2 = 80 kB, which one program's registers hold.
+SMALL = Shape("lstm", "bf16", 10, 8, 100, 100)
+
+
+def test_arithmetic_of_one_program(limits):
+    alone = replace(limits, multiprocessors=1, flops={"bf16": 1e12})
+    step = step_of(SMALL, alone)
+    assert step.hidden_tiles == step.batch_tiles == 1
+    assert step.arithmetic == pytest.approx(2 * 8 * 4 * 100 * 100 / 1e12)  # FLOP / (FLOP/s) = s
+    assert step.weights == 0  # 80 kB stay in 100 kB of registers
+    assert step.exchange == step.roundtrip == 0
+    assert step.seconds == step.arithmetic
+
+
+def test_a_batch_below_eight_costs_as_much_as_eight(limits):
+    alone = replace(limits, multiprocessors=1, flops={"bf16": 1e12})
+    one = step_of(replace(SMALL, B=1), alone)
+    assert one.arithmetic == step_of(SMALL, alone).arithmetic
+
+
+def test_weights_beyond_the_registers_come_from_shared_memory(limits):
+    # 180 kB: 100 kB in registers, 80 kB at 200 GB/s.
+    assert limits.weights_seconds(180_000, 1) == pytest.approx(80_000 / 2e11)
+    # 400 kB: 200 kB from shared memory, 100 kB from L2, which 10 programs share.
+    assert limits.weights_seconds(400_000, 10) == pytest.approx(
+        max(200_000 / 2e11, 10 * 100_000 / 5e12)
+    )
+    assert limits.weights_seconds(100_000, 1) == 0
+
+
+def test_spreading_pays_the_round_trip_only_where_it_gains(limits):
+    # One program needs 2*8*4*100*100 / 1e12 = 0.64 us, less than any round trip.
+    assert step_of(SMALL, limits).hidden_tiles == 1
+    large = step_of(replace(SMALL, H=1000), limits)
+    assert large.hidden_tiles > 1
+    assert large.roundtrip == limits.trip(large.hidden_tiles)
+    assert large.seconds == pytest.approx(
+        max(max(large.arithmetic, large.weights) + large.roundtrip, large.exchange)
+    )
+    assert large.bound_by == "roundtrip"
+
+
+def test_the_exchange_of_backward_is_all_gates_wide(limits):
+    shape = replace(SMALL, H=1000, B=64)
+    forward, backward = step_of(shape, limits), step_of(shape, limits, backward=True)
+    programs = forward.hidden_tiles * forward.batch_tiles
+    rows = math.ceil(64 / forward.batch_tiles)
+    assert forward.exchange == pytest.approx(programs * rows * 1000 * 2 / 5e12)
+    assert backward.seconds >= forward.seconds
+
+
+def test_the_round_trip_is_the_fastest_protocols(limits):
+    assert limits.trip(1) == 0
+    assert limits.trip(2) == 1e-6
+    assert limits.trip(16) == pytest.approx(1.25e-6)  # halfway from 2 to 128 in logarithms
+    assert limits.trip(1000) == 1.5e-6
+
+
+def test_interpolate():
+    points = [(2, 1.0), (8, 3.0)]
+    assert interpolate(points, 1) == 1.0
+    assert interpolate(points, 4) == 2.0
+    assert interpolate(points, 8) == 3.0
+    assert interpolate(points, 99) == 3.0
+
+
+def test_flops_of_a_call():
+    # Layer 0: I=3, layer 1: 2 directions of 5; 4 gates; T*B = 6.
+    shape = Shape("lstm", "bf16", 2, 3, 3, 5, 2, True)
+    by_hand = sum(2 * 6 * 2 * 4 * 5 * (inputs + 5) for inputs in (3, 10))
+    assert call_flops(shape, "forward") == call_flops(shape, "inference") == by_hand
+    assert call_flops(shape, "training") == 3 * by_hand
+
+
+def test_packed_input_is_counted_by_its_rows():
+    padded = Shape("gru", "bf16", 64, 8, 32, 32)
+    packed = replace(padded, lengths="text")
+    assert call_flops(packed, "forward") < call_flops(padded, "forward")
+
+
+def test_bytes_of_a_call():
+    shape = Shape("gru", "fp32-exact", 2, 3, 4, 5)
+    weights = 3 * 5 * (4 + 5 + 2)
+    assert call_bytes(shape, "inference") == 4 * (2 * 3 * 4 + weights + 2 * 3 * 5)
+
+
+def test_a_call_is_its_steps_and_a_launch(limits):
+    call = call_floor(SMALL, "inference", limits)
+    assert call.bound_by == "loop"
+    assert call.loop == pytest.approx(10 * step_of(SMALL, limits).seconds)
+    assert call.seconds == pytest.approx(call.loop + 2e-6)
+    training = call_floor(SMALL, "training", limits)
+    assert training.loop == pytest.approx(
+        call.loop + 10 * step_of(SMALL, limits, backward=True).seconds
+    )
+
+
+def test_a_stack_may_overlap_its_layers(limits):
+    stack = replace(SMALL, layers=4)
+    in_turn = 4 * 10 * step_of(stack, limits).seconds
+    overlapped = (10 + 3) * step_of(stack, limits, among=4).seconds
+    assert module.loop_seconds(stack, limits, False) == pytest.approx(min(in_turn, overlapped))
+    both = replace(stack, bidirectional=True)
+    assert module.loop_seconds(both, limits, False) == pytest.approx(
+        4 * 10 * step_of(both, limits).seconds
+    )
+
+
+def test_more_work_never_has_a_lower_floor(limits):
+    for which in ("inference", "training"):
+        for axis, along in (("B", (1, 8, 64, 256)), ("H", (64, 300, 1024)), ("T", (1, 64, 1024)),
+                            ("layers", (1, 2, 4))):  # fmt: skip
+            floors = [
+                call_floor(replace(SMALL, **{axis: value}), which, limits).seconds
+                for value in along
+            ]
+            assert floors == sorted(floors), (which, axis)
+
+
+def test_a_large_batch_is_bound_by_arithmetic(limits):
+    big = Shape("lstm", "bf16", 64, 100_000, 1024, 1024)
+    assert call_floor(big, "inference", limits).bound_by == "arithmetic"
+
+
+def test_limits_survive_json(limits):
+    import json
+
+    assert Limits.from_dict(json.loads(json.dumps(limits.as_dict()))) == limits
+
+
+def test_an_unknown_rate_gives_no_floor(limits):
+    assert call_floor(SMALL, "inference", replace(limits, flops={})) is None
+
+
+def test_a_cpu_is_measured(monkeypatch):
+    def half_a_second(device, call, repeats=7):
+        call()
+        return 0.5
+
+    monkeypatch.setattr(module, "best_seconds", half_a_second)
+    measured = module.measure_limits(Device())
+    assert measured.multiprocessors == 1
+    assert measured.flops["fp32-exact"] == pytest.approx(2 * 768**3 / 0.5)
+    assert measured.dram == pytest.approx(2 * 2**27 / 0.5)
+    assert [size for size, _ in measured.caches] == [
+        4 * n * n for n in (64, 128, 256, 512, 1024, 2048)
+    ]
+    rates = [rate for _, rate in measured.caches]
+    assert rates == sorted(rates, reverse=True)
+    assert not measured.failed
+    assert call_floor(replace(SMALL, dtype="fp32-exact"), "training", measured).seconds > 0
+
+
+def test_what_fails_is_named():
+    failed = {}
+
+    def roundtrip(protocol, programs, device, steps):
+        if protocol == "flags":
+            raise RuntimeError("timed out\nafter a while")
+        return -1.0 if programs == 2 else 1.5
+
+    trips = module.roundtrips(Device(), failed, roundtrip, counts=(2, 4))
+    assert trips["counter"] == {4: pytest.approx(1.5e-6)}  # a negative difference is noise
+    assert "flags" not in trips
+    assert failed["round trip flags 4"] == "RuntimeError: timed out"

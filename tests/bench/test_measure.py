@@ -1,0 +1,174 @@
+import math
+
+import pytest
+import torch
+
+from bench import backends, measure
+from bench.backends import Runner
+from bench.measure import BrokenDevice, Effort, deviation
+from bench.shapes import Point, Shape
+
+SHAPE = Shape("lstm", "fp32-exact", 4, 2, 3, 5)
+POINT = Point(SHAPE, "headline", ("torch_nn", "auto", "reference"))
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(name, change): that backend's results go through `change`."""
+    build = backends.build
+
+    def install(name, change):
+        def spoiled(wanted, *args):
+            runner = build(wanted, *args)
+            if wanted != name:
+                return runner
+            return Runner(lambda i: change(runner.run(i)), runner.names, runner.ran_on)
+
+        monkeypatch.setattr(backends, "build", spoiled)
+
+    return install
+
+
+def by_backend(rows):
+    return {row["backend"]: row for row in rows}
+
+
+@pytest.mark.parametrize("which", ["forward", "training", "inference"])
+def test_a_good_point(gpu, which):
+    rows, left_out = measure.measure(POINT, which, gpu, Effort(), floor_seconds=0.001)
+    assert not left_out
+    rows = by_backend(rows)
+    assert list(rows) == ["torch_nn", "auto", "reference"]
+    for row in rows.values():
+        assert row["error"] is None
+        assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+        assert row["ms_torch_nn"] == rows["torch_nn"]["ms"]
+        assert row["ratio"] == pytest.approx(row["ms_torch_nn"] / row["ms"], rel=1e-3)
+        assert row["floor_ms"] == 1.0
+        assert row["floor_ratio"] == pytest.approx(row["ms"], rel=1e-3)
+        assert row["peak_bytes"] == 1 << 20
+        assert row["host_us"] == 50
+        assert row["first_call_s"] > 0
+        assert row["calls"] >= 3
+        assert row["cache"] == "warm"
+        assert row["deviation"] <= row["deviation_limit"]
+    assert rows["auto"]["ran_on"] == "aten"
+
+
+@pytest.mark.parametrize("tensor", [0, 2, 3, -1])
+def test_a_wrong_result_gets_no_time(gpu, spoil, tensor):
+    def change(results):
+        wrong = list(results)
+        wrong[tensor] = wrong[tensor] * 1.001
+        return tuple(wrong)
+
+    spoil("reference", change)
+    rows = by_backend(measure.measure(POINT, "training", gpu, Effort())[0])
+    assert rows["reference"]["ms"] is None
+    assert rows["reference"]["ratio"] is None
+    assert rows["reference"]["error"].startswith("wrong: ")
+    assert rows["auto"]["ms"] is not None
+
+
+def test_nan_is_wrong(gpu, spoil):
+    spoil("auto", lambda results: (results[0] * math.nan, *results[1:]))
+    rows = by_backend(measure.measure(POINT, "inference", gpu, Effort())[0])
+    assert "output is off by inf" in rows["auto"]["error"]
+
+
+def test_another_shape_is_wrong(gpu, spoil):
+    spoil("auto", lambda results: (results[0][1:], *results[1:]))
+    rows = by_backend(measure.measure(POINT, "inference", gpu, Effort())[0])
+    assert "has shape" in rows["auto"]["error"]
+
+
+def test_without_torch_nn_there_is_a_time_but_no_ratio(gpu, spoil):
+    spoil("torch_nn", lambda results: (results[0] + 1, *results[1:]))
+    rows = by_backend(measure.measure(POINT, "inference", gpu, Effort())[0])
+    assert rows["torch_nn"]["error"]
+    assert rows["auto"]["ms"] is not None
+    assert rows["auto"]["ratio"] is None
+
+
+def test_a_failure_becomes_a_row(gpu, spoil):
+    def fail(results):
+        raise RuntimeError("no such kernel\nand a long story")
+
+    spoil("auto", fail)
+    rows = by_backend(measure.measure(POINT, "inference", gpu, Effort())[0])
+    assert rows["auto"]["error"] == "RuntimeError: no such kernel"
+    assert rows["reference"]["ms"] is not None
+
+
+def test_out_of_memory_is_not_the_end(gpu):
+    gpu.broken = torch.cuda.OutOfMemoryError("tried to allocate")
+    rows, _ = measure.measure(POINT, "inference", gpu, Effort())
+    assert {row["error"] for row in rows} == {"out of memory"}
+
+
+def test_a_broken_device_ends_the_run_and_keeps_the_rows(gpu):
+    gpu.broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(BrokenDevice) as caught:
+        measure.measure(POINT, "inference", gpu, Effort())
+    assert len(caught.value.rows) == 3
+    assert all(row["error"] for row in caught.value.rows)
+
+
+def test_what_is_left_out_is_said(gpu):
+    point = Point(SHAPE, "headline", ("torch_nn", "haste", "flashrnn", "triton"))
+    rows, left_out = measure.measure(point, "inference", gpu, Effort())
+    assert [row["backend"] for row in rows] == ["torch_nn"]
+    assert set(left_out) == {"haste", "flashrnn", "triton"}
+
+
+def test_torch_nn_is_always_measured(gpu):
+    rows, _ = measure.measure(Point(SHAPE, "grid", ("auto",)), "inference", gpu, Effort())
+    assert by_backend(rows)["auto"]["ratio"] is not None
+
+
+def test_backends_take_turns(gpu):
+    order = []
+    runners = {
+        name: Runner(lambda i, name=name: order.append((name, i)), ()) for name in ("a", "b")
+    }
+    effort = Effort(seconds=0.06, rounds=3, sets=2)
+    samples = measure.take_turns(runners, gpu, effort)
+    assert len(samples["a"]) == len(samples["b"]) >= effort.fewest
+    names = [name for name, _ in order[2:]]
+    assert names == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_inputs_rotate():
+    from bench.device import Device
+
+    seen = []
+    runners = {"a": Runner(lambda i: seen.append(i), ())}
+    measure.take_turns(runners, Device(), Effort(seconds=0.0, fewest=9, rounds=3, sets=3))
+    assert seen[3:12] == [0, 1, 2] * 3
+
+
+def test_a_slow_backend_is_called_no_more_than_needed(gpu):
+    gpu.seconds = 10.0
+    runners = {"slow": Runner(lambda i: None, ())}
+    samples = measure.take_turns(runners, gpu, Effort())
+    assert len(samples["slow"]) == Effort().fewest
+
+
+def test_statistics():
+    got = measure.statistics_of([0.001 * n for n in range(1, 12)])
+    assert got == {"ms": 6.0, "ms_p10": 2.0, "ms_p90": 10.0, "calls": 11}
+
+
+def test_deviation_is_relative_and_names_the_worst():
+    runner = Runner(lambda i: (), ("a", "b"))
+    answer = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([100.0])}
+    results = (torch.tensor([3.0, 4.5]), torch.tensor([101.0]))
+    error, where = deviation(runner, results, {k: v.double() for k, v in answer.items()})
+    assert where == "a"
+    assert error == pytest.approx(0.1)
+
+
+def test_limits_of_the_gate():
+    assert measure.limit("bf16", None) == measure.ABSOLUTE["bf16"]
+    assert measure.limit("bf16", 0.02) == 0.04
+    assert measure.limit("bf16", 0.0) == measure.FLOOR["bf16"]

@@ -1,0 +1,104 @@
+import random
+
+import pytest
+
+from bench import shapes
+from bench.backends import WHAT
+from bench.shapes import Shape, of_row
+
+
+def test_the_plan_begins_with_the_goals():
+    plan = shapes.gpu_plan()
+    assert plan[0].shape == Shape("lstm", "fp16", 1024, 16, 768, 768, name="hardest point")
+    order = [p.tier for p in plan]
+    first = {tier: order.index(tier) for tier in ("headline", "workloads", "planes", "grid")}
+    assert list(first) == sorted(first, key=first.get)
+
+
+def test_the_plan_holds_the_whole_grid_once():
+    keys = [p.shape.key for p in shapes.gpu_plan()]
+    assert len(keys) == len(set(keys))
+    assert {s.key for s in shapes.grid()} <= set(keys)
+    assert sum(1 for _ in shapes.grid()) == 3 * 4 * 3 * 7 * 7 * 3 * 2 * 2
+
+
+def test_the_plan_does_not_change_from_run_to_run():
+    random.seed(1)
+    first = shapes.gpu_plan()
+    random.seed(2)
+    assert first == shapes.gpu_plan()
+
+
+def test_a_cut_off_grid_is_a_sample_of_it():
+    rest = [p.shape for p in shapes.gpu_plan() if p.tier == "grid"][:300]
+    for name, values in (("cell", shapes.CELLS), ("dtype", shapes.DTYPES), ("B", shapes.B_GRID)):
+        assert {getattr(s, name) for s in rest} == set(values)
+
+
+def test_every_backend_is_in_some_plan():
+    named = {b for p in shapes.gpu_plan() + shapes.cpu_plan() for b in p.backends}
+    assert named <= set(WHAT)
+    assert set(WHAT) - named == {"aten"}  # a way to ask for it; auto takes it where it is needed
+
+
+def test_a_row_gives_its_shape_back():
+    for point in shapes.gpu_plan()[:60]:
+        assert of_row({**point.shape.fields(), "ms": 1.0}) == point.shape
+
+
+def test_keys_differ_where_the_work_does():
+    base = Shape("lstm", "bf16", 64, 8, 32, 32)
+    others = [
+        Shape("gru", "bf16", 64, 8, 32, 32), Shape("lstm", "fp16", 64, 8, 32, 32),
+        Shape("lstm", "bf16", 64, 8, 16, 32), Shape("lstm", "bf16", 64, 8, 32, 32, 2),
+        Shape("lstm", "bf16", 64, 8, 32, 32, 1, True),
+        Shape("lstm", "bf16", 64, 8, 32, 32, lengths="text"),
+        Shape("lstm", "bf16", 64, 8, 32, 32, resets=True),
+    ]  # fmt: skip
+    assert len({s.key for s in (base, *others)}) == 8
+    assert Shape("lstm", "bf16", 64, 8, 32, 32, name="a name").key == base.key
+
+
+@pytest.mark.parametrize("distribution", ["text", "speech", "uniform"])
+def test_lengths(distribution):
+    lengths = shapes.length_list(distribution, 100, 200)
+    assert lengths == sorted(lengths, reverse=True) == shapes.length_list(distribution, 100, 200)
+    assert lengths[0] == 100
+    assert min(lengths) >= 1
+    assert lengths != shapes.length_list(distribution, 100, 200, seed=1)
+
+
+def test_lengths_are_shaped_as_they_say():
+    median = {d: shapes.length_list(d, 1000, 999)[499] for d in ("text", "uniform", "speech")}
+    assert 280 < median["text"] < 390
+    assert 450 < median["uniform"] < 550
+    assert 730 < median["speech"] < 860
+
+
+def test_an_unknown_distribution():
+    with pytest.raises(ValueError, match=r"'text'.*got 'poem'"):
+        shapes.length_list("poem", 10, 2)
+
+
+def test_steps_in():
+    padded = Shape("lstm", "bf16", 64, 8, 32, 32)
+    packed = Shape("lstm", "bf16", 64, 8, 32, 32, lengths="text")
+    assert shapes.steps_in(padded) == 64 * 8
+    assert shapes.steps_in(packed) == sum(shapes.length_list("text", 64, 8)) < 64 * 8
+
+
+def test_a_curve_varies_one_dimension():
+    for shape in shapes.curve(shapes.GPU_BASE, "H", (64, 128)):
+        assert shape.I == shape.H
+        assert (shape.T, shape.B) == (shapes.GPU_BASE.T, shapes.GPU_BASE.B)
+
+
+def test_the_tiny_plan_is_small_and_keeps_every_kind():
+    tiny = shapes.tiny_plan()
+    assert len(tiny) < 80
+    assert max(p.shape.T * p.shape.H for p in tiny) <= 40
+    full = [p for p in shapes.gpu_plan() if p.tier != "grid"]
+    for flag in ("bidirectional", "resets", "lengths", "cell", "dtype"):
+        assert {getattr(p.shape, flag) for p in full} - {"speech"} <= {
+            getattr(p.shape, flag) for p in tiny
+        }
