@@ -1,0 +1,105 @@
+"""Export to ONNX, with the standard operators LSTM, GRU and RNN.
+
+fusedrnn.onnx.export(model, (x,), "model.onnx", dynamic_shapes=...)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Our order of the gates (torch's) in ONNX's: i o f c, z r h, and the one of an RNN.
+GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}
+OPERATORS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+
+
+def export(model: nn.Module, args: tuple = (), f=None, *, kwargs: dict | None = None, **options):
+    """torch.onnx.export, which writes each of our layers as one ONNX operator.
+
+    A layer becomes LSTM, GRU or RNN, with both directions in one; `lengths` its sequence_lens.
+    `model` is exported in the mode it is in: call model.eval() first.
+
+    Args:
+        model, args, f, kwargs: as torch.onnx.export.
+        options: its other options: dynamic_shapes, input_names, output_names, opset_version ...
+    Returns:
+        what torch.onnx.export returns.
+    Raises:
+        ImportError: onnxscript is not installed.
+        torch.onnx.OnnxExporterError: caused by a NotImplementedError that says for what ONNX has
+            no operator: packed sequences, projections, resets, regularisers inside the loop.
+    """
+    table = {**translation_table(), **options.pop("custom_translation_table", {})}
+    options.pop("dynamo", None)
+    with torch.no_grad():
+        return torch.onnx.export(
+            model,
+            args,
+            f,
+            kwargs=kwargs,
+            dynamo=True,
+            custom_translation_table=table,
+            **options,
+        )
+
+
+def translation_table() -> dict:
+    """For torch.onnx.export(..., dynamo=True, custom_translation_table=...)."""
+    try:
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise ImportError("export to ONNX needs onnxscript: pip install onnxscript") from error
+
+    def layer(
+        input, state, weights, lengths, batch_sizes, reset, cell, bias, bidirectional, projection,
+        batch_first, backend, save, autocast, clip=0.0, h_mask=None, zoneout=None,
+    ):  # fmt: skip
+        missing = {
+            "packed sequences (use lengths=)": batch_sizes is not None,
+            "projections": projection,
+            "resets": reset is not None,
+            "regularisers inside the loop": h_mask is not None or zoneout is not None,
+            f"the cell {cell!r}": cell not in OPERATORS,
+        }
+        if any(missing.values()):
+            what = " and ".join(name for name, is_so in missing.items() if is_so)
+            raise NotImplementedError(f"ONNX has no operator for {what}")
+        gates, D = GATES[cell], 2 if bidirectional else 1
+        size = len(weights) // D
+        H = state[0].shape[-1]
+        rows = [g * H + unit for g in gates for unit in range(H)]
+        groups = [weights[d * size : (d + 1) * size] for d in range(D)]
+
+        def in_order(tensor):
+            """The gates in ONNX's order, and a leading dimension for the direction."""
+            if len(gates) > 1:
+                tensor = op.Gather(tensor, op.Constant(value_ints=rows), axis=0)
+            return op.Unsqueeze(tensor, op.Constant(value_ints=[0]))
+
+        def stacked(tensors):
+            return tensors[0] if D == 1 else op.Concat(*tensors, axis=0)
+
+        w = stacked([in_order(group[0]) for group in groups])
+        r = stacked([in_order(group[1]) for group in groups])
+        b = None
+        if bias:
+            pairs = [[in_order(t) for t in group[2:4]] for group in groups]
+            b = stacked([op.Concat(*pair, axis=1) for pair in pairs])
+        if lengths is not None:
+            lengths = op.Cast(lengths, to=6)  # int32
+        if batch_first:
+            input = op.Transpose(input, perm=[1, 0, 2])
+        attributes = {"hidden_size": H}
+        attributes["direction"] = "bidirectional" if bidirectional else "forward"
+        if cell == "gru":
+            attributes["linear_before_reset"] = 1
+        if cell == "rnn_relu":
+            attributes["activations"] = ["Relu"] * D
+        function = getattr(op, OPERATORS[cell])
+        output, *final = function(input, w, r, b, lengths, *state, **attributes)
+        # [T, D, B, H] -> [T, B, D * H], or [B, T, D * H]
+        output = op.Transpose(output, perm=[2, 0, 1, 3] if batch_first else [0, 2, 1, 3])
+        output = op.Reshape(output, op.Constant(value_ints=[0, 0, -1]))
+        return output, *final
+
+    return {torch.ops.fusedrnn.layer.default: layer}
