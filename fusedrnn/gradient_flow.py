@@ -59,7 +59,7 @@ def sensitivity(
         output = module(x, hx, lengths=lengths, reset=reset)[0]
         return output.transpose(0, 1) if swap else output
 
-    output, pull_back = func.vjp(forward, input.detach())
+    output, pull_back, *_ = func.vjp(forward, input.detach())
     features = output.shape[-1]
 
     def of_feature(t: Tensor, k: Tensor) -> Tensor:

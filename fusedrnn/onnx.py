@@ -5,6 +5,8 @@ fusedrnn.onnx.export(model, (x,), "model.onnx", dynamic_shapes=...)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -46,9 +48,11 @@ def export(model: nn.Module, args: tuple = (), f=None, *, kwargs: dict | None = 
 def translation_table() -> dict:
     """For torch.onnx.export(..., dynamo=True, custom_translation_table=...)."""
     try:
-        from onnxscript import opset18 as op
+        from onnxscript import opset18
     except ImportError as error:
         raise ImportError("export to ONNX needs onnxscript: pip install onnxscript") from error
+
+    op: Any = opset18
 
     def layer(
         input, state, weights, lengths, batch_sizes, reset, cell, bias, bidirectional, projection,

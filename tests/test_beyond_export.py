@@ -104,7 +104,7 @@ def test_onnx_with_a_state(tmp_path):
     [
         (fusedrnn.LSTM(I, H, proj_size=2), {}, "no operator for projections"),
         (fusedrnn.GRU(I, H, zoneout=0.1), {}, "regularisers inside the loop"),
-        (fusedrnn.GRU(I, H), {"reset": torch.zeros(T, B, dtype=torch.bool)}, "no operator for resets"),
+        (fusedrnn.GRU(I, H), {"reset": torch.zeros(T, B, dtype=torch.bool)}, "for resets"),
     ],
     ids=["projection", "zoneout", "reset"],
 )
