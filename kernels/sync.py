@@ -42,6 +42,9 @@ Protocols (what `PROTOCOL` may be):
 - "flags": every program has a word for the step that it has published; readers poll them all.
 - "sentinel": the ring has a slot for each step, filled with a pattern that no value has;
   readers poll until it is gone. Rests on hardware as "ll" does.
+
+For NVIDIA. On AMD (gfx942, Triton 3.6 to 3.9) a block barrier does not wait for the stores of the
+other waves, so a release speaks for its own wave only, and no protocol here is sound.
 """
 
 from __future__ import annotations

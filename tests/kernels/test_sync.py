@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from exchange import BENCH, expected, roundtrip
 from mutation import mutated
 from races import Detector
-from scheduler import cooperative
+from scheduler import Deadlock, cooperative
 
 from fusedrnn.kernels import sync
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = {  # T, B, H; three programs a group, masked rows, units and chunks
-    "one group": (5, 3, 6),
-    "two groups": (4, 6, 5),
+SHAPES = {  # T, B, H; three programs a group, masked rows, units and chunks; interleavings
+    "one group": ((5, 3, 6), 16),
+    "two groups": ((4, 6, 5), 6),
 }
 BLOCKS = {"block_b": 4, "block_h": 2, "chunk": 4}
 
@@ -30,12 +34,11 @@ def inputs():
     return make
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("shape", "seeds"), SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-@pytest.mark.parametrize("seeds", [range(0, 8), range(8, 16)], ids=str)
 def test_interleavings_agree(protocol, shape, seeds, inputs):
     x, h0 = inputs(shape)
-    for seed in seeds:
+    for seed in range(seeds):
         with cooperative(seed, detector=Detector()):
             output = roundtrip.exchange(protocol, x, h0, **BLOCKS)
         torch.testing.assert_close(output, expected(x, h0), msg=lambda m, s=seed: f"{s}: {m}")
@@ -50,18 +53,100 @@ def test_dtypes_are_exchanged_bit_for_bit(protocol, dtype, inputs):
     torch.testing.assert_close(output, expected(x, h0), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@triton.jit
+def relay_kernel(
+    x_ptr,  # [2, N]
+    output_ptr,  # [2, N]
+    ring_ptr,
+    signal_ptr,
+    error_ptr,
+    spin_limit,
+    DTYPE: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+    FLAGS_BLOCK: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Two programs tell each other their half of x, in one step."""
+    program = tl.program_id(0)
+    own = program * N + tl.arange(0, N)
+    other = (1 - program) * N + tl.arange(0, N)
+    mask = own < 2 * N
+    slot_ptr = ring_ptr + sync.slot(1, PROTOCOL) * 2 * N
+    sync.store(slot_ptr, own, tl.load(x_ptr + own), mask, 1, PROTOCOL)
+    sync.arrive(signal_ptr, program, 1, 1, PROTOCOL)
+    alive = sync.wait(signal_ptr, 1, 2, error_ptr, spin_limit, 1, PROTOCOL, FLAGS_BLOCK)
+    tile, alive = sync.load(slot_ptr, other, mask, 1, error_ptr, spin_limit, alive, DTYPE, PROTOCOL)
+    tl.store(output_ptr + other, tile)
+
+
+def relay(protocol, bits, dtype, tl_dtype):
+    x = bits.view(dtype)
+    output = torch.zeros_like(x)
+    with cooperative(0, detector=Detector()):
+        space = sync.workspace(
+            protocol,
+            groups=1,
+            programs=2,
+            steps=1,
+            slot_size=x.numel(),
+            dtype=dtype,
+            device="cpu",
+            num_warps=1,
+        )
+        relay_kernel[(2,)](
+            x_ptr=x,
+            output_ptr=output,
+            ring_ptr=space.ring,
+            signal_ptr=space.signal,
+            error_ptr=space.error,
+            spin_limit=100,
+            DTYPE=tl_dtype,
+            PROTOCOL=protocol,
+            FLAGS_BLOCK=space.flags_block,
+            N=x.numel() // 2,
+        )
+    sync.raise_if_timed_out(space.error)
+    return output.view(bits.dtype)
+
+
 @pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_every_bit_pattern_is_exchanged(protocol, dtype):
-    """NaNs, among them the sentinel's own pattern, infinities and -0, in h_0 and in between."""
-    integer = torch.int32 if dtype == torch.float32 else torch.int16
-    patterns = torch.tensor([-1, 0, 0x7FFF, -0x8000], dtype=torch.int16).to(integer).view(dtype)
-    special = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0]).to(dtype)
-    x = torch.stack([patterns, special, patterns]).unsqueeze(1)
-    h0 = patterns.unsqueeze(0)
-    with cooperative(2):
-        output = roundtrip.exchange(protocol, x, h0, decay=0.0, **BLOCKS)
-    torch.testing.assert_close(output, expected(x, h0, 0.0), rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize(
+    ("dtype", "tl_dtype"),
+    [
+        (torch.float32, tl.float32),
+        (torch.bfloat16, tl.bfloat16),
+        (torch.float16, tl.float16),
+    ],
+    ids=str,
+)
+def test_every_bit_pattern_arrives(protocol, dtype, tl_dtype):
+    """Of 16 bits, every one; of 32, random ones and those at the edges. Only the sentinel's own
+    pattern, one of the NaNs, becomes another NaN."""
+    if dtype == torch.float32:
+        generator = torch.Generator().manual_seed(0)
+        bits = torch.randint(-(2**31), 2**31, (4096,), generator=generator).to(torch.int32)
+        bits[:8] = torch.tensor([-1, 0, 1, -2, 2**31 - 1, -(2**31), 0x7F800000, 0xFFFF])
+        remapped = 0x7FFFFFFF
+    else:
+        bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+        remapped = 0x7FFF
+    expect = bits.clone()
+    if protocol == "sentinel":
+        expect[bits == -1] = remapped
+        assert torch.tensor(remapped, dtype=bits.dtype).view(dtype).isnan()
+    assert torch.equal(relay(protocol, bits, dtype, tl_dtype), expect)
+
+
+def test_a_sentinel_that_is_not_remapped_is_waited_for_in_vain(monkeypatch, tmp_path):
+    mutant = mutated(
+        Path(sync.__file__),
+        tmp_path,
+        ("tl.where(bits == -1, 0x7FFF, bits)", "bits"),
+    )
+    monkeypatch.setattr(sync, "store", mutant.store)
+    bits = torch.arange(-4, 4).to(torch.int16)
+    with pytest.raises(Deadlock):
+        relay("sentinel", bits, torch.bfloat16, tl.bfloat16)
 
 
 @pytest.mark.parametrize("protocol", ["ll", "flags"])
