@@ -381,6 +381,22 @@ def test_lengths_equal_packing(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_no_row_has_a_step(kind, backend):
+    """All lengths 0: outputs are zeros, states stay, and backward goes through."""
+    ours = getattr(fusedrnn, kind)(3, 5, num_layers=2, bidirectional=True, backend=backend)
+    input = torch.randn(6, 4, 3, requires_grad=True)
+    h_0 = torch.randn(4, 4, 5, requires_grad=True)
+    hx = (h_0, torch.randn(4, 4, 5)) if kind == "LSTM" else h_0
+    output, final = ours(input, hx, lengths=torch.zeros(4, dtype=torch.int64))
+    assert torch.equal(output, torch.zeros(6, 4, 10))
+    assert torch.equal(first(final), h_0)
+    d_input, d_h_0 = torch.autograd.grad(output.sum() + first(final).sum(), [input, h_0])
+    assert torch.equal(d_input, torch.zeros_like(input))
+    assert torch.equal(d_h_0, torch.ones_like(h_0))
+
+
+@every_kind
 def test_lengths_and_reset_are_checked(kind):
     ours = getattr(fusedrnn, kind)(3, 5)
     input = torch.randn(6, 4, 3)

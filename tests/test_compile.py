@@ -1,0 +1,277 @@
+"""torch.compile and torch.export: one graph, any batch and time, the numbers of eager mode."""
+
+import pytest
+import torch
+from tolerances import FLOOR
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
+from torch.export import Dim
+
+import fusedrnn
+from fusedrnn import autograd
+
+MODULES = {
+    "lstm": lambda: fusedrnn.LSTM(3, 4, num_layers=2, bidirectional=True),
+    "lstm_projection": lambda: fusedrnn.LSTM(3, 4, proj_size=2, bias=False),
+    "gru": lambda: fusedrnn.GRU(3, 4, num_layers=2, batch_first=True),
+    "rnn_tanh": lambda: fusedrnn.RNN(3, 4, bidirectional=True),
+    "rnn_relu": lambda: fusedrnn.RNN(3, 4, nonlinearity="relu"),
+    "lstm_cell": lambda: fusedrnn.LSTMCell(3, 4),
+    "gru_cell": lambda: fusedrnn.GRUCell(3, 4),
+}
+SEQUENCES = [name for name in MODULES if "cell" not in name]
+every_module = pytest.mark.parametrize("name", MODULES)
+backends = pytest.mark.parametrize("backend", ["auto", "reference"])
+
+
+class Graphs:
+    """A compiler backend that counts what it is given; aot_eager traces backward too."""
+
+    def __init__(self):
+        self.compiled = 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def flat(outputs):
+    return list(torch.utils._pytree.tree_leaves(outputs))
+
+
+def gradients(module, outputs, leaves, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    loss = sum((o * c).sum() for o, c in zip(outputs, cotangents, strict=True))
+    return torch.autograd.grad(loss, [*leaves, *module.parameters()])
+
+
+def assert_equal(found, expected):
+    """Same operators, layer by layer instead of in one call: equal but for the last digits."""
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        atol = 16 * FLOOR[a.dtype] * torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def inputs_of(name, T, B):
+    if "cell" in name:
+        return torch.randn(B, 3, requires_grad=True)
+    return torch.randn(T, B, 3, requires_grad=True)
+
+
+def check(module, compiled, input):
+    found, expected = flat(compiled(input)), flat(module(input))
+    assert_equal(found, expected)
+    assert_equal(
+        gradients(module, found, [input]),
+        gradients(module, expected, [input]),
+    )
+
+
+@every_module
+@backends
+def test_one_graph_for_every_shape(name, backend):
+    """Forward and backward; a second graph for another shape would raise."""
+    module = MODULES[name]()
+    module.backend = backend
+    graphs = Graphs()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=graphs)
+    check(module, compiled, inputs_of(name, 5, 2))
+    first = graphs.compiled
+    assert counters["stats"]["unique_graphs"] == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for T, B in ((6, 3), (9, 4), (2, 7)):
+            check(module, compiled, inputs_of(name, T, B))
+    assert graphs.compiled == first
+    assert not counters["graph_break"]
+
+
+def test_no_flag_is_needed():
+    """Without dynamic=True the second shape makes the graph dynamic, and that is the last."""
+    module = MODULES["gru"]()
+    graphs = Graphs()
+    compiled = torch.compile(module, backend=graphs)
+    for T, B in ((5, 2), (6, 3)):
+        check(module, compiled, inputs_of("gru", T, B))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for T, B in ((9, 4), (4, 8)):
+            check(module, compiled, inputs_of("gru", T, B))
+    assert not counters["graph_break"]
+
+
+class Model(nn.Module):
+    """Embedding, dropout, recurrent layer with a given state, head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 3)
+        self.rnn = fusedrnn.LSTM(3, 4, num_layers=2, dropout=0.5)
+        self.head = nn.Linear(4, 11)
+
+    def forward(self, tokens, state):
+        output, state = self.rnn(self.embed(tokens), state)
+        return self.head(output), state
+
+
+def test_a_model_through_inductor():
+    """The default compiler, code generation included: a step of training in evaluation mode."""
+    model = Model().eval()
+    compiled = torch.compile(model, fullgraph=True)
+    tokens = torch.randint(0, 11, (6, 2))
+    state = (torch.randn(2, 2, 4, requires_grad=True), torch.randn(2, 2, 4, requires_grad=True))
+    results = []
+    for run in (model, compiled):
+        logits, (h_n, c_n) = run(tokens, state)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        loss = loss + h_n.square().sum() + c_n.sum()
+        results.append([loss, *torch.autograd.grad(loss, [*state, *model.parameters()])])
+    assert_equal(results[1], results[0])
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropout_between_layers(dropout):
+    """At 1.0 nothing of layer 0 reaches layer 1: compiled and eager agree without a seed."""
+    module = fusedrnn.GRU(3, 4, num_layers=2, dropout=dropout)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    input = torch.randn(5, 2, 3)
+    assert_equal(flat(compiled(input)), flat(module(input)))
+    half = fusedrnn.GRU(3, 4, num_layers=2, dropout=0.5)
+    compiled = torch.compile(half, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(input)[0], compiled(input)[0])
+    half.eval()
+    assert_equal(flat(compiled(input)), flat(half(input)))
+
+
+def test_lengths():
+    module = fusedrnn.LSTM(3, 4, bidirectional=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([5, 2, 1], [1, 6, 0, 4], [0, 0]):
+        input = torch.randn(6, len(lengths), 3)
+        lengths = torch.tensor(lengths)
+        found, expected = (flat(run(input, lengths=lengths)) for run in (compiled, module))
+        assert_equal(found, expected)
+        assert_equal(gradients(module, found, []), gradients(module, expected, []))
+
+
+def test_a_forced_backend_is_part_of_the_graph():
+    """A context entered after compilation counts: the graph is guarded on it."""
+    module = fusedrnn.LSTM(3, 4)
+    graphs = Graphs()
+    compiled = torch.compile(module, fullgraph=True, backend=graphs)
+    input = torch.randn(5, 2, 3)
+    expected = flat(module(input))
+    assert_equal(flat(compiled(input)), expected)
+    before = graphs.compiled
+    with fusedrnn.use_backend("reference"):
+        assert_equal(flat(compiled(input)), expected)
+    assert graphs.compiled > before
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+def test_export(name, strict):
+    module = MODULES[name]()
+    batch_first = module.batch_first
+    time, batch = Dim("time", min=2, max=64), Dim("batch", min=2, max=64)
+    shapes = {0: batch, 1: time} if batch_first else {0: time, 1: batch}
+    program = torch.export.export(
+        module, (torch.randn(5, 3, 3),), dynamic_shapes={"input": shapes}, strict=strict
+    )
+    graphs = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert targets.count(torch.ops.fusedrnn.layer.default) == module.num_layers
+    for other in (program.module(), program.run_decompositions().module()):
+        for T, B in ((5, 3), (9, 2), (2, 7)):
+            input = torch.randn(T, B, 3)
+            assert_equal(flat(other(input)), flat(module(input)))
+
+
+@pytest.mark.parametrize("name", ["lstm_cell", "gru_cell"])
+def test_export_of_a_cell(name):
+    module = MODULES[name]()
+    program = torch.export.export(
+        module, (torch.randn(3, 3),), dynamic_shapes={"input": {0: Dim("batch", min=2, max=64)}}
+    )
+    input = torch.randn(6, 3)
+    assert_equal(flat(program.module()(input)), flat(module(input)))
+
+
+def test_export_saves_and_loads(tmp_path):
+    module = fusedrnn.GRU(3, 4, bidirectional=True)
+    input = torch.randn(5, 2, 3)
+    torch.export.save(torch.export.export(module, (input,)), tmp_path / "gru.pt2")
+    loaded = torch.export.load(tmp_path / "gru.pt2")
+    assert_equal(flat(loaded.module()(input)), flat(module(input)))
+
+
+# The operators themselves
+
+
+def operator_samples():
+    """Arguments of fusedrnn::layer: every cell, one and two directions, every layout."""
+    T, B, I, H = 4, 3, 2, 5
+    gates = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+    for cell, G in gates.items():
+        for case in ("plain", "batch_first", "lengths", "packed", "no_bias", "reset"):
+            for D in (1, 2):
+                P = 2 if (cell, case) == ("lstm", "no_bias") else 0
+                shapes = [(G * H, I), (G * H, P or H)]
+                shapes += [] if case == "no_bias" else [(G * H,)] * 2
+                shapes += [(P, H)] if P else []
+                weights = [torch.randn(shape) / 2 for _ in range(D) for shape in shapes]
+                state = [torch.randn(D, B, P or H)]
+                state += [torch.randn(D, B, H)] if cell == "lstm" else []
+                batch_first = case == "batch_first"
+                input = torch.randn(*((B, T) if batch_first else (T, B)), I)
+                lengths = batch_sizes = reset = None
+                if case == "lengths":
+                    lengths = torch.tensor([2, 4, 1])
+                if case == "packed":
+                    batch_sizes = torch.tensor([3, 2, 2, 1])
+                    input = torch.randn(8, I)
+                if case == "reset":
+                    reset = torch.rand(T, B) < 0.3
+                backend = "reference" if case == "reset" else "aten"
+                config = autograd.Config(
+                    cell, case != "no_bias", D == 2, P > 0, batch_first, backend, "", ""
+                )
+                yield pytest.param(
+                    (input, state, weights, lengths, batch_sizes, reset, *config),
+                    id=f"{cell}-{case}-{D}",
+                )
+
+
+every_sample = pytest.mark.parametrize("arguments", list(operator_samples()))
+
+
+@every_sample
+def test_opcheck_of_layer(arguments):
+    torch.library.opcheck(torch.ops.fusedrnn.layer.default, arguments)
+
+
+@every_sample
+def test_opcheck_of_layer_backward(arguments):
+    input, state, weights, *rest = arguments
+    S = len(state)
+    outputs = torch.ops.fusedrnn.layer(*arguments)
+    d_outputs = [torch.randn_like(o) for o in outputs[: 1 + S]]
+    lengths, batch_sizes, reset, *config = rest
+    for wanted in (True, False):
+        torch.library.opcheck(
+            torch.ops.fusedrnn.layer_backward.default,
+            (
+                d_outputs, input, state, weights, outputs[0], outputs[1 + S :],
+                lengths, batch_sizes, reset, *config, wanted,
+            ),
+        )  # fmt: skip
