@@ -169,6 +169,20 @@ def _recurrent_gates(h_prev_ndh: Tensor, directions: list[Weights], G: int) -> T
     return torch.stack(gates, dim=1).unflatten(-1, (G, -1))
 
 
+def _extras(config, state, sequence: Sequence, rows: packing.Rows, N: int):
+    """Resets, masks and zoneout as the kernels take them; `state` has the fresh states behind."""
+    import fusedrnn.kernels as kernels
+
+    S, D = len(cells.get(config.cell).states), 2 if config.bidirectional else 1
+    reset, zoneout = sequence.reset, sequence.zoneout
+    if reset is not None:
+        reset = packing.starts_by_row(reset, rows, config.batch_first, D)
+    if zoneout is not None and zoneout.dim() > 1:
+        zoneout = zoneout.reshape(N, D, S, -1).view(torch.int8)
+    fresh = tuple(f.contiguous() for f in state[S:])
+    return kernels.Extras(reset, fresh, sequence.h_mask, zoneout, config.clip)
+
+
 def _triton_forward(config, input, state, weights, sequence) -> list[Tensor]:
     import fusedrnn.kernels as kernels
 
@@ -183,11 +197,12 @@ def _triton_forward(config, input, state, weights, sequence) -> list[Tensor]:
         x_gates,
         _stack([w.w_hh for w in directions]),
         _stack([w.b_hh for w in directions]),
-        tuple(s.contiguous() for s in state),
+        tuple(s.contiguous() for s in state[: len(cell.states)]),
         _stack_params(directions),
         rows=rows,
         save=config.save or None,
         input_precision=precision,
+        extras=_extras(config, state, sequence, rows, x_gates.shape[0]),
     )
     kept = [t for t in (saved, states) if t is not None]
     return [output.view(*input.shape[:-1], -1), *final, *kept]
@@ -210,12 +225,18 @@ def _triton_backward(
     precision = fp32_precision()
     input_ni = input.reshape(-1, input.shape[-1])
     output_ndh = output.reshape(-1, D, H)
+    extras = _extras(config, state, sequence, rows, input_ni.shape[0])
     h_prev = packing.previous_h(output_ndh, state[0], rows)
-    saved = list(saved)
+    if extras.reset is not None:
+        h_prev = packing.started_over(h_prev, extras.reset, extras.fresh[:1], rows)
+    if extras.h_mask is not None:
+        h_prev *= packing.by_row(extras.h_mask, rows, h_prev.shape[0])
+    state = state[: len(cell.states)]
+    saved, values = list(saved), None
     with matmul_precision(input, precision):
         if config.save == "gates":
             values = saved.pop(0) if cell.saved else None
-        else:
+        elif cell.saved or extras.zoneout is not None:
             values = (
                 _input_gates(input_ni, directions, G),
                 _recurrent_gates(h_prev, directions, G),
@@ -235,6 +256,7 @@ def _triton_backward(
             rows=rows,
             save=config.save,
             input_precision=precision,
+            extras=extras,
         )
         d_input = input.new_empty([0])
         if d_input_wanted:

@@ -28,8 +28,7 @@ logger = logging.getLogger("fusedrnn")
 
 BACKENDS = ("triton", "aten", "reference")
 OLDEST_TRITON = (3, 6)
-# What the kernels' time loops do besides the cell; other names in `Call.inside` are refused.
-TRITON_INSIDE: frozenset[str] = frozenset()
+# What a time loop may have to do besides the cell: `Call.inside`.
 INSIDE = {
     "reset": "resets inside a sequence",
     "reset_state": "resets to a given state",
@@ -152,10 +151,6 @@ def triton_refuses(call: Call) -> str | None:
         return f"projections are not fused (proj_size={call.proj_size})"
     if call.B == 0 or call.T == 0:
         return f"there is nothing to launch (T={call.T}, B={call.B})"
-    if call.inside:
-        lacking = [INSIDE[name] for name in call.inside if name not in TRITON_INSIDE]
-        if lacking:
-            return f"the fused loop does not have {' and '.join(lacking)}"
     return None
 
 

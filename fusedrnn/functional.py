@@ -152,12 +152,13 @@ def recurrent(
             autocast = None
         config = Config(
             cell, bias, bidirectional, projection, batch_first, chosen,
-            save if needs_grad else "",
+            # With zoneout the stored states are not what the cell computed: that is redone.
+            ("states" if "zoneout" in inside else save) if needs_grad else "",
             "" if autocast is None else str(autocast).removeprefix("torch."),
             (regularizers and regularizers.clip_gradient) or 0.0,
         )  # fmt: skip
         run = run_layer
-        if not compiling and chosen == "reference":
+        if chosen == "reference" and (not compiling or call.transformed):
             run = run_reference
             if record is not None:
                 run = functools.partial(run_reference, record=record)
@@ -318,12 +319,9 @@ def _drop_weights(weights, per_direction: int, own: Regularizers) -> list[Tensor
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode AD is at work on this call."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    if torch._C._are_functorch_transforms_active():  # which torch.compile can look at, too
+        return True
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

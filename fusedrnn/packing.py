@@ -62,16 +62,16 @@ class Rows:
         row(t, b) = offsets[t] + b                     packed
 
     Attributes:
-        lengths: [B] int64 on the device; row b exists for t < lengths[b]. Packed rows have it.
         offsets: [T] int64 on the device; packed rows only.
+        lengths: [B] int64 on the device; row b exists for t < lengths[b]. Packed rows have it.
     """
 
     T: int
     B: int
     stride_t: int
     stride_b: int
-    lengths: Tensor | None = None
     offsets: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 def rows_of(
@@ -121,14 +121,60 @@ def previous_h(output_ndh: Tensor, h_0: Tensor, rows: Rows) -> Tensor:
 
 
 def _previous_h_packed(output_ndh, h_0, offsets, lengths, h_prev):
-    N, B = output_ndh.shape[0], h_0.shape[1]
+    N = output_ndh.shape[0]
     row = torch.arange(N, device=output_ndh.device)
-    t = torch.searchsorted(offsets, row, right=True) - 1
+    t = _packed_time(offsets, N)
     b = row - offsets[t]
     for d in range(h_0.shape[0]):
         edge = t == 0 if d == 0 else t == lengths[b] - 1
         neighbour = (t - 1 if d == 0 else t + 1).clamp(0, offsets.numel() - 1)
         # Where the neighbour is over the edge its row is another sequence's: masked by `edge`.
         source = torch.where(edge, row, offsets[neighbour] + b).clamp(max=N - 1)
-        h_prev[:, d] = torch.where(edge[:, None], h_0[d, b.clamp(max=B - 1)], output_ndh[source, d])
+        h_prev[:, d] = torch.where(edge[:, None], h_0[d, b], output_ndh[source, d])
     return h_prev
+
+
+def _packed_time(offsets: Tensor, N: int) -> Tensor:
+    """[N]: the time step of every packed row."""
+    row = torch.arange(N, device=offsets.device)
+    return torch.searchsorted(offsets, row, right=True) - 1
+
+
+def by_row(per_element: Tensor, rows: Rows, N: int) -> Tensor:
+    """[N, D, H]: what belongs to every row's element of the batch, of a tensor [D, B, H]."""
+    row = torch.arange(N, device=per_element.device)
+    if rows.offsets is not None:
+        b = row - rows.offsets[_packed_time(rows.offsets, N)]
+    else:
+        b = row % rows.B if rows.stride_b == 1 else row // rows.T
+    return per_element[:, b].transpose(0, 1)
+
+
+def starts_of(reset: Tensor, lengths: Tensor | None, D: int) -> Tensor:
+    """[T, B, D] bool: before which steps, in a direction's own order, its state starts over.
+
+    `reset` is [T, B]: where a sequence begins inside a row; it means nothing beyond a row's
+    length. Backwards, the boundary before step t + 1 lies before step t.
+    """
+    if lengths is not None:
+        reset = reset & (torch.arange(reset.shape[0], device=reset.device)[:, None] < lengths)
+    starts = [reset, torch.cat([reset[1:], torch.zeros_like(reset[:1])])]
+    return torch.stack(starts[:D], dim=-1)
+
+
+def starts_by_row(reset: Tensor, rows: Rows, batch_first: bool, D: int) -> Tensor:
+    """[N, D] int8: `starts_of` in the order of padded rows."""
+    starts = starts_of(reset.T if batch_first else reset, rows.lengths, D)
+    if batch_first:
+        starts = starts.transpose(0, 1)
+    return starts.reshape(-1, D).to(torch.int8)
+
+
+def started_over(
+    h_prev_ndh: Tensor, starts_nd: Tensor, fresh: tuple[Tensor, ...], rows: Rows
+) -> Tensor:
+    """`h_prev_ndh`, replaced by fresh[0] [D, B, H], or by 0, where a state started over."""
+    begins = (starts_nd != 0)[:, :, None]
+    if not fresh:
+        return h_prev_ndh.masked_fill_(begins, 0)
+    return torch.where(begins, by_row(fresh[0], rows, h_prev_ndh.shape[0]), h_prev_ndh)

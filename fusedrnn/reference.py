@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.cells import Cell
+from fusedrnn.packing import starts_of
 from fusedrnn.regularizers import ClipGradient
 
 
@@ -184,16 +185,11 @@ def layer(
         output [T, B, D * H]; S final states [D, B, H].
     """
     active = None if lengths is None else active_rows(lengths, input.shape[0])
-    if reset is not None and active is not None:
-        reset = reset & active
+    starts = None if reset is None else starts_of(reset, lengths, len(directions))
     S = len(cell.states)
     state, fresh = state[:S], state[S:]
     outputs, finals = [], []
     for d, weights in enumerate(directions):
-        before_step = reset
-        if reset is not None and d == 1:
-            # Time runs backwards: the boundary before step t+1 lies before step t.
-            before_step = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
         steps: list[tuple[Tensor, ...]] = []
         output, final = scan(
             cell,
@@ -202,7 +198,7 @@ def layer(
             weights,
             reverse=d == 1,
             active=active,
-            reset=before_step,
+            reset=None if starts is None else starts[:, :, d],
             fresh=tuple(f[d] for f in fresh),
             h_mask=None if h_mask is None else h_mask[d],
             zoneout=zoneout if zoneout is None or zoneout.dim() == 1 else zoneout[:, :, d],

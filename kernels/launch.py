@@ -15,6 +15,7 @@ from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import INTERPRETER, Device, Plan, plan_scan
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
+from fusedrnn.packing import Rows
 
 SAVE = ("gates", "states", None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,22 +23,41 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which row of the [N, ...] sequence tensors holds step t of batch element b.
+class Extras:
+    """What happens to the states between steps, if anything does; see `extras` and
+    `fusedrnn.regularizers`.
 
     Attributes:
-        T, B: steps and batch elements.
-        stride_t, stride_b: row = t * stride_t + b * stride_b, unless packed.
-        offsets: [T] int64, packed only: row = offsets[t] + b.
-        lengths: [B] int64, or None: element b takes part while t < lengths[b]. Packed sets both.
+        reset: [N, D] int8, not 0 where a state starts over before the step, in the direction's
+            own order of time.
+        fresh: what it starts from: S tensors [D, B, H], or () for zeros.
+        h_mask: [D, B, H], multiplies h before the recurrent product.
+        zoneout: [N, D, S, H] int8, 1 where a unit keeps its state; or [S] float32, the share of
+            its previous value that every state keeps.
+        clip: bound of the gradient of every h_t; 0 for none.
     """
 
-    T: int
-    B: int
-    stride_t: int
-    stride_b: int
-    offsets: Tensor | None = None
-    lengths: Tensor | None = None
+    reset: Tensor | None = None
+    fresh: tuple[Tensor, ...] = ()
+    h_mask: Tensor | None = None
+    zoneout: Tensor | None = None
+    clip: float = 0.0
+
+    def arguments(self) -> dict[str, object]:
+        """What both kernels take of them."""
+        kind = None
+        if self.zoneout is not None:
+            kind = "expected" if self.zoneout.dim() == 1 else "drawn"
+        return {
+            "reset_ptr": self.reset,
+            "fresh_ptrs": self.fresh,
+            "h_mask_ptr": self.h_mask,
+            "zoneout_ptr": self.zoneout,
+            "ZONEOUT": kind,
+        }
+
+
+NO_EXTRAS = Extras()
 
 
 def scan_forward(
@@ -51,6 +71,7 @@ def scan_forward(
     rows: Rows,
     save: str | None,
     input_precision: str,
+    extras: Extras = NO_EXTRAS,
     plan: Plan | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:
     """Runs a layer's time loop, all directions, in one launch.
@@ -62,6 +83,7 @@ def scan_forward(
         save: what backward will need: "gates" (the cell's saved values and the states), "states"
             (the states alone), or None.
         input_precision: of products of float32: "ieee", "tf32" or "tf32x3".
+        extras: resets, zoneout and the like.
         plan: tiling; by default the one that `plan_scan` makes for the device.
     Returns:
         output [N, D, H] (0 where a padded row is over), the S final states [D, B, H],
@@ -74,6 +96,7 @@ def scan_forward(
     _check_choice("input_precision", input_precision, PRECISIONS)
     N, D, G, H = _check_x_gates(cell, x_gates)
     _check_layer(cell, w_hh, b_hh, state, params, rows, (D, G, H), x_gates)
+    _check_extras(extras, cell, rows, (N, D, H), x_gates)
     if plan is None:
         plan = _plan(cell, "forward", x_gates, rows.B, H, D, input_precision)
     output = x_gates.new_empty(N, D, H)
@@ -99,6 +122,7 @@ def scan_forward(
         final_ptrs=final,
         saved_ptr=saved,
         states_ptr=states,
+        **extras.arguments(),
         CELL=bind(cell.forward),
         G=G,
         H=H,
@@ -123,20 +147,23 @@ def scan_backward(
     rows: Rows,
     save: str,
     input_precision: str,
+    extras: Extras = NO_EXTRAS,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Runs a layer's time loop backward, all directions, in one launch.
 
     Args:
         d_output: [N, D, H]. d_final: S tensors [D, B, H].
-        w_hh, b_hh, state, params, rows, input_precision: as given to `scan_forward`; b_hh is
-            not read, being part of `saved` or of h_gates.
+        w_hh, b_hh, state, params, rows, input_precision, extras: as given to `scan_forward`;
+            b_hh is not read, being part of `saved` or of h_gates. Zoneout needs save="states":
+            what is stored then is not what the cell computed.
         output, states: as `scan_forward` returned them.
         saved_or_gates: with save="gates", what `scan_forward` returned as `saved`; with
             save="states", (x_gates, h_gates), each [N, D, G, H], of all steps, b_hh included.
     Returns:
         dx_gates and dh_gates [N, D, G, H] (one tensor where the cell is additive), the gradients
-        of the S initial states [D, B, H], and of the P parameters [D, H], float32.
+        of the S initial states [D, B, H] and after them of `extras.fresh`, and those of the P
+        parameters [D, H], float32.
     Raises:
         ValueError, RuntimeError: as `scan_forward`.
     """
@@ -148,7 +175,10 @@ def scan_backward(
     _check_tensors("d_final", d_final, cell.states, (D, rows.B, H), output)
     _check_tensors("d_output", (d_output,), ("d_output",), (N, D, H), output)
     _check_tensor("output", output, (N, D, H), output)
-    if save == "gates" or not cell.saved:
+    _check_extras(extras, cell, rows, (N, D, H), output)
+    if extras.zoneout is not None:
+        _check_choice("save, with zoneout,", save, ("states",))
+    if save == "gates" or not (cell.saved or extras.zoneout is not None):
         recompute, kept, planes = None, (), len(cell.saved)
         if cell.saved:
             kept = (_check_tensor("saved_or_gates", saved_or_gates, (N, D, planes, H), output),)
@@ -163,7 +193,9 @@ def scan_backward(
         plan = _plan(cell, "backward", d_output, rows.B, H, D, input_precision)
     dx_gates = d_output.new_empty(N, D, G, H)
     dh_gates = dx_gates if cell.additive else torch.empty_like(dx_gates)
-    d_state = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in state)
+    d_state = tuple(
+        torch.empty_like(s, memory_format=torch.contiguous_format) for s in (*state, *extras.fresh)
+    )
     batch_tiles = triton.cdiv(rows.B, plan.block_b)
     d_params = tuple(
         torch.empty(batch_tiles, D, H, dtype=torch.float32, device=p.device) for p in params
@@ -185,8 +217,11 @@ def scan_backward(
         kept_ptrs=kept,
         dx_gates_ptr=dx_gates,
         dh_gates_ptr=None if cell.additive else dh_gates,
-        d_state_ptrs=d_state,
+        d_state_ptrs=d_state[: len(state)],
         d_param_ptrs=d_params,
+        d_fresh_ptrs=d_state[len(state) :],
+        clip=extras.clip or None,
+        **extras.arguments(),
         CELL_FORWARD=recompute,
         CELL_BACKWARD=bind(cell.backward),
         KEPT=planes,
@@ -371,6 +406,29 @@ def _check_layer(cell: Cell, w_hh, b_hh, state, params, rows: Rows, sizes, like:
                 f"rows.{name} must be int64 of shape ({expected},), "
                 f"got {index.dtype} of shape {tuple(index.shape)}"
             )
+
+
+def _check_extras(extras: Extras, cell: Cell, rows: Rows, sizes, like: Tensor) -> None:
+    N, D, H = sizes
+    S = len(cell.states)
+    if extras.fresh:
+        _check_tensors("extras.fresh", extras.fresh, cell.states, (D, rows.B, H), like)
+    if extras.h_mask is not None:
+        _check_tensor("extras.h_mask", extras.h_mask, (D, rows.B, H), like)
+    flags = {"reset": (extras.reset, (N, D)), "zoneout": (extras.zoneout, (N, D, S, H))}
+    if extras.zoneout is not None and extras.zoneout.dim() == 1:
+        _check_flags("zoneout", flags.pop("zoneout")[0], (S,), torch.float32)
+    for name, (tensor, shape) in flags.items():
+        if tensor is not None:
+            _check_flags(name, tensor, shape, torch.int8)
+
+
+def _check_flags(name: str, tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"extras.{name} must be {dtype} of shape {shape}, contiguous, "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
 
 
 def _check_tensors(name: str, tensors, names, shape: tuple[int, ...], like: Tensor) -> None:

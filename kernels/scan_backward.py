@@ -19,6 +19,16 @@ import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
+from fusedrnn.kernels.extras import (
+    add,
+    clamp,
+    divide,
+    keep_where,
+    load_flags,
+    load_fresh,
+    start_over,
+    zoneout_shares,
+)
 from fusedrnn.kernels.product import exchanged_product, load_resident_weights, own_product
 from fusedrnn.kernels.tiles import as_float32, load_planes, row_of, select, store_planes
 
@@ -74,8 +84,14 @@ def scan_backward_kernel(
     dh_gates_ptr,  # [N, D, G, H], or None where it equals dx_gates
     d_state_ptrs,  # S x [D, B, H]
     d_param_ptrs,  # P x [batch tiles, D, H] float32, to be summed over the tiles
+    d_fresh_ptrs,  # S x [D, B, H], or ()
     offsets_ptr,  # [T], or None
     lengths_ptr,  # [B], or None
+    reset_ptr,  # [N, D] int8, or None: where the state starts over before the step
+    fresh_ptrs,  # S x [D, B, H]: what it starts from, or () for zeros
+    h_mask_ptr,  # [D, B, H], or None: multiplies h before the recurrent product
+    zoneout_ptr,  # [N, D, S, H] int8 where ZONEOUT is "drawn", [S] where "expected", or None
+    clip,  # bound of the gradient of every h_t, or None
     ring_ptr,  # [groups, slots, BLOCK_B, G, H], or None where PROTOCOL is
     signal_ptr,  # [groups, ...], likewise
     error_ptr,  # [1], likewise
@@ -90,6 +106,7 @@ def scan_backward_kernel(
     stride_b,
     CELL_FORWARD: tl.constexpr,  # computes `saved` again from the gates; None where it was saved
     CELL_BACKWARD: tl.constexpr,
+    ZONEOUT: tl.constexpr,
     KEPT: tl.constexpr,  # planes of each of kept_ptrs: K or G
     G: tl.constexpr,
     H: tl.constexpr,
@@ -142,6 +159,12 @@ def scan_backward_kernel(
         initial = initial + (tl.load(state_ptrs[i] + offs_state, mask=mask_bh, other=0.0),)
         d_state = d_state + (tl.load(d_final_ptrs[i] + offs_state, mask=mask_bh, other=0.0),)
     d_state = as_float32(d_state)
+    fresh = load_fresh(fresh_ptrs, offs_state, mask_bh)
+    d_fresh = ()
+    for _ in tl.static_range(len(fresh_ptrs)):
+        d_fresh = d_fresh + (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
+    if h_mask_ptr is not None:
+        h_mask = tl.load(h_mask_ptr + offs_state, mask=mask_bh, other=0.0).to(tl.float32)
 
     alive = 1
     if PROTOCOL is not None:
@@ -201,14 +224,27 @@ def scan_backward_kernel(
     for step in range(T):
         values = as_float32(kept)
         prev_32 = as_float32(prev)
+        new_32 = as_float32(new)
+        if reset_ptr is not None:
+            begins = load_flags(reset_ptr, rows, mask_b, direction, D=D)
+            prev_32 = start_over(prev_32, fresh, begins)
         if CELL_FORWARD is None:
             saved = values
         else:
-            _, saved = CELL_FORWARD(values[:G], values[G:], prev_32, params)
-        d_new = (d_state[0] + d_output.to(tl.float32),) + d_state[1:]
-        dx_gates, dh_gates, d_prev, d_param = CELL_BACKWARD(
-            d_new, saved, prev_32, as_float32(new), params
-        )
+            # The cell's own new states: with zoneout not those that were stored.
+            new_32, saved = CELL_FORWARD(values[:G], values[G:], prev_32, params)
+        dh = d_state[0] + d_output.to(tl.float32)
+        if clip is not None:
+            dh = clamp(dh, clip)
+        d_new = (dh,) + d_state[1:]
+        if ZONEOUT is not None:
+            share = zoneout_shares(
+                zoneout_ptr, rows, own_h, mask, direction, D=D, S=len(d_new), H=H, KIND=ZONEOUT
+            )
+            d_kept, d_new = divide(share, d_new)
+        dx_gates, dh_gates, d_prev, d_param = CELL_BACKWARD(d_new, saved, prev_32, new_32, params)
+        if ZONEOUT is not None:
+            d_prev = add(d_prev, d_kept)
         # A row that is over passes its gradient on, and has none of its own.
         d_prev = select(active, d_prev, d_state)
         rounded = ()
@@ -303,14 +339,24 @@ def scan_backward_kernel(
                 PRECISION=PRECISION,
                 PROTOCOL=PROTOCOL,
             )
-        dh = d_prev[0] + sums[0]
+        dh = sums[0]
+        if h_mask_ptr is not None:
+            dh *= h_mask
+        dh += d_prev[0]
         if PROTOCOL is not None:
             dh += sync.poison(alive)
         d_state = (dh,) + d_prev[1:]
+        if reset_ptr is not None:
+            # The gradient ends where the sequence began: at the state that it started from.
+            d_fresh = add(d_fresh, keep_where(begins, d_state[: len(d_fresh)]))
+            d_state = start_over(d_state, (), begins)
 
     for i in tl.static_range(len(d_state_ptrs)):
         d_initial = d_state[i].to(d_state_ptrs[i].dtype.element_ty)
         tl.store(d_state_ptrs[i] + offs_state, d_initial, mask=mask_bh)
+    for i in tl.static_range(len(d_fresh_ptrs)):
+        total = d_fresh[i].to(d_fresh_ptrs[i].dtype.element_ty)
+        tl.store(d_fresh_ptrs[i] + offs_state, total, mask=mask_bh)
     batch_tile = first_b // BLOCK_B + tl.program_id(1)
     for i in tl.static_range(len(d_param_ptrs)):
         total = tl.sum(d_params[i], axis=0)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
+from fusedrnn.kernels.extras import load_flags, load_fresh, mix, start_over, zoneout_shares
 from fusedrnn.kernels.product import exchanged_product, load_resident_weights, own_product
 from fusedrnn.kernels.tiles import as_float32, load_planes, row_of, select, store_planes
 
@@ -34,6 +35,10 @@ def scan_forward_kernel(
     states_ptr,  # [N, D, S - 1, H], or None
     offsets_ptr,  # [T], or None
     lengths_ptr,  # [B], or None
+    reset_ptr,  # [N, D] int8, or None: where the state starts over before the step
+    fresh_ptrs,  # S x [D, B, H]: what it starts from, or () for zeros
+    h_mask_ptr,  # [D, B, H], or None: multiplies h before the recurrent product
+    zoneout_ptr,  # [N, D, S, H] int8 where ZONEOUT is "drawn", [S] where "expected", or None
     ring_ptr,  # [groups, slots, BLOCK_B, H], or None where PROTOCOL is
     signal_ptr,  # [groups, ...], likewise
     error_ptr,  # [1], likewise
@@ -47,6 +52,7 @@ def scan_forward_kernel(
     stride_t,  # in rows
     stride_b,
     CELL: tl.constexpr,
+    ZONEOUT: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -97,6 +103,17 @@ def scan_forward_kernel(
     for i in tl.static_range(len(state_ptrs)):
         state = state + (tl.load(state_ptrs[i] + offs_state, mask=mask_bh, other=0.0),)
     state = as_float32(state)
+    fresh = load_fresh(fresh_ptrs, offs_state, mask_bh)
+    if h_mask_ptr is not None:
+        h_mask = tl.load(h_mask_ptr + offs_state, mask=mask_bh, other=0.0).to(tl.float32)
+
+    t = direction * (T - 1)
+    rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
+    exists = mask_bh
+    if offsets_ptr is not None:
+        exists = mask_bh & (t < length)
+    if reset_ptr is not None:
+        state = start_over(state, fresh, load_flags(reset_ptr, rows, mask_b, direction, D=D))
 
     alive = 1
     if PROTOCOL is not None:
@@ -106,24 +123,29 @@ def scan_forward_kernel(
         # Rows beyond the batch are exchanged too, as zeros: one mask less in the polls.
         tile_b = tl.arange(0, BLOCK_B)
         offs_own = tile_b[:, None] * H + own_h
-        h = state[0].to(w_hh_ptr.dtype.element_ty)
+        h = state[0]
+        if h_mask_ptr is not None:
+            h *= h_mask
+        h = h.to(w_hh_ptr.dtype.element_ty)
         slot_ptr = ring_ptr + sync.slot(1, PROTOCOL) * (BLOCK_B * H)
         sync.store(slot_ptr, offs_own, h, mask_h, 1, PROTOCOL)
         sync.arrive(signal_ptr, tl.program_id(0), 1, alive, PROTOCOL)
 
-    t = direction * (T - 1)
-    rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
-    exists = mask_bh
-    if offsets_ptr is not None:
-        exists = mask_bh & (t < length)
     x_next = load_planes(x_gates_ptr, rows, own_h, exists, direction, D=D, PLANES=G, H=H)
 
     for step in range(T):
         x_gates = as_float32(x_next)
+        if reset_ptr is not None:
+            next_rows = row_of(t + 1 - 2 * direction, offs_b, offsets_ptr, stride_t, stride_b)
+            ahead = mask_b & (step + 1 < T)
+            begins = load_flags(reset_ptr, next_rows, ahead, direction, D=D)
 
         # h_gates = h_{t-1} @ W_hh^T + b_hh
         if PROTOCOL is None:
-            h = state[0].to(w_hh_ptr.dtype.element_ty)
+            h = state[0]
+            if h_mask_ptr is not None:
+                h *= h_mask
+            h = h.to(w_hh_ptr.dtype.element_ty)
             sums = own_product((h,), weights, G=G, PRECISION=PRECISION)
         else:
             alive = sync.wait(
@@ -167,24 +189,36 @@ def scan_forward_kernel(
             h_gates = h_gates + (h_gate,)
 
         new, saved = CELL(x_gates, h_gates, state, params)
+        if ZONEOUT is not None:
+            share = zoneout_shares(
+                zoneout_ptr, rows, own_h, exists, direction, D=D, S=len(state), H=H, KIND=ZONEOUT
+            )
+            new = mix(share, state, new)
         active = mask_b
         if lengths_ptr is not None:
             active = mask_b & (t < length)
             new = select(active, new, state)
+        # Where a sequence begins with the next step, the next step's state is another one: what
+        # is handed on, to oneself and to the others, is what that step reads.
         state = new
+        if reset_ptr is not None:
+            state = start_over(new, fresh, begins)
 
         if PROTOCOL is not None:
-            h = state[0].to(w_hh_ptr.dtype.element_ty)
+            h = state[0]
+            if h_mask_ptr is not None:
+                h *= h_mask
+            h = h.to(w_hh_ptr.dtype.element_ty)
             slot_ptr = ring_ptr + sync.slot(step + 2, PROTOCOL) * (BLOCK_B * H)
             sync.store(slot_ptr, offs_own, h, mask_h, step + 2, PROTOCOL)
             sync.arrive(signal_ptr, tl.program_id(0), step + 2, alive, PROTOCOL)
 
         # While the others catch up: write what only later launches read, fetch the next x_gates.
-        store_planes(output_ptr, (state[0],), rows, own_h, active, exists, direction, D=D, H=H)
+        store_planes(output_ptr, (new[0],), rows, own_h, active, exists, direction, D=D, H=H)
         if saved_ptr is not None:
             store_planes(saved_ptr, saved, rows, own_h, active, exists, direction, D=D, H=H)
         if states_ptr is not None:
-            store_planes(states_ptr, state[1:], rows, own_h, active, exists, direction, D=D, H=H)
+            store_planes(states_ptr, new[1:], rows, own_h, active, exists, direction, D=D, H=H)
         if step + 1 < T:
             t += 1 - 2 * direction
             rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)

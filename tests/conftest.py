@@ -30,6 +30,14 @@ def _seeded():
     torch.manual_seed(20)
 
 
+@pytest.fixture(autouse=True)
+def _compiles_afresh():
+    """The many modules of this suite share code, of which torch.compile keeps eight versions."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tensors here are tiny; threads would only fight over the cores with the other worker."""
