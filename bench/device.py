@@ -58,6 +58,12 @@ class Device:
     def synchronize(self) -> None:
         pass
 
+    def warm_up(self) -> None:
+        """Loads libraries, so that no backend's first call pays for them."""
+        module = torch.nn.LSTM(16, 16).to(self.torch)
+        module(torch.randn(2, 2, 16, device=self.torch))[0].sum().backward()
+        self.synchronize()
+
     def time_calls(self, calls: list[Callable[[], object]]) -> list[float]:
         """Seconds of each call."""
         times = []

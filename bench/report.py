@@ -128,30 +128,39 @@ def row_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def everyone_table(rows: list[dict]) -> list[str]:
-    """Headline points: all backends side by side."""
+def everyone_table(rows: list[dict], show: Callable[[dict], str], floors: bool) -> list[str]:
+    """Headline points: all backends side by side, each cell as `show` makes it."""
     wanted = [r for r in rows if r["tier"] == "headline"]
     names = [n for n in WHAT if any(r["backend"] == n and r["ms"] for r in wanted)]
-    lines = [
-        "| shape | pass | " + " | ".join(names) + " | floor |",
-        "|---|---|" + "---|" * (len(names) + 1),
-    ]
+    head = ["shape", "pass", *names, *(["floor"] if floors else [])]
+    lines = [_line(head), _line(["---"] * len(head)).replace(" ", "")]
     places: dict[tuple[str, str], dict[str, dict]] = {}
     for row in wanted:
         places.setdefault((describe(of_row(row)), row["pass"]), {})[row["backend"]] = row
     for (what, which), by_name in places.items():
-        cells = []
-        for name in names:
-            row = by_name.get(name)
-            cells.append("-" if row is None else "error" if row["error"] else _with_memory(row))
-        floor = next((r["floor_ms"] for r in by_name.values() if r["floor_ms"]), None)
-        lines.append(f"| {what} | {which} | " + " | ".join(cells) + f" | {milliseconds(floor)} |")
+        cells = [
+            "-" if n not in by_name else "error" if by_name[n]["error"] else show(by_name[n])
+            for n in names
+        ]
+        if floors:
+            floor = next((r["floor_ms"] for r in by_name.values() if r["floor_ms"]), None)
+            cells.append(milliseconds(floor))
+        lines.append(_line([what, which, *cells]))
     return lines
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _with_memory(row: dict) -> str:
     memory = row["peak_bytes"]
     return milliseconds(row["ms"]) + (f" ({megabytes(memory)} MB)" if memory is not None else "")
+
+
+def _host(row: dict) -> str:
+    host = "" if row["host_us"] is None else f"{row['host_us']:.0f} us, "
+    return f"{host}{row['first_call_s']:.2f} s"
 
 
 def planes(rows: list[dict]) -> dict[str, str]:
@@ -274,14 +283,14 @@ def device_section(device: str, runs: list[dict], folder: str) -> tuple[list[str
     if named:
         lines += ["", "### Named workloads", "", *row_table(named)]
     if any(r["tier"] == "headline" for r in rows):
-        lines += [
-            "",
-            "### Everyone",
-            "",
-            "Milliseconds, and peak memory where it was measured.",
-            "",
-        ]
-        lines += everyone_table(rows)
+        present = {r["backend"] for r in rows}
+        lines += ["", "### Everyone", ""]
+        lines += [f"- `{name}`: {what}" for name, what in WHAT.items() if name in present]
+        lines += ["", "Milliseconds, and peak memory where it was measured:", ""]
+        lines += everyone_table(rows, _with_memory, floors=True)
+        lines += ["", "How long a call keeps the host busy (GPU only), and the first call with "
+                  "whatever it compiles:", ""]  # fmt: skip
+        lines += everyone_table(rows, _host, floors=False)
     drawn = {f"{prefix}-{name}.svg": text for name, text in {**planes(rows),
              **cost_curves(rows)}.items()}  # fmt: skip
     for title, kind in (

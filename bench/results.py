@@ -107,6 +107,8 @@ def load_folder(folder: Path = FOLDER) -> dict[str, list[dict]]:
     """All results files, by device, oldest first."""
     found: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*/*.json")):
+        if path.parent.name == "aot":  # what the compiler says of the kernels; no times
+            continue
         results = load(path)
         results["path"] = f"{path.parent.name}/{path.name}"
         found.setdefault(results["environment"]["device"], []).append(results)

@@ -79,6 +79,7 @@ def run(
         _go_on(results, before)
         done = {results_module.row_key(row)[:2] for row in results["rows"]}
     longest = 0.0
+    device.warm_up()
     try:
         for point in progress(points):
             began = now()

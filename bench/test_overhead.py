@@ -28,8 +28,8 @@ SHAPES = {
     "large": Shape("lstm", DTYPE, 128, 32, 512, 512),
     "large gru": Shape("gru", DTYPE, 64, 32, 512, 512),
 }
-SECONDS = 2.0  # for each shape and pass
-ROUNDS = 60
+SECONDS = 0.8  # for each shape and pass
+ROUNDS = 40
 
 
 def alternate(calls: list, rounds: int, inner: int, clock=None) -> list[list[float]]:
@@ -78,6 +78,6 @@ def test_overhead(name, which, tiny, ratios, benchmark, request):
     microseconds = [1e6 * min(samples) for samples in (theirs, own)]
     benchmark.extra_info |= {"ratio": ratio, "us_torch_nn": microseconds[0]}
     ratios.append((f"{name}, {which}", ratio, *microseconds))
-    benchmark.pedantic(calls[1], rounds=5, iterations=inner)
+    benchmark.pedantic(calls[1], rounds=3, iterations=max(1, inner // 4))
     most = request.config.getoption("most_overhead")
     assert most is None or ratio <= most
