@@ -1,0 +1,162 @@
+"""Autocast acts on our modules as on torch.nn's: dtypes and values, eager and compiled."""
+
+import pytest
+import torch
+from tolerances import FLOOR, assert_as_good, assert_same
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fusedrnn
+
+KINDS = {
+    "lstm": ("LSTM", {"num_layers": 2, "bidirectional": True}),
+    "lstm_projection": ("LSTM", {"proj_size": 2}),
+    "gru": ("GRU", {"num_layers": 2, "batch_first": True}),
+    "rnn_tanh": ("RNN", {"bidirectional": True}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu", "bias": False}),
+}
+every_kind = pytest.mark.parametrize("name", KINDS)
+low_dtypes = pytest.mark.parametrize(
+    "low", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
+)
+layouts = pytest.mark.parametrize("layout", ["padded", "packed", "hx"])
+T, B, I, H = 5, 3, 3, 4
+
+
+def make(name, *, backend=None):
+    kind, options = KINDS[name]
+    torchs = getattr(nn, kind)(I, H, **options)
+    ours = getattr(fusedrnn, kind)(I, H, **options, backend=backend)
+    ours.load_state_dict(torchs.state_dict())
+    return torchs, ours
+
+
+def arguments(module, layout):
+    input = torch.randn(*((B, T) if module.batch_first else (T, B)), I)
+    if layout == "packed":
+        return (pack_padded_sequence(input, [5, 3, 2], module.batch_first),)
+    if layout == "hx":
+        rows = module.num_layers * (2 if module.bidirectional else 1)
+        h_0 = torch.randn(rows, B, module.proj_size or H)
+        return input, ((h_0, torch.randn(rows, B, H)) if module.mode == "LSTM" else h_0)
+    return (input,)
+
+
+def results(module, args, low, *, run=None):
+    """Outputs and parameter gradients under autocast to `low` (None: without it)."""
+    with torch.autocast("cpu", dtype=low, enabled=low is not None):
+        output, final = (module if run is None else run)(*args)
+    output = output.data if isinstance(output, PackedSequence) else output
+    outputs = [output, *(final if isinstance(final, tuple) else (final,))]
+    generator = torch.Generator().manual_seed(2)
+    loss = sum((o.double() * torch.randn(o.shape, generator=generator)).sum() for o in outputs)
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    names = ["output", "h_n", "c_n"][: len(outputs)]
+    names += [f"d_{n}" for n, _ in module.named_parameters()]
+    return dict(zip(names, (*outputs, *gradients), strict=True))
+
+
+@every_kind
+@low_dtypes
+@layouts
+def test_eager_is_torchs(name, low, layout):
+    torchs, ours = make(name)
+    args = arguments(ours, layout)
+    expected, found = results(torchs, args, low), results(ours, args, low)
+    for key, value in found.items():
+        assert_same(value, expected[key], key)
+    assert found["output"].dtype in (low, torch.float32)
+
+
+@every_kind
+@low_dtypes
+@layouts
+def test_reference_is_as_good_as_torch(name, low, layout):
+    """Its results have the low precision; torch's operators leave some of theirs in float32."""
+    torchs, ours = make(name, backend="reference")
+    args = arguments(ours, layout)
+    plain, found = results(torchs, args, low), results(ours, args, low)
+    exact = results(torchs.double(), tree_map(to_double, args), None)
+    for key, value in found.items():
+        same = key.startswith("d_")
+        assert value.dtype == (torch.float32 if same else low), key
+        # torch's error in what it kept in float32 says nothing of a result in `low`.
+        rounded = plain[key] if same else plain[key].to(low)
+        assert_as_good_low(value, rounded, exact[key], low, key)
+
+
+def to_double(value):
+    """A tensor, or the data of a PackedSequence, in float64; batch_sizes as they are."""
+    floating = torch.is_tensor(value) and value.is_floating_point()
+    return value.double() if floating else value
+
+
+def assert_as_good_low(value, plain, exact, low, what):
+    """Gradients are float32 numbers of the low precision's accuracy: its floor holds for them."""
+    if value.dtype == low:
+        assert_as_good(value, plain, exact, what)
+    else:
+        value, plain = value.double(), plain.double()
+        allowed = 2 * (plain - exact).abs().max() + FLOOR[low] * torch.finfo(low).eps * max(
+            exact.abs().max().item(), 0.1
+        )
+        assert (value - exact).abs().max() <= allowed, what
+
+
+@every_kind
+@low_dtypes
+def test_compiled_is_torchs(name, low):
+    """The op's fake kernel promises the dtypes that torch's operators give, layer by layer."""
+    torchs, ours = make(name)
+    for layout in ("padded", "hx"):
+        torch._dynamo.reset()
+        args = arguments(ours, layout)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        expected, found = results(torchs, args, low), results(ours, args, low, run=compiled)
+        for key, value in found.items():
+            assert value.dtype == expected[key].dtype, key
+            largest = max(expected[key].abs().max().item(), 0.1)
+            atol = 4 * FLOOR[low] * torch.finfo(low).eps * largest
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+@low_dtypes
+def test_cells(kind, low):
+    torchs, ours = getattr(nn, kind)(I, H), getattr(fusedrnn, kind)(I, H)
+    ours.load_state_dict(torchs.state_dict())
+    input = torch.randn(B, I)
+    with torch.autocast("cpu", dtype=low):
+        expected, found = torchs(input), ours(input)
+    for a, b in zip(tree_leaves(found),
+                    tree_leaves(expected), strict=True):  # fmt: skip
+        assert_same(a, b, kind)
+
+
+@every_kind
+def test_input_of_another_dtype(name):
+    """Under autocast, and only there, the input's dtype need not be the parameters'."""
+    torchs, ours = make(name)
+    (input,) = arguments(ours, "padded")
+    input = input.bfloat16()
+    with pytest.raises(ValueError, match=r"expected dtype torch\.float32"):
+        ours(input)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(ours(input)[0], torchs(input)[0], "bfloat16 input")
+
+
+@every_kind
+def test_off_inside(name):
+    """A disabled region inside an enabled one computes in float32 again."""
+    torchs, ours = make(name)
+    args = arguments(ours, "padded")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert_same(ours(*args)[0], torchs(*args)[0], "off")
+        assert ours(*args)[0].dtype == torch.float32
+
+
+def test_explain_tells_the_dtype():
+    module = fusedrnn.LSTM(I, H)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fusedrnn.explain(module, torch.randn(T, B, I)).call.dtype == torch.bfloat16
