@@ -21,7 +21,8 @@ PROJECT := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test gpu-test lint format clean bench bench-gpu bench-tiny bench-compare report
+.PHONY: help venv demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny bench-compare \
+	report
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -40,11 +41,18 @@ test: $(STAMP)-test  ## The tests that need no GPU
 gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
-bench: $(STAMP)-bench  ## Measure speeds into bench/results/, on a GPU where there is one
-	$(BIN)/python -m bench.run $(ARGS)
+bench: $(STAMP)-bench  ## A quick measurement of this machine, with table and pictures, in out/bench/
+	$(BIN)/python -m bench.run --quick --budget 120 --out out/bench/quick/quick.json $(ARGS)
+	$(BIN)/python -m bench.report --results out/bench --out out/bench --show
 
-bench-gpu: $(STAMP)-bench  ## The same, and fail where there is no GPU
+# Cut short, it leaves what it has; ARGS="--resume bench/results/<gpu>/<file>" goes on from there.
+bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, the report and dispatch table
 	$(BIN)/python -m bench.run --device cuda $(ARGS)
+	$(BIN)/python -m bench.report --show
+	$(BIN)/python -m bench.dispatch_table
+
+bench-limits: $(STAMP)-bench  ## What this machine can do at best: bandwidths, rates, round trips
+	$(BIN)/python -m bench.limits
 
 bench-tiny: $(STAMP)-bench  ## Every benchmark once at a tiny size: none may rot
 	$(BIN)/python -m pytest bench --benchmark-disable $(ARGS)
