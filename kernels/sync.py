@@ -268,7 +268,7 @@ def _is_late(words, step, PROTOCOL: tl.constexpr):
         # the cleared ring where s <= 2.
         late = (words & 0xFFFF) != (step & 0xFFFF)
     else:
-        late = (words & 0xFFFFFFFF) != step
+        late = words.to(tl.int32) != step
     return late
 
 

@@ -175,13 +175,13 @@ LL = (
         "expects the step before",
         "ll",
         (WrongResult, Race, Deadlock),
-        (Change("(words & 0xFFFFFFFF) != step", "(words & 0xFFFFFFFF) != step - 1"),),
+        (Change("words.to(tl.int32) != step", "words.to(tl.int32) != step - 1"),),
     ),
     Mutant(
         "expects the step after",
         "ll",
         (Deadlock,),
-        (Change("(words & 0xFFFFFFFF) != step", "(words & 0xFFFFFFFF) != step + 1"),),
+        (Change("words.to(tl.int32) != step", "words.to(tl.int32) != step + 1"),),
         always=True,
     ),
     Mutant(

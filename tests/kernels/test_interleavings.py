@@ -14,9 +14,9 @@ from fusedrnn.kernels import launch, sync
 
 CASES = {  # and how many interleavings of each
     "rnn": (Case(REGISTRY["rnn_tanh"], T=4, B=2, H=20, D=1), 8),
-    "gru": (Case(REGISTRY["gru"], T=3, B=2, H=20, D=1), 4),
-    "lstm, ragged, both directions": (
-        Case(REGISTRY["lstm"], T=3, B=3, H=20, D=2, lengths=(1, 3, 2)),
+    "gru, ragged": (Case(REGISTRY["gru"], T=3, B=2, H=20, D=1, lengths=(1, 3)), 4),
+    "lstm, packed, both directions": (
+        Case(REGISTRY["lstm"], T=3, B=3, H=20, D=2, lengths=(3, 2, 1), layout="packed"),
         2,
     ),
 }
