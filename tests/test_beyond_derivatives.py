@@ -243,6 +243,22 @@ def test_forward_mode_without_torch_func():
     torch.testing.assert_close(tangent, expected)
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_per_sample_gradients_compile(name):
+    """torch.compile outside, torch.func inside: the transform must be seen while tracing."""
+    module = MODULES[name](dtype=torch.float64)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    x = torch.randn(T, 4, I, dtype=torch.float64)
+
+    def loss(parameters, row):
+        return func.functional_call(module, parameters, (row,))[0].square().sum()
+
+    per_sample = func.vmap(func.grad(loss), in_dims=(None, 1))
+    found = torch.compile(per_sample, fullgraph=True, backend="aot_eager")(parameters, x)
+    for n, expected in per_sample(parameters, x).items():
+        torch.testing.assert_close(found[n], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_random_regularisers_under_vmap_take_its_randomness():
     module = fusedrnn.GRU(I, 8, recurrent_dropout=0.5, zoneout=0.3, weight_drop=0.2)
     x = torch.randn(6, 1, I).expand(6, 4, I)
