@@ -17,6 +17,7 @@ import json
 import math
 from pathlib import Path
 
+DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 PATH = Path(__file__).parent / "dispatch_table.json"
 Table = dict[str, dict[str, list[list[float]]]]
 
@@ -36,6 +37,12 @@ def kind(
     return " ".join(words)
 
 
+def dtype_name(dtype, precision: str) -> str:
+    """A torch dtype as `kind` wants it; `precision`, of float32, is "tf32" or "ieee"."""
+    fp32 = "fp32-tf32" if precision == "tf32" else "fp32-exact"
+    return DTYPES.get(str(dtype), fp32)
+
+
 @functools.cache
 def table() -> Table:
     """The devices' measurements; empty where nothing was measured."""
@@ -44,6 +51,7 @@ def table() -> Table:
     return json.loads(PATH.read_text())["devices"]
 
 
+@functools.lru_cache(maxsize=4096)
 def aten_is_faster(device: str, kind: str, T: int, B: int, H: int) -> float | None:
     """The speed-up, below 1, that was measured nearest to a call; None where ours is as fast.
 

@@ -90,3 +90,13 @@ def test_the_committed_table_is_what_the_results_say():
     if dispatch_table.OUT.exists() or content["devices"]:
         assert dispatch_table.OUT.read_text() == dispatch_table.dumps(content)
     assert measured.table() == content["devices"]
+
+
+def test_dtype_names_are_those_of_the_shapes():
+    import torch
+
+    from bench.shapes import DTYPES
+
+    pairs = [(torch.bfloat16, "ieee"), (torch.float16, "tf32"), (torch.float32, "tf32"),
+             (torch.float32, "ieee")]  # fmt: skip
+    assert [measured.dtype_name(*pair) for pair in pairs] == list(DTYPES)
