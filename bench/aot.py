@@ -83,11 +83,11 @@ class Job:
         )
 
 
-def jobs(targets, cells, hidden, dtypes, precisions=("tf32",)) -> list[Job]:
+def jobs(targets, cells, hidden, dtypes, precisions=("tf32",), batches=BATCHES) -> list[Job]:
     """What the plan can choose, without repetition."""
     found: dict[str, Job] = {}
     for target, cell, which, H, dtype, B, precision in itertools.product(
-        targets, cells, PASSES, hidden, dtypes, BATCHES, precisions
+        targets, cells, PASSES, hidden, dtypes, batches, precisions
     ):
         if dtype != "fp32" and precision != precisions[0]:
             continue
@@ -345,12 +345,20 @@ def main() -> int:
     parser.add_argument("--hidden", nargs="+", type=int, default=HIDDEN)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--precision", nargs="+", default=["tf32", "ieee", "tf32x3"])
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     path = options.output or RESULTS / f"triton-{triton.__version__}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    wanted = jobs(options.target, options.cell, options.hidden, options.dtype, options.precision)
+    wanted = jobs(
+        options.target,
+        options.cell,
+        options.hidden,
+        options.dtype,
+        options.precision,
+        options.batch,
+    )
     current = {f"{job.key()} {fingerprint()}": job for job in wanted}
     # Results of kernels that have changed since say nothing any more.
     results = {k: r for k, r in results.items() if k.endswith(fingerprint())}

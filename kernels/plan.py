@@ -198,34 +198,20 @@ def _candidates(
     whole = _resident(H)
     if whole.block_h <= LARGEST_RESIDENT[item] and fits(whole):
         yield whole
-    narrow = False  # half the units only where all weights of a program fit no other way
-    for block_b, block_h, split in SPREAD:
-        if block_h == 8 and not narrow:
-            continue
-        if block_h == 32 and item == 4 and which == "backward":
-            continue  # spills
-        block_k, split = _chunk(H, split)
-        chunks = -(-H // block_k)
-        plan = Plan(
-            "spread",
-            block_b,
-            block_h,
-            block_k,
-            chunks,
-            chunks,
-            split,
-            num_warps=8,
-            protocol="counter",
-            max_registers=255,
-        )
-        if fits(plan):
-            yield plan
-            continue
-        narrow = narrow or (block_b, block_h) == (16, 16)
+    largest = LARGEST_SPREAD[which, item]
+    block_k, split = _chunk(H)
+    chunks = -(-H // block_k)
+    spread = Plan("spread", 16, 16, block_k, chunks, chunks, split, 8, "counter", 255)
+    tiles = {h: replace(spread, block_h=h) for h in (16, 32, 8)}
+    usable = [h for h, plan in tiles.items() if chunks * block_k <= largest[h] and fits(plan)]
+    for block_h in usable:
+        if block_h != 8 or usable == [8]:  # half the units only where nothing else will do
+            yield tiles[block_h]
+    if 16 not in usable and PARTIAL[which, item]:
         for resident in range(chunks - 1, -1, -1):
-            streaming = replace(plan, schedule="streaming", resident=resident)
-            if fits(streaming):
-                yield streaming
+            plan = replace(spread, schedule="streaming", resident=resident)
+            if fits(plan):
+                yield plan
                 break
     plan = STREAMING[which]
     plan = replace(plan, chunks=-(-H // plan.block_k))
@@ -233,8 +219,22 @@ def _candidates(
         yield plan
 
 
-# (BLOCK_B, BLOCK_H, SPLIT) of the spread schedule. 16 rows are one tensor-core instruction.
-SPREAD = ((16, 16, 8), (16, 32, 8), (16, 8, 8))
+# What follows keeps everything in registers on sm_90, for the cell with the most gates; found by
+# compiling (bench/aot.py). Units of H up to which the spread schedule does, by BLOCK_H:
+LARGEST_SPREAD = {
+    ("forward", 2): {16: 2048, 32: 768, 8: 2048},
+    ("forward", 4): {16: 640, 32: 384, 8: 1024},
+    ("backward", 2): {16: 2048, 32: 768, 8: 2048},
+    ("backward", 4): {16: 512, 32: 0, 8: 768},
+}
+
+# Whether it does with some chunks streamed.
+PARTIAL = {
+    ("forward", 2): True,
+    ("forward", 4): True,
+    ("backward", 2): True,
+    ("backward", 4): False,
+}
 
 # For a batch so large that multiplying takes longer than reading all weights in every step.
 STREAMING = {
@@ -242,7 +242,7 @@ STREAMING = {
     "backward": Plan("streaming", 32, 16, 128, 0, 0, 1, 4, "counter", 255),
 }
 
-# Units of one program beyond which its registers spill, by bytes of an element.
+# Units up to which one program holds all of them.
 LARGEST_RESIDENT = {2: 128, 4: 64}
 
 
@@ -252,12 +252,10 @@ def _resident(H: int) -> Plan:
     return Plan("resident", 16, block, block, 1, 1, 1, 4 if block <= 32 else 8, max_registers=255)
 
 
-def _chunk(H: int, split: int) -> tuple[int, int]:
-    """The chunk of K and its split: 16 elements, one instruction, for each group of warps; with
-    half as many groups where that leaves less of the last chunk empty."""
-    half = split // 2
-    if -(-H // (16 * half)) * half < -(-H // (16 * split)) * split:
-        split = half
+def _chunk(H: int) -> tuple[int, int]:
+    """The chunk of K and its split: 16 elements, one instruction, for each of 8 groups of warps;
+    of 4 groups where that leaves less of the last chunk empty."""
+    split = 4 if -(-H // 64) * 64 < -(-H // 128) * 128 else 8
     return 16 * split, split
 
 
