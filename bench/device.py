@@ -13,8 +13,10 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -277,15 +279,29 @@ def _nvidia_smi() -> dict:
     return dict(zip(fields, (v.strip() for v in shown.stdout.split(",")), strict=False))
 
 
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler announces itself below Python, once for every use."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _peak_of_allocations(call: Callable[[], object]) -> int | None:
     """Follows torch's CPU allocations through the profiler, those inside operators included."""
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         kept = call()
     del kept
-    inner = profiler.profiler
+    inner = found.profiler
     events = [] if inner is None else inner.kineto_results.events()
     held = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
