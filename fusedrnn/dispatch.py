@@ -7,6 +7,13 @@
 `auto`, the default, takes the first in that order that can run the call. A backend is forced
 by a module's `backend=`, else by `use_backend`, else by the environment variable
 FUSEDRNN_BACKEND (read at import); a forced backend that cannot run a call raises.
+
+Determinism: on the same device, with the same versions, the same call gives the same bits from
+run to run, forward and backward, and with dropout and the other regularisers from the same seed.
+triton promises it (its sums have one order; it uses no atomic additions), reference as far as
+torch's matrix products do, and aten where torch's kernels do: on a CPU, and on a GPU with
+torch.use_deterministic_algorithms(True) and CUBLAS_WORKSPACE_CONFIG=:4096:8. Across devices,
+backends, versions or batch sizes results agree to rounding, not in bits.
 """
 
 from __future__ import annotations
