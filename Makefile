@@ -21,7 +21,7 @@ PROJECT := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny bench-compare \
+.PHONY: help venv aot demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny bench-compare \
 	report
 
 help:  ## This list
@@ -56,6 +56,9 @@ bench-limits: $(STAMP)-bench  ## What this machine can do at best: bandwidths, r
 
 bench-tiny: $(STAMP)-bench  ## Every benchmark once at a tiny size: none may rot
 	$(BIN)/python -m pytest bench --benchmark-disable $(ARGS)
+
+aot: $(STAMP)-bench  ## Compile every planned kernel for every target; resumes; may take an hour
+	$(BIN)/python bench/aot.py $(ARGS)
 
 bench-compare: $(STAMP)-bench  ## Two results files: make bench-compare A=before.json B=after.json
 	@test -n "$(A)" -a -n "$(B)" || { echo "usage: make bench-compare A=FILE B=FILE" >&2; exit 2; }

@@ -147,18 +147,25 @@ def run_plain(config: Config, *args) -> tuple[Tensor, ...]:
         return run(config, *args)
 
 
-def _stack(tensors: list[Tensor | None]) -> Tensor | None:
-    """[D, ...] from one tensor a direction; a view where there is one direction."""
-    if tensors[0] is None:
+def _stack_weights(directions: list[Weights]) -> Tensor:
+    """[D, G * H, H] from W_hh of each direction; a view where there is one."""
+    if len(directions) == 1:
+        return directions[0].w_hh.unsqueeze(0)
+    return torch.stack([w.w_hh for w in directions])
+
+
+def _stack_bias(biases: list[Tensor | None]) -> Tensor | None:
+    """[D, G * H] from the biases of each direction, or None where they have none."""
+    present = [b for b in biases if b is not None]
+    if not present:
         return None
-    present = [t for t in tensors if t is not None]
     return present[0].unsqueeze(0) if len(present) == 1 else torch.stack(present)
 
 
 def _input_gates(input_ni: Tensor, directions: list[Weights], G: int) -> Tensor:
     """x_gates [N, D, G, H]: the input projection of all time steps and both directions."""
     w_ih = torch.cat([w.w_ih for w in directions]) if len(directions) > 1 else directions[0].w_ih
-    b_ih = _stack([w.b_ih for w in directions])
+    b_ih = _stack_bias([w.b_ih for w in directions])
     x_gates = F.linear(input_ni, w_ih, None if b_ih is None else b_ih.flatten())
     return x_gates.view(input_ni.shape[0], len(directions), G, -1)
 
@@ -195,8 +202,8 @@ def _triton_forward(config, input, state, weights, sequence) -> list[Tensor]:
     output, final, saved, states = kernels.scan_forward(
         cell,
         x_gates,
-        _stack([w.w_hh for w in directions]),
-        _stack([w.b_hh for w in directions]),
+        _stack_weights(directions),
+        _stack_bias([w.b_hh for w in directions]),
         tuple(s.contiguous() for s in state[: len(cell.states)]),
         _stack_params(directions),
         rows=rows,
@@ -246,8 +253,8 @@ def _triton_backward(
             cell,
             d_outputs[0].reshape(-1, D, H),
             tuple(d.contiguous() for d in d_outputs[1:]),
-            _stack([w.w_hh for w in directions]),
-            _stack([w.b_hh for w in directions]),
+            _stack_weights(directions),
+            _stack_bias([w.b_hh for w in directions]),
             tuple(s.contiguous() for s in state),
             _stack_params(directions),
             output_ndh,

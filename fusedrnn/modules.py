@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class RecurrentModule(nn.RNNBase):
         else:
             data, batch_sizes, sorted_indices, unsorted_indices = input, None, None, None
         own = self._parameters  # by far the fastest way to most of them
-        weights = [
+        weights: list[Any] = [
             own[name] if name in own else getattr(self, name) for name in self._flat_weights_names
         ]
         states = self._check(data, hx, batch_sizes, weights[0])

@@ -64,7 +64,7 @@ def step(module, x: Tensor, state=None):
         output, final = _step_by_sequence(module, mode, x, states, weights)
     if unbatched:
         output, final = output.squeeze(0), tuple(f.squeeze(1) for f in final)
-    return output, final if len(final) > 1 else final[0]
+    return output, final[0] if len(final) == 1 else final
 
 
 def _step_by_sequence(module, mode, x, states, weights):
@@ -98,7 +98,7 @@ def _step_by_cells(module, mode, x, states, weights):
             x = F.dropout(x, module.dropout, module.training)
         own = weights[layer * size : (layer + 1) * size]
         previous = tuple(c[layer] for c in columns)
-        final = function(x, previous if len(previous) > 1 else previous[0], *own)
+        final = function(x, previous[0] if len(previous) == 1 else previous, *own)
         final = final if isinstance(final, tuple) else (final,)
         finals.append(final)
         x = final[0]
@@ -209,7 +209,7 @@ class Stream:
         else:
             fresh = state if isinstance(state, (tuple, list)) else (state,)
         new = tuple(torch.where(rows[:, None], f, s) for f, s in zip(fresh, states, strict=True))
-        self.state = new if len(new) > 1 else new[0]
+        self.state = new[0] if len(new) == 1 else new
 
     def _begin(self):
         state = self.state

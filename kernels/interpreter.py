@@ -4,6 +4,8 @@ The interpreter keeps bfloat16 values as their bit patterns. Its `dot` multiplie
 integers, and its cast from float32 cuts off where hardware rounds to nearest, ties to even.
 """
 
+from typing import Any
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -27,7 +29,7 @@ def _round(values: np.ndarray) -> np.ndarray:
 
 def repair() -> None:
     """Replaces the two operations; does nothing the second time."""
-    builder = interpreter.InterpreterBuilder
+    builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "multiplies_bfloat16", False):
         return
     dot, cast = builder.create_dot, builder.cast_impl
