@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -34,7 +35,7 @@ import torch
 
 from bench.device import Device, pick_device
 from bench.problem import TORCH_DTYPES, set_precision
-from bench.shapes import Shape, steps_in
+from bench.shapes import Shape, length_list, steps_in
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32-tf32": 4, "fp32-exact": 4}
 TENSOR_ROWS = 8  # the narrowest batch that a tensor core instruction multiplies
@@ -195,14 +196,30 @@ class CallFloor:
         return max(("loop", "arithmetic", "memory"), key=lambda term: getattr(self, term))
 
 
+def batch_sizes(shape: Shape) -> dict[int, int]:
+    """How many time steps have so many rows."""
+    if not shape.lengths:
+        return {shape.B: shape.T}
+    lengths = length_list(shape.lengths, shape.T, shape.B)
+    return Counter(sum(length > t for length in lengths) for t in range(shape.T))
+
+
 def loop_seconds(shape: Shape, limits: Limits, backward: bool) -> float:
     """All time steps of all layers, one pass."""
-    T, layers = shape.T, shape.layers
-    in_turn = layers * T * step_of(shape, limits, backward).seconds
+    layers = shape.layers
+    steps = batch_sizes(shape)
+
+    def one_layer(among: int) -> float:
+        return sum(
+            count * step_of(replace(shape, B=rows), limits, backward, among).seconds
+            for rows, count in steps.items()
+        )
+
+    in_turn = layers * one_layer(1)
     if layers == 1 or shape.bidirectional or limits.multiprocessors < layers:
         return in_turn
-    wavefront = (T + layers - 1) * step_of(shape, limits, backward, among=layers).seconds
-    return min(in_turn, wavefront)
+    # Layer l at step t runs beside layer l+1 at step t-1: T steps and a start of L - 1.
+    return min(in_turn, one_layer(layers) * (shape.T + layers - 1) / shape.T)
 
 
 def call_flops(shape: Shape, which: str) -> float:

@@ -116,7 +116,8 @@ def measure(
         samples = take_turns(runners, device, effort)
         for name, times in samples.items():
             row, runner = by_name[name], runners[name]
-            row |= statistics_of(times)
+            row |= statistics_of([time for turn in times.values() for time in turn])
+            row["ratio_p25"], row["ratio_p75"] = quartiles(samples.get("torch_nn", {}), times)
             row["floor_ms"] = None if floor_seconds is None else round_to(floor_seconds * 1e3, 4)
             row["cache"] = device.cache
             sets = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
@@ -135,35 +136,57 @@ def measure(
 
 # Of every row, besides the shape, the pass and the backend.
 FIELDS = (
-    "ran_on", "ms", "ms_p10", "ms_p90", "calls", "ms_torch_nn", "ratio", "floor_ms",
-    "floor_ratio", "host_us", "first_call_s", "peak_bytes", "cache", "deviation",
+    "ran_on", "ms", "ms_p10", "ms_p90", "calls", "ms_torch_nn", "ratio", "ratio_p25", "ratio_p75",
+    "floor_ms", "floor_ratio", "host_us", "first_call_s", "peak_bytes", "cache", "deviation",
     "deviation_limit", "error",
 )  # fmt: skip
 
 
 def take_turns(
     runners: dict[str, Runner], device: Device, effort: Effort
-) -> dict[str, list[float]]:
-    """Seconds of calls. The backends alternate, so that a drift of the machine meets them all."""
-    share, estimates = {}, {}
+) -> dict[str, dict[int, list[float]]]:
+    """Seconds of calls, by backend and turn.
+
+    The backends alternate, so that a drift of the machine meets them all.
+    """
+    share = {}
     for name, runner in runners.items():  # warm-up, and an estimate
         calls = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
-        estimates[name] = statistics.median(device.time_calls(calls))
-        wanted = effort.seconds / max(estimates[name], 1e-7)
+        estimate = statistics.median(device.time_calls(calls))
+        wanted = effort.seconds / max(estimate, 1e-7)
         count = min(max(wanted, effort.fewest), effort.most)
         share[name] = math.ceil(count / effort.rounds)
-    samples: dict[str, list[float]] = {name: [] for name in runners}
+    turns: dict[str, dict[int, list[float]]] = {name: {} for name in runners}
+    done, spent = dict.fromkeys(runners, 0), dict.fromkeys(runners, 0.0)
     names = list(runners)
     for turn in range(effort.rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
-            done = len(samples[name])
+        first = turn % len(names) if names else 0
+        for name in names[first:] + names[:first]:
             # A slow backend is not called again once it has its fewest and its time is spent.
-            if done >= effort.fewest and sum(samples[name]) > effort.seconds:
+            if done[name] >= effort.fewest and spent[name] > effort.seconds:
                 continue
             run = runners[name].run
-            sets = [(done + k) % effort.sets for k in range(share[name])]
-            samples[name] += device.time_calls([lambda run=run, i=i: run(i) for i in sets])
-    return samples
+            sets = [(done[name] + k) % effort.sets for k in range(share[name])]
+            times = device.time_calls([lambda run=run, i=i: run(i) for i in sets])
+            turns[name][turn] = times
+            done[name] += len(times)
+            spent[name] += sum(times)
+    return turns
+
+
+def quartiles(
+    torch_nn: dict[int, list[float]], own: dict[int, list[float]]
+) -> tuple[float | None, float | None]:
+    """Of torch.nn's time over ours, turn by turn: what the ratio owes to noise.
+
+    None where there are fewer than four turns that both took.
+    """
+    both = torch_nn.keys() & own.keys()
+    ratios = [statistics.median(torch_nn[t]) / statistics.median(own[t]) for t in both]
+    if len(ratios) < 4:
+        return None, None
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return round_to(low, 4), round_to(high, 4)
 
 
 def statistics_of(times: list[float]) -> dict:

@@ -84,7 +84,8 @@ def heat_map(
 ) -> str:
     """Speed-ups by (x, y); a cell without a value says so."""
     cell_w, cell_h, left, top = 58, 30, 70, 62
-    svg = Svg(left + cell_w * len(xs) + 20, top + cell_h * len(ys) + 48)
+    width = max(left + cell_w * len(xs) + 20, 28 + 9 * len(title))
+    svg = Svg(width, top + cell_h * len(ys) + 48)
     svg.text(14, 24, title, 14, "start", bold=True)
     svg.text(14, 43, note, 11, "start", "#555555")
     for row, y in enumerate(ys):
@@ -124,7 +125,8 @@ def curves(title: str, note: str, panels: list[Panel]) -> str:
     colour = _colours(names)
     x = 14.0
     for name in names:
-        svg.line([(x, 60), (x + 22, 60)], colour[name], 2.2, name == "floor")
+        svg.line([(x, 60), (x + 22, 60)], colour[name], 5.0 if name == "torch.nn" else 2.0,
+                 name == "floor")  # fmt: skip
         svg.text(x + 28, 64, name, 11, "start")
         x += 44 + 6.6 * len(name)
     for index, panel in enumerate(panels):
@@ -159,9 +161,10 @@ def _panel(svg: Svg, panel: Panel, left, top, width, height, colour) -> None:
     svg.text(left + width / 2, top + height + 36, panel.x_label, 11)
     svg.text(left, top - 8, f"{panel.title}{', ' if panel.title else ''}{panel.y_label}", 11,
              "start")  # fmt: skip
-    for name, series in panel.series.items():
+    # torch.nn's line is wide and below ours, so that both show where they coincide.
+    for name, series in sorted(panel.series.items(), key=lambda item: item[0] != "torch.nn"):
         placed = [(x_axis(x), y_axis(y)) for x, y in sorted(series)]
-        svg.line(placed, colour[name], 2.0, name == "floor")
+        svg.line(placed, colour[name], 5.0 if name == "torch.nn" else 2.0, name == "floor")
         if name != "floor":
             for x, y in placed:
                 svg.dot(x, y, colour[name])

@@ -17,6 +17,7 @@ lengths, resets, name`), then `tier, pass, backend`, then
     ran_on           the backend that fusedrnn took
     ms, ms_p10, ms_p90, calls    median and quantiles of that many calls
     ms_torch_nn, ratio           torch.nn's median in the same minutes; ms_torch_nn / ms
+    ratio_p25, ratio_p75         quartiles of that ratio over the turns that both took
     floor_ms, floor_ratio        what the machine's limits allow; ms / floor_ms
     host_us          how long a call keeps the host busy (GPU only)
     first_call_s     building and running it for the first time, compilation included

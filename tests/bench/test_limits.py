@@ -118,6 +118,19 @@ def test_a_stack_may_overlap_its_layers(limits):
     )
 
 
+def test_packed_steps_have_fewer_rows(limits):
+    packed = Shape("gru", "bf16", 64, 200, 512, 512, lengths="text")
+    sizes = module.batch_sizes(packed)
+    assert sum(sizes.values()) == 64
+    assert sum(rows * count for rows, count in sizes.items()) == module.steps_in(packed)
+    by_hand = sum(
+        count * step_of(replace(packed, B=rows), limits).seconds for rows, count in sizes.items()
+    )
+    loop = module.loop_seconds(packed, limits, False)
+    assert loop == pytest.approx(by_hand)
+    assert loop < module.loop_seconds(replace(packed, lengths=""), limits, False)
+
+
 def test_more_work_never_has_a_lower_floor(limits):
     for which in ("inference", "training"):
         for axis, along in (("B", (1, 8, 64, 256)), ("H", (64, 300, 1024)), ("T", (1, 64, 1024)),
