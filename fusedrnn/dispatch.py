@@ -10,10 +10,10 @@ FUSEDRNN_BACKEND (read at import); a forced backend that cannot run a call raise
 
 Determinism: on the same device, with the same versions, the same call gives the same bits from
 run to run, forward and backward, and with dropout and the other regularisers from the same seed.
-triton promises it (its sums have one order; it uses no atomic additions), reference as far as
-torch's matrix products do, and aten where torch's kernels do: on a CPU, and on a GPU with
-torch.use_deterministic_algorithms(True) and CUBLAS_WORKSPACE_CONFIG=:4096:8. Across devices,
-backends, versions or batch sizes results agree to rounding, not in bits.
+triton promises it (its sums have one order; it adds no floating-point numbers by atomics),
+reference as far as torch's matrix products do, and aten where torch's kernels do: on a CPU, and
+on a GPU with torch.use_deterministic_algorithms(True) and CUBLAS_WORKSPACE_CONFIG=:4096:8. Across
+devices, backends, versions or batch sizes results agree to rounding, not in bits.
 """
 
 from __future__ import annotations
