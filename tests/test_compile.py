@@ -223,8 +223,9 @@ def operator_samples():
     T, B, I, H = 4, 3, 2, 5
     gates = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
     for cell, G in gates.items():
-        for case in ("plain", "batch_first", "lengths", "packed", "no_bias", "reset"):
-            for D in (1, 2):
+        cases = ("plain", "batch_first", "lengths", "packed", "no_bias", "reset")
+        for case in (*cases, "autocast", "autocast packed", "autocast lengths"):
+            for D in (1, 2) if cell == "lstm" else (2,):
                 P = 2 if (cell, case) == ("lstm", "no_bias") else 0
                 shapes = [(G * H, I), (G * H, P or H)]
                 shapes += [] if case == "no_bias" else [(G * H,)] * 2
@@ -235,16 +236,23 @@ def operator_samples():
                 batch_first = case == "batch_first"
                 input = torch.randn(*((B, T) if batch_first else (T, B)), I)
                 lengths = batch_sizes = reset = None
-                if case == "lengths":
+                if case.endswith("lengths"):
                     lengths = torch.tensor([2, 4, 1])
-                if case == "packed":
+                if case.endswith("packed"):
                     batch_sizes = torch.tensor([3, 2, 2, 1])
                     input = torch.randn(8, I)
                 if case == "reset":
                     reset = torch.rand(T, B) < 0.3
                 backend = "reference" if case == "reset" else "aten"
                 config = autograd.Config(
-                    cell, case != "no_bias", D == 2, P > 0, batch_first, backend, "", ""
+                    cell,
+                    case != "no_bias",
+                    D == 2,
+                    P > 0,
+                    batch_first,
+                    backend,
+                    "",
+                    "bfloat16" if case.startswith("autocast") else "",
                 )
                 yield pytest.param(
                     (input, state, weights, lengths, batch_sizes, reset, *config),
