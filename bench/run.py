@@ -249,9 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
         limits = Limits.from_dict(before["limits"])
     else:
         limits = limits_module.measure_limits(device, show=print)
-    effort = Effort()
-    if options.quick or not cuda:
-        effort = Effort(seconds=0.12, most=60, rounds=20)
+    if options.quick:
+        effort = Effort(seconds=0.12, fewest=5, most=60, rounds=20)
+    elif cuda:
+        effort = Effort()
+    else:  # a CPU's clock drifts more, so more turns
+        effort = Effort(seconds=0.5, fewest=9, rounds=20)
     path = options.out or options.resume or results_module.default_path(device.environment())
 
     signal.signal(signal.SIGTERM, _interrupt)
