@@ -278,7 +278,7 @@ def _try(failed: dict[str, str], name: str, call: Callable[[], float], default: 
         return default
 
 
-def best_seconds(device: Device, call: Callable[[], object], repeats: int = 7) -> float:
+def best_seconds(device: Device, call: Callable[[], object], repeats: int = 25) -> float:
     call()
     return min(device.time_calls([call] * repeats))
 

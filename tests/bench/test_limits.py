@@ -158,7 +158,7 @@ def test_an_unknown_rate_gives_no_floor(limits):
 
 
 def test_a_cpu_is_measured(monkeypatch):
-    def half_a_second(device, call, repeats=7):
+    def half_a_second(device, call, repeats=25):
         call()
         return 0.5
 
