@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import cells, packing, reference
+from fusedrnn.dispatch import fp32_precision
 from fusedrnn.reference import Weights, split_weights
 
 
@@ -282,11 +283,6 @@ def _triton_backward(
                 p[d].to(q.dtype, copy=True) for p, q in zip(d_params, w.params, strict=True)
             ]
     return [d_input, *d_state, *gradients]
-
-
-def fp32_precision() -> str:
-    """ "tf32" or "ieee": what torch's switch for cuDNN's recurrent kernels asks of float32."""
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # pyright: ignore
 
 
 @contextmanager

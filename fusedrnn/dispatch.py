@@ -4,7 +4,8 @@
     aten       torch's own kernels: cuDNN on a GPU, oneDNN or native code on a CPU
     reference  plain torch operators
 
-`auto`, the default, takes the first in that order that can run the call. A backend is forced
+`auto`, the default, takes the first in that order that can run the call, but aten where it was
+measured to be faster than the kernels (`fusedrnn.measured`). A backend is forced
 by a module's `backend=`, else by `use_backend`, else by the environment variable
 FUSEDRNN_BACKEND (read at import); a forced backend that cannot run a call raises.
 
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedrnn import cells
+from fusedrnn import cells, measured
 
 logger = logging.getLogger("fusedrnn")
 
@@ -158,7 +159,48 @@ def triton_refuses(call: Call) -> str | None:
         return f"projections are not fused (proj_size={call.proj_size})"
     if call.B == 0 or call.T == 0:
         return f"there is nothing to launch (T={call.T}, B={call.B})"
+    if call.device == "cuda":
+        return _no_plan(
+            call.cell, call.dtype, call.hidden_size, call.directions, call.device_index or 0
+        )
     return None
+
+
+@torch.compiler.assume_constant_result
+def _no_plan(cell: str, dtype: torch.dtype, H: int, D: int, index: int) -> str | None:
+    """Why the kernels cannot run such a layer on that CUDA device, or None."""
+    if torch.version.hip:
+        return "the waits of the kernels are not proven on AMD GPUs"
+    from fusedrnn.kernels import refusal
+
+    return refusal(cells.get(cell), dtype, H, D, torch.device("cuda", index))
+
+
+def fp32_precision() -> str:
+    """ "tf32" or "ieee": what torch's switch for cuDNN's recurrent kernels asks of float32."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # pyright: ignore
+
+
+def measured_slower(call: Call) -> str | None:
+    """Why `auto` leaves to aten a call that the kernels could run: a recorded measurement.
+
+    A compiled graph serves many T and B with one choice, and takes the kernels.
+    """
+    if call.device != "cuda" or torch.compiler.is_compiling():
+        return None
+    kind = measured.kind(
+        call.cell,
+        measured.dtype_name(call.dtype, fp32_precision()),
+        training=call.needs_grad,
+        layers=call.num_layers,
+        directions=call.directions,
+        packed=call.packed or call.lengths,
+    )
+    name = torch.cuda.get_device_name(call.device_index)
+    ratio = measured.aten_is_faster(name, kind, call.T, call.B, call.hidden_size)
+    if ratio is None:
+        return None
+    return f"aten was measured to be {1 / ratio:.2f}x as fast nearest to this call"
 
 
 def aten_refuses(call: Call) -> str | None:
@@ -208,6 +250,8 @@ def select(call: Call, backend: str | None = None) -> str:
     for name in BACKENDS:
         if not (name == "triton" and call.device == "cpu") and REFUSES[name](call) is None:
             break
+    if name == "triton" and measured_slower(call) and aten_refuses(call) is None:
+        return "aten"
     if call.device == "cuda" and name != "triton" and not torch.compiler.is_compiling():
         _say_once(name, triton_refuses(call))
     return name
@@ -228,6 +272,8 @@ def explain_call(call: Call, backend: str | None = None) -> Explanation:
             refusal = REFUSES[name](call)
             if refusal is None and forced != "auto":
                 refusal = f"{forced} is forced"
+            elif refusal is None and name == "triton" and call.device == "cuda":
+                refusal = measured_slower(call)
             elif refusal is None and name == "triton":
                 refusal = "on a cpu the interpreter runs only when forced: it is for tests"
             passed_over[name] = refusal or f"{chosen} is faster and comes first"

@@ -3,9 +3,16 @@
 import os
 
 from fusedrnn.kernels import interpreter
-from fusedrnn.kernels.launch import Extras, Rows, check, scan_backward, scan_forward
+from fusedrnn.kernels.launch import (
+    Extras,
+    Rows,
+    check,
+    refusal,
+    scan_backward,
+    scan_forward,
+)
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     interpreter.repair()
 
-__all__ = ["Extras", "Rows", "check", "scan_backward", "scan_forward"]
+__all__ = ["Extras", "Rows", "check", "refusal", "scan_backward", "scan_forward"]

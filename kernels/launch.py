@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from fusedrnn.cells import Cell
-from fusedrnn.kernels import sync
+from fusedrnn.kernels import sync, tune
 from fusedrnn.kernels.bind import bind
-from fusedrnn.kernels.plan import INTERPRETER, Device, Plan, plan_scan
+from fusedrnn.kernels.plan import INTERPRETER, PASSES, Device, Plan, plan_scan
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
 from fusedrnn.packing import Rows
@@ -336,9 +336,34 @@ def device_of(device: torch.device) -> Device:
 
 def _plan(cell: Cell, which: str, like: Tensor, B: int, H: int, D: int, precision: str) -> Plan:
     device = device_of(like.device)
+    times = None
+    if tune.enabled():
+        times = tune.step_times(
+            cell, which, like.dtype, H=H, D=D,
+            device=like.device, properties=device, input_precision=precision,
+            passes=(scan_forward, scan_backward),
+        )  # fmt: skip
     return plan_scan(
-        cell, which, like.dtype, B=B, H=H, D=D, device=device, input_precision=precision
+        cell,
+        which,
+        like.dtype,
+        B=B,
+        H=H,
+        D=D,
+        device=device,
+        input_precision=precision,
+        step_times=times,
     )
+
+
+def refusal(cell: Cell, dtype: torch.dtype, H: int, D: int, device: torch.device) -> str | None:
+    """Why there is no plan for such a layer on that device, or None."""
+    try:
+        for which in PASSES:
+            plan_scan(cell, which, dtype, B=1, H=H, D=D, device=device_of(device))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

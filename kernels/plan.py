@@ -16,7 +16,7 @@ split into several launches, each over the whole sequence.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,9 +139,13 @@ def plan_scan(
     D: int,
     device: Device,
     input_precision: str = "tf32",
+    step_times: Mapping[Plan, float] | None = None,
 ) -> Plan:
     """The plan for one pass ("forward" or "backward") of a layer of D directions.
 
+    Args:
+        step_times: measured times of a step of `candidates`, to choose by instead of the
+            estimate; a candidate without one is not considered.
     Raises:
         ValueError: no candidate fits the device; says what would have been needed.
     """
@@ -149,18 +153,32 @@ def plan_scan(
         raise ValueError(f"which must be one of {PASSES}, got {which!r}")
     if dtype not in ITEM_SIZE:
         raise ValueError(f"dtype must be one of {list(ITEM_SIZE)}, got {dtype}")
-    return _plan_scan(cell, which, dtype, B, H, D, device, input_precision)
+    times = None if step_times is None else tuple(step_times.items())
+    return _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times)
+
+
+def candidates(
+    cell: Cell, which: str, dtype: torch.dtype, H: int, device: Device, input_precision: str
+) -> list[Plan]:
+    """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
+    if device.backend == "interpreter":
+        return [_resident(H)]
+    # With tf32x3 each operand is there as a large and a small part.
+    copies = 2 if dtype == torch.float32 and input_precision == "tf32x3" else 1
+    return list(_candidates(cell, which, ITEM_SIZE[dtype], H, device, copies))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_scan(cell, which, dtype, B, H, D, device, input_precision) -> Plan:
-    if device.backend == "interpreter":
-        return _resident(H)
+def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None) -> Plan:
     item = ITEM_SIZE[dtype]
     precision = input_precision if item == 4 else "16-bit"
-    copies = 2 if precision == "tf32x3" else 1  # each operand as a large and a small part
+    step_times = None if times is None else dict(times)
     best, best_cost, least = None, float("inf"), None
-    for plan in _candidates(cell, which, item, H, device, copies):
+    for plan in candidates(cell, which, dtype, H, device, input_precision):
+        if step_times is None:
+            cost = _cycles(plan, cell, which, item, H, precision)
+        else:
+            cost = step_times.get(plan, float("inf"))
         launches = 1
         if plan.protocol is not None:
             tiles = -(-H // plan.block_h)
@@ -172,9 +190,8 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision) -> Plan:
             slab_b = room // (tiles * slab_d) * plan.block_b
             launches = -(-D // slab_d) * -(-B // slab_b)
             plan = replace(plan, slab_b=slab_b, slab_d=slab_d)
-        cost = launches * _cycles(plan, cell, which, item, H, precision)
-        if cost < best_cost:
-            best, best_cost = plan, cost
+        if launches * cost < best_cost:
+            best, best_cost = plan, launches * cost
     if best is not None:
         return best
     why = f"no tile fits the {device.shared_per_program} bytes of shared memory of a program"

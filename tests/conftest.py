@@ -11,6 +11,10 @@ import torch
 # importlib mode leaves sys.path alone; tolerances.py and oracles.py are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Before anything imports triton: without a GPU, whatever runs a kernel interprets it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # No deadline: the first call of an operator may load a library. No example database: a run
 # depends on nothing but the source. FUSEDRNN_EXAMPLES=500 searches further than CI does.
 hypothesis.settings.register_profile(
@@ -22,6 +26,16 @@ hypothesis.settings.register_profile(
     max_examples=int(os.environ.get("FUSEDRNN_EXAMPLES", "120")),
 )
 hypothesis.settings.load_profile("fusedrnn")
+
+
+@pytest.fixture
+def imaginary_gpu(monkeypatch):
+    """`dispatch` may ask about "cuda:0": a GPU of that name, with a plan for every layer."""
+    from fusedrnn import dispatch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Imaginary GPU")
+    monkeypatch.setattr(dispatch, "_no_plan", lambda *layer: None)
+    return "Imaginary GPU"
 
 
 @pytest.fixture(autouse=True)

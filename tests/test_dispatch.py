@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
-from fusedrnn import dispatch, functional
+from fusedrnn import dispatch, functional, measured
 from fusedrnn.dispatch import Call
 
 KINDS = ("LSTM", "GRU", "RNN")
@@ -120,7 +120,7 @@ def test_cells(kind, ran):
     assert ran == ["reference"]
 
 
-def test_a_cell_on_a_gpu_is_torchs_own():
+def test_a_cell_on_a_gpu_is_torchs_own(imaginary_gpu):
     """As CellModule.forward has it; one step is no work for the fused loop."""
     with FakeTensorMode():
         input = torch.empty(2, 3, device="cuda")
@@ -195,7 +195,9 @@ TRITON_REFUSES = [
 
 
 @pytest.mark.parametrize(("change", "why", "instead"), TRITON_REFUSES)
-def test_a_gpu_falls_back_and_says_so_once(change, why, instead, monkeypatch, caplog):
+def test_a_gpu_falls_back_and_says_so_once(
+    change, why, instead, monkeypatch, caplog, imaginary_gpu
+):
     monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
     dispatch._say_once.cache_clear()
     call = Call("lstm", **{**CUDA, **change})
@@ -209,7 +211,7 @@ def test_a_gpu_falls_back_and_says_so_once(change, why, instead, monkeypatch, ca
     dispatch._say_once.cache_clear()
 
 
-def test_a_gpu_gets_the_fused_kernels(monkeypatch, caplog):
+def test_a_gpu_gets_the_fused_kernels(monkeypatch, caplog, imaginary_gpu):
     monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
     for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -218,8 +220,42 @@ def test_a_gpu_gets_the_fused_kernels(monkeypatch, caplog):
     assert not caplog.records
 
 
+def test_what_was_measured_to_be_slower_goes_to_aten(monkeypatch, imaginary_gpu):
+    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
+    losses = {"lstm fp16 training": [[5, 2, 4, 0.5], [1000, 2, 4, 1.5]]}
+    monkeypatch.setattr(measured, "table", lambda: {imaginary_gpu: losses})
+    measured.aten_is_faster.cache_clear()
+    call = Call("lstm", **{**CUDA, "dtype": torch.float16, "needs_grad": True})
+    explanation = dispatch.explain_call(call)
+    assert explanation.backend == "aten"
+    assert "measured to be 2.00x as fast" in explanation.passed_over["triton"]
+    for other in ({"T": 900}, {"needs_grad": False}, {"dtype": torch.bfloat16}, {"cell": "gru"}):
+        assert dispatch.select(call._replace(**other)) == "triton"
+    assert dispatch.select(call, "triton") == "triton"
+    assert dispatch.select(call._replace(inside=("zoneout",))) == "triton"  # aten cannot
+    measured.aten_is_faster.cache_clear()
+
+
+def test_a_layer_without_a_plan_goes_to_aten(monkeypatch):
+    from fusedrnn.kernels import launch
+    from fusedrnn.kernels.plan import Device
+
+    small = Device((9, 0), 8, 99 * 1024, 100 * 1024)
+    monkeypatch.setattr(launch, "device_of", lambda device: small)
+    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
+    monkeypatch.setattr(measured, "table", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Imaginary GPU")
+    call = Call("lstm", **CUDA)
+    assert dispatch.select(call) == "triton"
+    explanation = dispatch.explain_call(call._replace(hidden_size=50_000))
+    assert explanation.backend == "aten"
+    assert "no plan for forward of 'lstm' with H = 50000" in explanation.passed_over["triton"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in str(dispatch.triton_refuses(call))
+
+
 @pytest.mark.parametrize("missing", ["triton is not installed", "triton 3.1.0 is too old"])
-def test_without_triton(missing, monkeypatch):
+def test_without_triton(missing, monkeypatch, imaginary_gpu):
     monkeypatch.setattr(dispatch, "TRITON_MISSING", missing)
     dispatch._say_once.cache_clear()
     explanation = dispatch.explain_call(Call("lstm", **CUDA))

@@ -48,7 +48,7 @@ def test_table_has_a_row_for_everything():
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_table_is_what_dispatch_does(row, monkeypatch):
+def test_table_is_what_dispatch_does(row, monkeypatch, imaginary_gpu):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     plain = {"cell": "lstm", "device": "cuda", "dtype": torch.float32, "T": 5, "B": 4}
     plain |= {"input_size": 8, "hidden_size": 8, "needs_grad": True}

@@ -1,0 +1,159 @@
+"""Plans by measurement instead of by estimate: FUSEDRNN_TUNE=1.
+
+Off by default. When it is on, the first call of a cell, pass, dtype, hidden size and number of
+directions times every candidate of `plan.candidates` for some steps of one batch tile, and the
+times of a step replace the estimate in `plan.plan_scan`. They are kept in a file, so that each
+machine measures once. Batch and time are not part of the key: the plan for any batch follows from
+the time of a step and the number of launches.
+
+    FUSEDRNN_TUNE=1            switches it on
+    FUSEDRNN_CACHE_DIR=path    where tuned.json lies; default ~/.cache/fusedrnn
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from fusedrnn.cells import Cell
+from fusedrnn.kernels.plan import Device, Plan, candidates
+from fusedrnn.packing import Rows
+
+logger = logging.getLogger("fusedrnn")
+
+STEPS = 256
+REPEATS = 5
+
+Measure = Callable[[Plan], float]
+
+_remembered: dict[str, dict[str, dict[Plan, float]]] = {}  # file -> key -> times, in this process
+
+
+def enabled() -> bool:
+    """Whether FUSEDRNN_TUNE asks for it."""
+    return os.environ.get("FUSEDRNN_TUNE", "0") == "1"
+
+
+def cache_file() -> Path:
+    """Where the times are kept."""
+    folder = os.environ.get("FUSEDRNN_CACHE_DIR")
+    return (Path(folder) if folder else Path.home() / ".cache" / "fusedrnn") / "tuned.json"
+
+
+def step_times(
+    cell: Cell,
+    which: str,
+    dtype: torch.dtype,
+    *,
+    H: int,
+    D: int,
+    device: torch.device,
+    properties: Device,
+    input_precision: str,
+    passes: tuple[Callable, Callable],
+    measure: Measure | None = None,
+) -> dict[Plan, float] | None:
+    """Microseconds of a step for every candidate plan, from the file or measured now.
+
+    `passes` are `launch.scan_forward` and `launch.scan_backward`, which call this. None while a
+    CUDA graph is captured and nothing is known yet: nothing can be timed then.
+    """
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    key = "|".join(
+        map(str, (name, triton.__version__, cell.name, which, dtype, H, D, input_precision))
+    )
+    remembered = _remembered.setdefault(str(cache_file()), {})
+    if key in remembered:
+        return remembered[key]
+    known = _read()
+    if key not in known:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        if measure is None:
+            measure = functools.partial(
+                _measure, passes, cell, which, dtype, H, D, device, input_precision
+            )
+        times = []
+        for plan in candidates(cell, which, dtype, H, properties, input_precision):
+            try:
+                times.append([asdict(plan), measure(plan)])
+            except OutOfResources as error:
+                logger.warning("tuning %s: %s does not fit: %s", key, plan, error)
+        logger.info("tuned %s: %d candidates", key, len(times))
+        known = {**_read(), key: times}
+        _write(known)
+    remembered[key] = {Plan(**fields): microseconds for fields, microseconds in known[key]}
+    return remembered[key]
+
+
+def _read() -> dict:
+    try:
+        return json.loads(cache_file().read_text())
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        logger.warning("%s cannot be read, tuning starts anew: %s", cache_file(), error)
+        return {}
+
+
+def _write(known: dict) -> None:
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(known, indent=1))
+    os.replace(partial, path)  # whole or not at all, whoever else writes
+
+
+def _measure(
+    passes, cell, which, dtype, H, D, device, input_precision, plan, *, steps=STEPS
+) -> float:
+    """Microseconds of a step: the best of some runs of one batch tile."""
+    scan_forward, scan_backward = passes
+    B, G = plan.block_b, len(cell.gates)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    rows = Rows(steps, B, B, 1)
+    w_hh, b_hh = draw(D, G * H, H) / H**0.5, draw(D, G * H)
+    state = tuple(draw(D, B, H) for _ in cell.states)
+    params = tuple(draw(D, H) for _ in cell.params)
+    x_gates = draw(steps * B, D, G, H)
+    layer = {"rows": rows, "save": "gates", "input_precision": input_precision}
+
+    def forward(plan):
+        return scan_forward(cell, x_gates, w_hh, b_hh, state, params, **layer, plan=plan)
+
+    run = functools.partial(forward, plan)
+    if which == "backward":
+        output, _final, saved, states = forward(None)
+        run = functools.partial(
+            scan_backward, cell, output, state, w_hh, b_hh, state, params, output, states, saved,
+            **layer, plan=plan,
+        )  # fmt: skip
+    run()
+    best = float("inf")
+    for _ in range(REPEATS):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            best = min(best, 1e3 * start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            run()
+            best = min(best, 1e6 * (time.perf_counter() - begin))
+    return best / steps
