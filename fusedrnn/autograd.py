@@ -68,6 +68,7 @@ def run_reference(
         input = input.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
         zoneout = zoneout if noise is None else noise.transpose(0, 1)
+    lengths = None if lengths is None else lengths.to(input.device)
     output, final = reference.layer(
         cell, input, state, directions, lengths=lengths, reset=reset, h_mask=h_mask,
         zoneout=zoneout, clip=config.clip, record=record,

@@ -278,6 +278,7 @@ def _check_sequence(lengths, reset, hx, batch_sizes, T, B, batch_first, unbatche
             raise TypeError(f"reset: expected a bool tensor {shape}, got {kind}")
         if reset.shape != shape:
             raise RuntimeError(f"reset: expected shape {shape}, got {tuple(reset.shape)}")
+        reset = reset.to(hx[0].device)
         if unbatched:
             reset = reset.unsqueeze(0 if batch_first else 1)
     return lengths, reset, fresh

@@ -49,8 +49,9 @@ def as_function(module, call):
     return function, [p.detach().clone().requires_grad_() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("packed", "training"), [(False, False), (True, True)], ids=["padded-eval", "packed-train"]
+)
 @pytest.mark.parametrize("backend", ["aten", "reference"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODULES)
@@ -123,10 +124,12 @@ def test_custom_op_with_everything_inside_is_differentiable_twice(cell):
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([2, 0])], ids=["padded", "lengths"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_cudnn_wrapper_is_differentiable_twice(cell):
+def test_cudnn_wrapper_is_differentiable_twice(cell, lengths):
     """AtenStack holds cuDNN's graph on a GPU; what it adds is the same on a CPU."""
     x, hx, weights, sequence = layer_inputs(cell, 1, packed=False)
+    sequence = sequence._replace(lengths=lengths)
     S = len(hx)
     config = Config(cell, True, False, False, False, "aten", "", "")
 
