@@ -1,5 +1,7 @@
 """Whole modules through the interpreted kernels: every option that the modules offer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,6 +143,30 @@ def test_nothing_is_saved_without_gradients():
     assert saved == {"": 0, "states": 1, "gates": 2}
     with torch.no_grad():
         torch.testing.assert_close(rnn(input)[0], build_equal(rnn, input))
+
+
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize("module", MODULES)
+def test_numbers_kept_between_the_passes(module, save):
+    """The table in kernels/README.md."""
+    lines = (Path(__file__).parents[2] / "kernels" / "README.md").read_text().splitlines()
+    (row,) = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {module} |")]
+    expected = int(row[1 + (save == "states")].removesuffix(" H"))
+    T, B, H = 6, 5, 7
+    rnn = getattr(fusedrnn, module)(5, H, bidirectional=True, backend="triton", save=save)
+    input = torch.randn(T, B, 5, requires_grad=True)
+    others = {t.data_ptr() for t in (input, *rnn.parameters())}
+    kept = {}
+
+    def note(tensor):
+        if tensor.data_ptr() not in others and tensor.shape[-2:] != (B, H):  # no initial states
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = rnn(input)
+    del output
+    assert sum(kept.values()) == expected * T * B * 2 * H
 
 
 def build_equal(rnn, input):
