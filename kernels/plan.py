@@ -216,7 +216,7 @@ def _candidates(
     if whole.block_h <= LARGEST_RESIDENT[item] and fits(whole):
         yield whole
     largest = LARGEST_SPREAD[which, item]
-    block_k, split = _chunk(H)
+    block_k, split = _chunk(H, item)
     chunks = -(-H // block_k)
     spread = Plan("spread", 16, 16, block_k, chunks, chunks, split, 8, "counter", 255)
     tiles = {h: replace(spread, block_h=h) for h in (16, 32, 8)}
@@ -269,10 +269,11 @@ def _resident(H: int) -> Plan:
     return Plan("resident", 16, block, block, 1, 1, 1, 4 if block <= 32 else 8, max_registers=255)
 
 
-def _chunk(H: int) -> tuple[int, int]:
+def _chunk(H: int, item: int) -> tuple[int, int]:
     """The chunk of K and its split: 16 elements, one instruction, for each of 8 groups of warps;
-    of 4 groups where that leaves less of the last chunk empty."""
-    split = 4 if -(-H // 64) * 64 < -(-H // 128) * 128 else 8
+    of 4 groups where that leaves less of the last chunk empty, and float32 would spill."""
+    half = item == 2 and -(-H // 64) * 64 < -(-H // 128) * 128
+    split = 4 if half else 8
     return 16 * split, split
 
 
