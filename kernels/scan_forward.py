@@ -136,8 +136,9 @@ def scan_forward_kernel(
     for step in range(T):
         x_gates = as_float32(x_next)
         if reset_ptr is not None:
-            next_rows = row_of(t + 1 - 2 * direction, offs_b, offsets_ptr, stride_t, stride_b)
             ahead = mask_b & (step + 1 < T)
+            t_next = tl.where(step + 1 < T, t + 1 - 2 * direction, t)  # a step that there is
+            next_rows = row_of(t_next, offs_b, offsets_ptr, stride_t, stride_b)
             begins = load_flags(reset_ptr, next_rows, ahead, direction, D=D)
 
         # h_gates = h_{t-1} @ W_hh^T + b_hh
