@@ -88,6 +88,7 @@ def heat_map(
     svg = Svg(width, top + cell_h * len(ys) + 48)
     svg.text(14, 24, title, 14, "start", bold=True)
     svg.text(14, 43, note, 11, "start", "#555555")
+    svg.rect(left, top, cell_w * len(xs), cell_h * len(ys), FAINT)
     for row, y in enumerate(ys):
         svg.text(left - 8, top + cell_h * row + 20, y, anchor="end")
         for column, x in enumerate(xs):
