@@ -313,7 +313,8 @@ def write(path: Path, results: dict[str, dict]) -> None:
         "",
         "Made by `python bench/aot.py`; nothing here was measured on a GPU. Shared memory is that",
         "of one program, against the limit of the target, in KiB; `spill` in bytes per thread.",
-        "Lengths, packed rows and two directions are switched on.",
+        "Lengths, packed rows and two directions are switched on. Fingerprint of the kernels:",
+        f"{fingerprint()}; a run of the command compiles again what has another one.",
         "",
         "| target | cell | pass | saves | dtype | H | schedule | tile B x H | K resident | warps "
         "| registers | spill | shared | limit | weights | faults |",
