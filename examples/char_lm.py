@@ -221,7 +221,7 @@ def sample(
 
 def rounding_unit(device: torch.device) -> float:
     """The relative spacing of the numbers that the recurrent products are computed in."""
-    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+    if device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32":
         return 2.0**-10  # TF32, torch's default for cuDNN's recurrent layers
     return torch.finfo(torch.float32).eps
 

@@ -120,8 +120,8 @@ def _run(name: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, 
             parameter.copy_(draw(*parameter.shape) / H**0.5)
     input = draw(T, B, I).requires_grad_()
     lengths = torch.tensor([T, 1, 4], device=device)
-    precision = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    switch = torch.backends.cudnn.rnn
+    precision, switch.fp32_precision = switch.fp32_precision, "ieee"
     try:
         output, final = module(input, lengths=lengths)
         outputs = [output, *(final if isinstance(final, tuple) else (final,))]
@@ -130,7 +130,7 @@ def _run(name: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, 
             outputs, list(leaves.values()), [draw(*o.shape) for o in outputs]
         )
     finally:
-        torch.backends.cudnn.allow_tf32 = precision
+        switch.fp32_precision = precision
     names = ["output", "h_n", "c_n"][: len(outputs)]
     results = dict(zip(names, outputs, strict=True))
     results |= {f"d_{key}": g for key, g in zip(leaves, gradients, strict=True)}

@@ -69,7 +69,8 @@ def test_there_are_snippets():
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippet_runs(number, monkeypatch):
+def test_snippet_runs(number, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # one of them writes a file
     module = types.ModuleType(f"readme_{number}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     before = dict(cells.REGISTRY)

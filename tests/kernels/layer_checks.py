@@ -46,12 +46,12 @@ class Case:
 @contextmanager
 def precision(tf32: bool):
     """float32 products in tf32 or exactly, for cuDNN and for the kernels alike."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    switch = torch.backends.cudnn.rnn
+    before, switch.fp32_precision = switch.fp32_precision, "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        switch.fp32_precision = before
 
 
 def lengths_of(case: Case) -> Tensor:
