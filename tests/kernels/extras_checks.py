@@ -1,0 +1,95 @@
+"""Modules with resets, recurrent dropout, zoneout and clipping, run by any backend.
+
+The noise is drawn before the time loop, so backends on one device see the same masks from the
+same seed. `tests/kernels/test_extras.py` runs them in the interpreter, `tests/gpu` on a device.
+"""
+
+import torch
+
+import fusedrnn
+
+T, B, I, H = 6, 3, 5, 17
+OPTIONS = {
+    "reset": {},
+    "reset_state": {},
+    "recurrent_dropout": {"recurrent_dropout": 0.4},
+    "zoneout": {"zoneout": 0.3},
+    "expected_zoneout": {"zoneout": 0.3},
+    "clip": {"clip_gradient": 0.05},
+    "all": {"recurrent_dropout": 0.4, "zoneout": 0.3, "clip_gradient": 0.2},
+}
+
+
+def run(module, option, backend, dtype, batch_first, rows, device="cpu", H=H):
+    """Outputs and all gradients, those of the states that resets set included."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape):
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.float().to(dtype).to(device)
+
+    torch.manual_seed(4)
+    rnn = (
+        getattr(fusedrnn, module)(
+            I, H, bidirectional=True, batch_first=batch_first, backend=backend, **OPTIONS[option]
+        )
+        .to(dtype)
+        .to(device)
+    )
+    rnn.train(option != "expected_zoneout")
+    S = 2 if module == "LSTM" else 1
+    input = draw(*((B, T) if batch_first else (T, B)), I).requires_grad_()
+    states = [draw(2, B, H).requires_grad_() for _ in range(S)]
+    fresh = [draw(2, 1, H).requires_grad_() for _ in range(S)]
+    resets = option in ("reset", "reset_state", "all")
+    arguments = {}
+    if rows == "lengths":
+        arguments["lengths"] = torch.tensor([T, 2, 4], device=device)
+    if resets:
+        mask = torch.rand(T, B, generator=generator) < 0.4
+        mask[0, 0] = mask[3, 1] = True  # the first step, and one beyond a row's length
+        mask = (mask.T if batch_first else mask).to(device)
+        with_state = option != "reset"
+        state = tuple(fresh) if S == 2 else fresh[0]
+        arguments["reset"] = (mask, state) if with_state else mask
+    if rows == "packed":
+        lengths = torch.tensor([T, 2, 4])
+        fed = torch.nn.utils.rnn.pack_padded_sequence(
+            input, lengths, batch_first, enforce_sorted=False
+        )
+    else:
+        fed = input
+    torch.manual_seed(9)
+    output, final = rnn(fed, tuple(states) if S == 2 else states[0], **arguments)
+    output = output.data if rows == "packed" else output
+    outputs = [output, *(final if S == 2 else (final,))]
+    leaves = [input, *states, *rnn.parameters()]
+    if resets and option != "reset":
+        leaves += fresh
+    gradients = torch.autograd.grad(outputs, leaves, [draw(*o.shape) for o in outputs])
+    return [t.detach().double().cpu() for t in (*outputs, *gradients)]
+
+
+CASES = [
+    (option, batch_first, rows)
+    for option in OPTIONS
+    for batch_first, rows in ((False, "all"), (True, "lengths"), (False, "packed"))
+    if not (rows == "packed" and option in ("reset", "reset_state", "all"))
+]
+
+
+def assert_as_the_reference(module, option, batch_first, rows, **where):
+    """The fused loop against float64.
+
+    Twice the reference's own worst error in float32, and eight roundings for another order.
+    """
+    exact = run(module, option, "reference", torch.float64, batch_first, rows, **where)
+    plain = run(module, option, "reference", torch.float32, batch_first, rows, **where)
+    fused = run(module, option, "triton", torch.float32, batch_first, rows, **where)
+
+    def worst(values):
+        pairs = zip(values, exact, strict=True)
+        return max(((v - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for v, e in pairs)
+
+    limit = 2 * worst(plain) + 8 * torch.finfo(torch.float32).eps
+    assert worst(fused) <= limit, (worst(fused), limit)
