@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# What a new GPU is asked first, in ten minutes and without a network: is everything right on it,
+# and what can it do at best? Every step has its own time limit and leaves its output in files, so
+# a step that fails or is cut short costs nothing but itself. The benchmark comes after:
+#
+#     bench/first_run.sh out/first
+#     python3 -m bench.run --device cuda --budget 540 --out out/first/bench.json
+#
+# Needs python3 with torch, triton, pytest (and pytest-xdist, to compile kernels in parallel).
+set -uo pipefail
+
+out=${1:?usage: bench/first_run.sh FOLDER}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+failed=0
+
+step() { # name, seconds, command
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout --signal=INT --kill-after=10 "$limit" "$@" > "$out/$name.txt" 2>&1
+  local status=$?
+  [[ $status -eq 0 ]] || failed=1
+  echo "$name: exit status $status after $((SECONDS - start)) s, see $out/$name.txt"
+  tail -n 3 "$out/$name.txt" | sed 's/^/    /'
+}
+
+"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
+  { echo "$python sees no CUDA device: there is nothing to verify here" >&2; exit 1; }
+"$python" -c "import fusedrnn" 2> /dev/null ||
+  step install 60 "$python" -m pip install --no-build-isolation --no-deps -e .
+workers=()
+"$python" -c "import xdist" 2> /dev/null && workers=(-n 8)
+
+step device 30 nvidia-smi
+step selfcheck 60 "$python" -m fusedrnn --json
+step layers 270 "$python" -m pytest -q -m gpu "${workers[@]}" --junitxml="$out/layers.xml" \
+  tests/gpu/test_layers_on_device.py tests/gpu/test_beyond_on_device.py
+step launches 120 "$python" -m pytest -q -m gpu --junitxml="$out/launches.xml" \
+  tests/gpu/test_launches.py
+step limits 60 "$python" -m bench.limits
+exit $failed
