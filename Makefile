@@ -60,9 +60,15 @@ bench-tiny: $(STAMP)-bench  ## Every benchmark once at a tiny size: none may rot
 aot: $(STAMP)-bench  ## Compile every planned kernel for every target; resumes; may take an hour
 	$(BIN)/python bench/aot.py $(ARGS)
 
-bench-compare: $(STAMP)-bench  ## Two results files: make bench-compare A=before.json B=after.json
-	@test -n "$(A)" -a -n "$(B)" || { echo "usage: make bench-compare A=FILE B=FILE" >&2; exit 2; }
-	$(BIN)/python -m bench.compare "$(A)" "$(B)" $(ARGS)
+# The two files follow as words, which make would take for targets: the last rule eats them.
+bench-compare: $(STAMP)-bench  ## Two results files: make bench-compare BEFORE.json AFTER.json
+	@test $(words $(MAKECMDGOALS)) -eq 3 || \
+	  { echo "usage: make bench-compare BEFORE.json AFTER.json" >&2; exit 2; }
+	$(BIN)/python -m bench.compare $(filter-out $@,$(MAKECMDGOALS)) $(ARGS)
+
+ifeq ($(firstword $(MAKECMDGOALS)),bench-compare)
+%.json: ;
+endif
 
 report: $(STAMP)-bench  ## bench/REPORT.md and README's figures from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
