@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def _run(name: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, 
             parameter.copy_(draw(*parameter.shape) / H**0.5)
     input = draw(T, B, I).requires_grad_()
     lengths = torch.tensor([T, 1, 4], device=device)
-    switch = torch.backends.cudnn.rnn
+    switch: Any = torch.backends.cudnn.rnn
     precision, switch.fp32_precision = switch.fp32_precision, "ieee"
     try:
         output, final = module(input, lengths=lengths)
