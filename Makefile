@@ -73,7 +73,7 @@ endif
 report: $(STAMP)-bench  ## bench/REPORT.md and README's figures from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
 
-lint: $(STAMP)-lint  ## ruff (rules and format) and pyright (types)
+lint: $(STAMP)-lint $(STAMP)-test  ## ruff (rules and format) and pyright (types)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types
