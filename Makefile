@@ -57,8 +57,15 @@ bench-limits: $(STAMP)-bench  ## What this machine can do at best: bandwidths, r
 bench-tiny: $(STAMP)-bench  ## Every benchmark once at a tiny size: none may rot
 	$(BIN)/python -m pytest bench --benchmark-disable $(ARGS)
 
-aot: $(STAMP)-bench  ## Compile every planned kernel for every target; resumes; may take an hour
-	$(BIN)/python bench/aot.py $(ARGS)
+# Each version of Triton in a folder of its own, in front of the environment's.
+AOT_TRITON ?= 3.7.1 3.6.0 3.9.0
+aot: $(STAMP)-bench  ## Compile every planned kernel for every target, three Tritons; hours; resumes
+	@for version in $(AOT_TRITON); do \
+	  folder=out/triton-$$version; \
+	  test -e $$folder/triton || \
+	    $(PIP) install --no-deps --target $$folder triton==$$version || exit 1; \
+	  PYTHONPATH=$$folder $(BIN)/python bench/aot.py $(ARGS) || failed=1; \
+	done; exit $${failed:-0}
 
 # The two files follow as words, which make would take for targets: the last rule eats them.
 bench-compare: $(STAMP)-bench  ## Two results files: make bench-compare BEFORE.json AFTER.json

@@ -9,10 +9,8 @@ both directions. What comes out is registers, spills, shared memory and where th
 and whether the code has what the design rests on. Results go to bench/results/aot/, one table
 for each version of Triton; what they hold already is not compiled again unless a kernel changed.
 
-Another version of Triton needs no environment of its own:
-
-    pip install --no-deps --target out/triton-3.6.0 triton==3.6.0
-    PYTHONPATH=out/triton-3.6.0 python bench/aot.py
+`make aot` does so for three versions of Triton, each installed into a folder of its own that comes
+before the environment's: PYTHONPATH=out/triton-3.6.0 python bench/aot.py.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "aot"
 
 HIDDEN = (64, 128, 192, 256, 300, 384, 512, 640, 768, 1024, 1536, 2048)
-BATCHES = (16, 64, 256)
+BATCHES = (1, 16, 64, 256, 1024)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 # A typical device of each: multiprocessors, shared memory of a program and of a multiprocessor.
@@ -75,7 +73,7 @@ class Job:
 
     def key(self) -> str:
         p = self.plan
-        tile = f"{p.block_b}x{p.block_h} {p.resident}/{p.chunks}x{p.block_k}/{p.split}"
+        tile = f"{p.block_b}x{p.block_h} {p.resident}/{p.chunks}x{p.block_k}/{p.split} +{p.ahead}"
         return " ".join(
             [self.target, self.cell, self.which, self.save, self.dtype, self.precision]
             + [f"H={self.H}", p.schedule, tile, str(p.num_warps), str(p.max_registers)]
@@ -171,6 +169,7 @@ def compile_job(job: Job):
     kernel = scan_forward_kernel if job.which == "forward" else scan_backward_kernel
     values = arguments(job)
     signature, constants, attributes = {}, {}, {}
+    ring_stride = (kernel.arg_names.index("ring_stride"),)
 
     def describe(value, path, constant):
         if isinstance(value, tuple) and not constant:
@@ -178,7 +177,7 @@ def compile_job(job: Job):
         if value is None or constant:
             constants[path] = value
             return "constexpr"
-        if value.startswith("*"):
+        if value.startswith("*") or path == ring_stride:
             attributes[path] = [["tt.divisibility", 16]]  # as torch allocates
         return value
 
@@ -244,8 +243,7 @@ def faults(job: Job, compiled, used: dict[str, int]) -> list[str]:
         found.append(f"shared memory {used['shared']} > limit {device.shared_per_program}")
     if device.backend == "hip":
         return found
-    copies = 2 if (job.dtype, job.precision) == ("fp32", "tf32x3") else 1
-    promised = plan.shared_bytes(cell, job.which, item, copies)
+    promised = plan.shared_bytes(cell, job.which, item)
     if used["shared"] > promised:
         found.append(f"shared memory {used['shared']} > planned {promised}")
     loop = time_loop(compiled.asm["ttgir"])
@@ -295,7 +293,7 @@ def run_job(job: Job) -> dict[str, Any]:
 def fingerprint() -> str:
     """Of everything that a compiled kernel depends on, besides the version of Triton."""
     digest = hashlib.sha256()
-    host = ("__init__", "launch", "plan")
+    host = ("__init__", "interpreter", "launch", "plan", "tune")
     kernels = [f for f in sorted((ROOT / "kernels").glob("*.py")) if f.stem not in host]
     for file in [*kernels, *sorted((ROOT / "fusedrnn" / "cells").glob("*.py"))]:
         digest.update(file.read_bytes())
@@ -345,7 +343,7 @@ def main() -> int:
     parser.add_argument("--cell", nargs="+", choices=REGISTRY, default=list(REGISTRY))
     parser.add_argument("--hidden", nargs="+", type=int, default=HIDDEN)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--precision", nargs="+", default=["tf32", "ieee", "tf32x3"])
+    parser.add_argument("--precision", nargs="+", default=["tf32", "ieee"])
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=None)

@@ -76,7 +76,7 @@ def exchange_kernel(
             signal_ptr, t + 1, n_programs, error_ptr, spin_limit, alive, PROTOCOL, FLAGS_BLOCK
         )
         slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
-        tiles, alive = sync.load_all(
+        tiles, alive = sync.load(
             slot_ptr, offs, masks, t + 1, error_ptr, spin_limit, alive, DTYPE, PROTOCOL
         )
         total = tl.zeros((BLOCK_B,), tl.float32)

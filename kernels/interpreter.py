@@ -1,7 +1,8 @@
-"""bfloat16 in Triton's interpreter, which gets it wrong (seen in 3.7.1).
+"""What Triton's interpreter gets wrong (seen in 3.7.1; the last also in 3.9.0).
 
-The interpreter keeps bfloat16 values as their bit patterns. Its `dot` multiplies these as
-integers, and its cast from float32 cuts off where hardware rounds to nearest, ties to even.
+It keeps bfloat16 values as their bit patterns. Its `dot` multiplies these as integers, and its
+cast from float32 cuts off where hardware rounds to nearest, ties to even. And a comparison of
+scalars becomes an int32 where it is combined with a tile, which 3.9 refuses as a mask.
 """
 
 from typing import Any
@@ -28,21 +29,29 @@ def _round(values: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Replaces the two operations; does nothing the second time."""
+    """Replaces these operations; does nothing the second time."""
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "multiplies_bfloat16", False):
         return
-    dot, cast = builder.create_dot, builder.cast_impl
+    dot, cast, splat = builder.create_dot, builder.cast_impl, builder.create_splat
+    handle = interpreter.TensorHandle
 
     def create_dot(self, a, b, d, *options):
-        handle = interpreter.TensorHandle
         a, b = (handle(_widen(x.data), tl.float32) if _is_bfloat16(x) else x for x in (a, b))
         return dot(self, a, b, d, *options)
 
     def cast_impl(self, src, dst_type):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            return interpreter.TensorHandle(_round(src.data), tl.bfloat16)
+            return handle(_round(src.data), tl.bfloat16)
         return cast(self, src, dst_type)
 
-    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    def create_splat(self, ret_ty, arg):
+        tile = splat(self, ret_ty, arg)
+        return handle(tile.data.astype(arg.data.dtype), arg.dtype.scalar)
+
+    builder.create_dot, builder.cast_impl, builder.create_splat = (
+        create_dot,
+        cast_impl,
+        create_splat,
+    )
     builder.multiplies_bfloat16 = True

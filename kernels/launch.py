@@ -19,7 +19,7 @@ from fusedrnn.packing import Rows
 
 SAVE = ("gates", "states", None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+PRECISIONS = ("ieee", "tf32")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def scan_forward(
         state: S tensors [D, B, H]. params: P tensors [D, H].
         save: what backward will need: "gates" (the cell's saved values and the states), "states"
             (the states alone), or None.
-        input_precision: of products of float32: "ieee", "tf32" or "tf32x3".
+        input_precision: of products of float32: "ieee" or "tf32".
         extras: resets, zoneout and the like.
         plan: tiling; by default the one that `plan_scan` makes for the device.
     Returns:

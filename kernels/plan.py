@@ -30,7 +30,7 @@ ITEM_SIZE = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
 # Of one multiprocessor, per clock cycle: rough, to compare candidates with, not to predict.
 SHARED_BYTES = 128
 L2_BYTES = 24
-MULTIPLY_ADDS = {"16-bit": 1024, "tf32": 512, "tf32x3": 170, "ieee": 128}
+MULTIPLY_ADDS = {"16-bit": 1024, "tf32": 512, "ieee": 128}
 # An exchange: store, signal, poll, load, each a trip to L2, and a counter that all add to.
 EXCHANGE_CYCLES = 2000
 CYCLES_PER_PROGRAM = 8
@@ -71,6 +71,7 @@ class Plan:
         split: groups of warps that share out each chunk.
         protocol: how programs wait for each other (`sync`); None where there is nobody to.
         max_registers: per thread, or None for the compiler's own choice.
+        ahead: chunks whose left operands are read together, before the first is multiplied.
         programs_each: programs that run at the same time on each multiprocessor.
         slab_b, slab_d: the most batch elements and directions of one launch; None for any.
     """
@@ -85,6 +86,7 @@ class Plan:
     num_warps: int
     protocol: str | None = None
     max_registers: int | None = None
+    ahead: int = 1
     programs_each: int = 1
     slab_b: int | None = None
     slab_d: int | None = None
@@ -97,6 +99,7 @@ class Plan:
             "BLOCK_K": self.block_k,
             "CHUNKS": self.chunks,
             "RESIDENT": self.resident,
+            "AHEAD": self.ahead,
             "SPLIT": self.split,
             "PROTOCOL": self.protocol,
         }
@@ -111,22 +114,24 @@ class Plan:
             options["launch_cooperative_grid"] = True
         return options
 
-    def shared_bytes(self, cell: Cell, which: str, item: int, copies: int = 1) -> int:
+    def shared_bytes(self, cell: Cell, which: str, item: int) -> int:
         """An upper bound of a program's shared memory; the ahead-of-time suite holds it to that.
 
-        The weights, with one chunk more where some are streamed; and the larger of the left
-        operands on their way into the product and the partial sums on their way out of it.
+        The weights, resident and on their way in; and the larger of the left operands on their
+        way into the product and the partial sums, two gates at a time, on their way out of it;
+        and a tile that changes from one layout to another.
         """
         gates = len(cell.gates)
-        chunk = gates * self.block_k * self.block_h * item * copies
-        left = self.block_b * self.block_k * item * copies
-        sums = self.split * self.block_b * self.block_h * 4
+        chunk = gates * self.block_k * self.block_h * item
+        left = self.block_b * self.block_k * item
+        if which == "backward":
+            left *= gates
+        sums = 2 * self.split * self.block_b * self.block_h * 4
         weights = self.resident * chunk
         if self.schedule == "streaming":
-            weights += chunk
-        if self.schedule == "resident" and which == "backward":
-            weights += gates * left
-        return weights + max(2 * left, sums)
+            weights += self.ahead * chunk
+        conversion = self.block_b * self.block_h * 4
+        return weights + max(self.ahead * left, sums) + conversion
 
 
 def plan_scan(
@@ -163,9 +168,15 @@ def candidates(
     """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
     if device.backend == "interpreter":
         return [_resident(H)]
-    # With tf32x3 each operand is there as a large and a small part.
-    copies = 2 if dtype == torch.float32 and input_precision == "tf32x3" else 1
-    return list(_candidates(cell, which, ITEM_SIZE[dtype], H, device, copies))
+    plans = list(_candidates(cell, which, ITEM_SIZE[dtype], H, device, input_precision))
+    # After all others, so that only a measurement can choose it. Its words are twice as wide, which
+    # wider tiles have no registers for.
+    polled = [
+        replace(plan, protocol="ll", ahead=max(1, plan.ahead // 2))
+        for plan in plans
+        if plan.protocol is not None and plan.block_h == 16
+    ]
+    return plans + polled
 
 
 @functools.lru_cache(maxsize=4096)
@@ -204,40 +215,53 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
 
 
 def _candidates(
-    cell: Cell, which: str, item: int, H: int, device: Device, copies: int
+    cell: Cell, which: str, item: int, H: int, device: Device, precision: str
 ) -> Iterator[Plan]:
     """What fits a program's shared memory, best first among equals. Each kind was compiled for
     sm_90 and keeps its values in registers (bench/aot.py)."""
 
     def fits(plan: Plan) -> bool:
-        return plan.shared_bytes(cell, which, item, copies) <= device.shared_per_program
+        return plan.shared_bytes(cell, which, item) <= device.shared_per_program
 
     whole = _resident(H)
     if whole.block_h <= LARGEST_RESIDENT[item] and fits(whole):
         yield whole
-    largest = LARGEST_SPREAD[which, item]
+    planes = len(cell.gates) if which == "backward" else 1
     block_k, split = _chunk(H, item)
     chunks = -(-H // block_k)
-    spread = Plan("spread", 16, 16, block_k, chunks, chunks, split, 8, "counter", 255)
+    ahead = min(chunks, max(1, AHEAD[which, item] // (planes * block_k)))
+    spread = Plan("spread", 16, 16, block_k, chunks, chunks, split, 8, "counter", 255, ahead)
+    largest = LARGEST_SPREAD[which, item]
+    if item == 4 and precision == "ieee":
+        largest = {**largest, 32: 0}  # products without tensor cores keep more in registers
     tiles = {h: replace(spread, block_h=h) for h in (16, 32, 8)}
     usable = [h for h, plan in tiles.items() if chunks * block_k <= largest[h] and fits(plan)]
     for block_h in usable:
         if block_h != 8 or usable == [8]:  # half the units only where nothing else will do
             yield tiles[block_h]
-    if 16 not in usable and PARTIAL[which, item]:
-        for resident in range(chunks - 1, -1, -1):
-            plan = replace(spread, schedule="streaming", resident=resident)
+    if 16 not in usable:
+        block_k, split, ahead, most = PARTIAL[which, item]
+        chunks = -(-H // block_k)
+        for resident in range(min(most, chunks - 1), -1, -1):
+            plan = Plan(
+                "streaming", 16, 16, block_k, chunks, resident, split, 8, "counter", 255, ahead
+            )
             if fits(plan):
                 yield plan
                 break
-    plan = STREAMING[which]
-    plan = replace(plan, chunks=-(-H // plan.block_k))
-    if fits(plan):
-        yield plan
+    streaming = [STREAMING[which, item]]
+    if device.multiprocessors < -(-H // 16):
+        streaming.append(WIDE[which])
+    for plan in streaming:
+        plan = replace(plan, chunks=-(-H // plan.block_k))
+        if fits(plan):
+            yield plan
 
 
 # What follows keeps everything in registers on sm_90, for the cell with the most gates; found by
-# compiling (bench/aot.py). Units of H up to which the spread schedule does, by BLOCK_H:
+# compiling (bench/aot.py). Keys are the pass and the bytes of an element.
+
+# Units of H up to which the spread schedule does, by BLOCK_H.
 LARGEST_SPREAD = {
     ("forward", 2): {16: 2048, 32: 768, 8: 2048},
     ("forward", 4): {16: 640, 32: 384, 8: 1024},
@@ -245,18 +269,30 @@ LARGEST_SPREAD = {
     ("backward", 4): {16: 512, 32: 0, 8: 768},
 }
 
-# Whether it does with some chunks streamed.
+# Elements of a row of the left operands that are read before the first is multiplied.
+AHEAD = {("forward", 2): 2048, ("forward", 4): 1024, ("backward", 2): 1024, ("backward", 4): 512}
+
+# Where 16 units' weights do not fit: block_k, split, ahead, and the most chunks that stay.
 PARTIAL = {
-    ("forward", 2): True,
-    ("forward", 4): True,
-    ("backward", 2): True,
-    ("backward", 4): False,
+    ("forward", 2): (128, 8, 1, 16),
+    ("forward", 4): (128, 8, 1, 0),
+    ("backward", 2): (64, 4, 2, 32),
+    ("backward", 4): (128, 8, 1, 0),
 }
 
 # For a batch so large that multiplying takes longer than reading all weights in every step.
+_TALL = Plan("streaming", 64, 16, 64, 0, 0, 1, 8, "counter", 255)
 STREAMING = {
-    "forward": Plan("streaming", 64, 16, 64, 0, 0, 1, 8, "counter", 255),
-    "backward": Plan("streaming", 32, 16, 128, 0, 0, 1, 4, "counter", 255),
+    ("forward", 2): replace(_TALL, block_k=128),
+    ("forward", 4): replace(_TALL, block_k=128),
+    ("backward", 2): _TALL,
+    ("backward", 4): replace(_TALL, block_b=32, block_k=128),
+}
+
+# For more units than programs of 16 can share out.
+WIDE = {
+    "forward": replace(_TALL, block_h=32),
+    "backward": replace(_TALL, block_b=32, block_h=32),
 }
 
 # Units up to which one program holds all of them.
@@ -270,11 +306,13 @@ def _resident(H: int) -> Plan:
 
 
 def _chunk(H: int, item: int) -> tuple[int, int]:
-    """The chunk of K and its split: 16 elements, one instruction, for each of 8 groups of warps;
-    of 4 groups where that leaves less of the last chunk empty, and float32 would spill."""
+    """The chunk of K and its split: large chunks, as long as they leave none of the last one
+    empty, because every one of them is a load and a product more to compile. The smallest is one
+    instruction, 16 elements, for each of 4 groups of warps; with float32 that would spill."""
+    if H % 256 == 0:
+        return 256, 8
     half = item == 2 and -(-H // 64) * 64 < -(-H // 128) * 128
-    split = 4 if half else 8
-    return 16 * split, split
+    return (64, 4) if half else (128, 8)
 
 
 def _cycles(plan: Plan, cell: Cell, which: str, item: int, H: int, precision: str) -> float:

@@ -21,50 +21,32 @@ from fusedrnn.kernels import sync
 @triton.jit
 def load_weights(
     w_hh_ptr,  # [G, H, H] of one direction: gate, unit, unit of the previous step
-    chunk,
+    first,
     offs_h,  # [BLOCK_H] this program's units
     BACKWARD: tl.constexpr,  # whether a program's units are those of the previous step
     G: tl.constexpr,
     H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    COUNT: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """The G right operands of a chunk, 0 beyond H."""
-    offs_k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-    if SPLIT == 1:
-        k = offs_k[:, None]
-        h = offs_h[None, :]
-    else:
-        k = tl.reshape(offs_k, [SPLIT, BLOCK_K // SPLIT, 1])
-        h = offs_h[None, None, :]
-    if BACKWARD:
-        offs = k * H + h
-    else:
-        offs = h * H + k
-    mask = (k < H) & (h < H)
+    """The G right operands of each of COUNT chunks, 0 beyond H."""
     weights = ()
-    for g in tl.static_range(G):
-        weights = weights + (tl.load(w_hh_ptr + g * H * H + offs, mask=mask, other=0.0),)
-    return weights
-
-
-@triton.jit
-def load_resident_weights(
-    w_hh_ptr,  # [G, H, H] of one direction
-    offs_h,  # [BLOCK_H]
-    BACKWARD: tl.constexpr,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """The right operands of the RESIDENT first chunks."""
-    weights = ()
-    for chunk in tl.static_range(RESIDENT):
-        weights = weights + load_weights(
-            w_hh_ptr, chunk, offs_h, BACKWARD=BACKWARD, G=G, H=H, BLOCK_K=BLOCK_K, SPLIT=SPLIT
-        )
+    for i in tl.static_range(COUNT):
+        k = units_of_chunk(first + i, BLOCK_K=BLOCK_K, SPLIT=SPLIT)
+        if SPLIT == 1:
+            k = k[:, None]
+            h = offs_h[None, :]
+        else:
+            k = k[:, :, None]
+            h = offs_h[None, None, :]
+        if BACKWARD:
+            offs = k * H + h
+        else:
+            offs = h * H + k
+        mask = (k < H) & (h < H)
+        for g in tl.static_range(G):
+            weights = weights + (tl.load(w_hh_ptr + g * H * H + offs, mask=mask, other=0.0),)
     return weights
 
 
@@ -101,12 +83,15 @@ def multiply(
 @triton.jit
 def add_up(sums, SPLIT: tl.constexpr):
     """The finished sums, [BLOCK_B, BLOCK_H] each."""
-    totals = ()
-    for i in tl.static_range(len(sums)):
-        if SPLIT == 1:
-            totals = totals + (sums[i],)
-        else:
-            totals = totals + (tl.sum(sums[i], axis=0),)
+    totals = sums
+    if SPLIT > 1:
+        # In pairs: the groups of warps meet half as often.
+        totals = ()
+        for i in tl.static_range(0, len(sums) - 1, 2):
+            left, right = tl.split(tl.sum(tl.join(sums[i], sums[i + 1]), axis=0))
+            totals = totals + (left, right)
+        if len(sums) % 2 == 1:
+            totals = totals + (tl.sum(sums[len(sums) - 1], axis=0),)
     return totals
 
 
@@ -142,6 +127,7 @@ def exchanged_product(
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,
@@ -149,16 +135,17 @@ def exchanged_product(
     """The product with what all programs of the group hold; returns it and `alive`."""
     PLANES: tl.constexpr = G if BACKWARD else 1
     sums = zero_sums(G // PLANES, BLOCK_B, BLOCK_H, SPLIT=SPLIT)
-    for chunk in tl.static_range(RESIDENT):
-        sums, alive = multiply_chunk(
+    for first in tl.static_range(0, RESIDENT, AHEAD):
+        sums, alive = multiply_chunks(
             slot_ptr,
-            chunk,
-            weights[chunk * G : chunk * G + G],
+            first,
+            weights[first * G : (first + AHEAD) * G],
             sums,
             step,
             error_ptr,
             spin_limit,
             alive,
+            G=G,
             PLANES=PLANES,
             H=H,
             BLOCK_B=BLOCK_B,
@@ -170,8 +157,8 @@ def exchanged_product(
     if RESIDENT < CHUNKS:
         # Not pipelined: that would turn the reads of the ring into asynchronous copies, which go
         # through L1 where a thread reads less than 16 bytes, and may find what was there before.
-        for streamed in tl.range(RESIDENT, CHUNKS, num_stages=1):
-            sums, alive = multiply_chunk(
+        for streamed in tl.range(RESIDENT, CHUNKS, AHEAD, num_stages=1):
+            sums, alive = multiply_chunks(
                 slot_ptr,
                 streamed,
                 load_weights(
@@ -182,6 +169,7 @@ def exchanged_product(
                     G=G,
                     H=H,
                     BLOCK_K=BLOCK_K,
+                    COUNT=AHEAD,
                     SPLIT=SPLIT,
                 ),
                 sums,
@@ -189,6 +177,7 @@ def exchanged_product(
                 error_ptr,
                 spin_limit,
                 alive,
+                G=G,
                 PLANES=PLANES,
                 H=H,
                 BLOCK_B=BLOCK_B,
@@ -201,15 +190,16 @@ def exchanged_product(
 
 
 @triton.jit
-def multiply_chunk(
+def multiply_chunks(
     slot_ptr,  # [BLOCK_B, PLANES, H]
-    chunk,
-    weights,  # G
+    first,
+    weights,  # of so many chunks: G each
     sums,
     step,
     error_ptr,
     spin_limit,
     alive,
+    G: tl.constexpr,
     PLANES: tl.constexpr,
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -218,26 +208,43 @@ def multiply_chunk(
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,
 ):
-    """Adds one chunk of K to the sums, reading its left operands from the ring."""
+    """Adds chunks of K to the sums. All their left operands are read from the ring before
+    the first is used: one trip to L2, which is far longer than the products."""
+    COUNT: tl.constexpr = len(weights) // G
     offs_b = tl.arange(0, BLOCK_B)
-    offs_k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-    if SPLIT == 1:
-        b = offs_b[:, None]
-        k = offs_k[None, :]
-    else:
-        b = offs_b[None, :, None]
-        k = tl.reshape(offs_k, [SPLIT, 1, BLOCK_K // SPLIT])
-    for plane in tl.static_range(PLANES):
-        left, alive = sync.load(
-            slot_ptr,
-            b * (PLANES * H) + (plane * H + k),
-            k < H,  # every row exists in the ring, also those beyond the batch
-            step,
-            error_ptr,
-            spin_limit,
-            alive,
-            weights[0].dtype,
-            PROTOCOL,
-        )
-        sums = multiply(left, weights, sums, FIRST=plane, PRECISION=PRECISION)
+    offs = ()
+    masks = ()
+    for i in tl.static_range(COUNT):
+        k = units_of_chunk(first + i, BLOCK_K=BLOCK_K, SPLIT=SPLIT)
+        if SPLIT == 1:
+            b = offs_b[:, None]
+            k = k[None, :]
+        else:
+            b = offs_b[None, :, None]
+            k = k[:, None, :]
+        for plane in tl.static_range(PLANES):
+            offs = offs + (b * (PLANES * H) + (plane * H + k),)
+            # Every row exists in the ring, also those beyond the batch.
+            masks = masks + (k < H,)
+    lefts, alive = sync.load(
+        slot_ptr, offs, masks, step, error_ptr, spin_limit, alive, weights[0].dtype, PROTOCOL
+    )
+    for i in tl.static_range(COUNT):
+        for plane in tl.static_range(PLANES):
+            left = lefts[i * PLANES + plane]
+            sums = multiply(left, weights, sums, FIRST=i * G + plane, PRECISION=PRECISION)
     return sums, alive
+
+
+@triton.jit
+def units_of_chunk(chunk, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """The units along K of a chunk: [BLOCK_K], or [SPLIT, BLOCK_K // SPLIT]."""
+    if SPLIT == 1:
+        units = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    else:
+        # Not a reshape of the line above, of which the compiler would not see that neighbours
+        # are neighbours in memory: it would read them one by one.
+        PART: tl.constexpr = BLOCK_K // SPLIT
+        groups = chunk * BLOCK_K + tl.arange(0, SPLIT) * PART
+        units = groups[:, None] + tl.arange(0, PART)[None, :]
+    return units

@@ -29,8 +29,24 @@ from fusedrnn.kernels.extras import (
     start_over,
     zoneout_shares,
 )
-from fusedrnn.kernels.product import exchanged_product, load_resident_weights, own_product
+from fusedrnn.kernels.product import exchanged_product, load_weights, own_product
 from fusedrnn.kernels.tiles import as_float32, load_planes, row_of, select, store_planes
+
+
+@triton.jit
+def find_rows(
+    t,
+    offsets_ptr,  # [T], or None
+    T,
+    stride_t,
+    stride_b,
+    length,  # [BLOCK_B, 1], or T
+    offs_b,  # [BLOCK_B]
+):
+    """Rows of step t, and which of them exist: none where t lies outside of the sequence."""
+    inside = (t >= 0) & (t < T)
+    rows = row_of(tl.where(inside, t, 0), offs_b, offsets_ptr, stride_t, stride_b)
+    return rows, inside & (t < length)
 
 
 @triton.jit
@@ -56,9 +72,8 @@ def load_states(
     One direction begins at t = 0, the other at each row's last step: a t outside of the sequence
     or of the row's own length lies before the beginning.
     """
-    inside = (t >= 0) & (t < T)
-    begun = mask_bh & inside & (t < length)
-    rows = row_of(tl.where(inside, t, 0), offs_b, offsets_ptr, stride_t, stride_b)
+    rows, begun = find_rows(t, offsets_ptr, T, stride_t, stride_b, length, offs_b)
+    begun &= mask_bh
     rows = rows * D + direction
     states = (tl.load(output_ptr + (rows * H + own_h), mask=begun, other=initial[0]),)
     OTHERS: tl.constexpr = len(initial) - 1
@@ -68,9 +83,7 @@ def load_states(
     return states
 
 
-@triton.jit(
-    do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b", "ring_stride"]
-)
+@triton.jit(do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b"])
 def scan_backward_kernel(
     d_output_ptr,  # [N, D, H]
     d_final_ptrs,  # S x [D, B, H]
@@ -116,6 +129,7 @@ def scan_backward_kernel(
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,  # of BLOCK_K, over all of H
     RESIDENT: tl.constexpr,  # so many of them stay on the chip, the others are read in each step
+    AHEAD: tl.constexpr,  # chunks whose left operands are read together
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
@@ -134,14 +148,15 @@ def scan_backward_kernel(
 
     # Loaded once: the weights of the resident chunks, the parameters, the initial states.
     w_hh_ptr += direction * G * H * H
-    weights = load_resident_weights(
+    weights = load_weights(
         w_hh_ptr,
+        0,
         offs_h,
         BACKWARD=True,
         G=G,
         H=H,
         BLOCK_K=BLOCK_K,
-        RESIDENT=RESIDENT,
+        COUNT=RESIDENT,
         SPLIT=SPLIT,
     )
     params = ()
@@ -183,6 +198,10 @@ def scan_backward_kernel(
     active = mask_b & (t < length)
     mask = mask_bh & active
     (d_output,) = load_planes(d_output_ptr, rows, own_h, mask, direction, D=D, PLANES=1, H=H)
+    next_rows, there = find_rows(t + back, offsets_ptr, T, stride_t, stride_b, length, offs_b)
+    (d_output_next,) = load_planes(
+        d_output_ptr, next_rows, own_h, mask_bh & there, direction, D=D, PLANES=1, H=H
+    )
     kept = ()
     for i in tl.static_range(len(kept_ptrs)):
         kept = kept + load_planes(kept_ptrs[i], rows, own_h, mask, direction, D=D, PLANES=KEPT, H=H)
@@ -277,9 +296,6 @@ def scan_backward_kernel(
             rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
             active = mask_b & (t < length)
             mask = mask_bh & active
-            (d_output,) = load_planes(
-                d_output_ptr, rows, own_h, mask, direction, D=D, PLANES=1, H=H
-            )
             kept = ()
             for i in tl.static_range(len(kept_ptrs)):
                 kept = kept + load_planes(
@@ -335,10 +351,19 @@ def scan_backward_kernel(
                 BLOCK_K=BLOCK_K,
                 CHUNKS=CHUNKS,
                 RESIDENT=RESIDENT,
+                AHEAD=AHEAD,
                 SPLIT=SPLIT,
                 PRECISION=PRECISION,
                 PROTOCOL=PROTOCOL,
             )
+        # Two steps ahead, and only here: a load that the states meet behind the product makes the
+        # compiler lay them out as loads are, one element a thread, and not as the split product
+        # is, of which every group of warps holds all (twelve meetings of all warps a step less).
+        d_output = d_output_next
+        next_rows, there = find_rows(t + back, offsets_ptr, T, stride_t, stride_b, length, offs_b)
+        (d_output_next,) = load_planes(
+            d_output_ptr, next_rows, own_h, mask_bh & there, direction, D=D, PLANES=1, H=H
+        )
         dh = sums[0]
         if h_mask_ptr is not None:
             dh *= h_mask

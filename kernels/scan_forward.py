@@ -16,13 +16,11 @@ import triton.language as tl
 
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.extras import load_flags, load_fresh, mix, start_over, zoneout_shares
-from fusedrnn.kernels.product import exchanged_product, load_resident_weights, own_product
+from fusedrnn.kernels.product import exchanged_product, load_weights, own_product
 from fusedrnn.kernels.tiles import as_float32, load_planes, row_of, select, store_planes
 
 
-@triton.jit(
-    do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b", "ring_stride"]
-)
+@triton.jit(do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b"])
 def scan_forward_kernel(
     x_gates_ptr,  # [N, D, G, H]
     w_hh_ptr,  # [D, G, H, H]: gate, unit, unit of the previous step
@@ -61,6 +59,7 @@ def scan_forward_kernel(
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,  # of BLOCK_K, over all of H
     RESIDENT: tl.constexpr,  # so many of them stay on the chip, the others are read in each step
+    AHEAD: tl.constexpr,  # chunks whose left operands are read together
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
@@ -79,14 +78,15 @@ def scan_forward_kernel(
 
     # Loaded once: the weights of the resident chunks, the bias, the parameters, the states.
     w_hh_ptr += direction * G * H * H
-    weights = load_resident_weights(
+    weights = load_weights(
         w_hh_ptr,
+        0,
         offs_h,
         BACKWARD=False,
         G=G,
         H=H,
         BLOCK_K=BLOCK_K,
-        RESIDENT=RESIDENT,
+        COUNT=RESIDENT,
         SPLIT=SPLIT,
     )
     bias = ()
@@ -176,6 +176,7 @@ def scan_forward_kernel(
                 BLOCK_K=BLOCK_K,
                 CHUNKS=CHUNKS,
                 RESIDENT=RESIDENT,
+                AHEAD=AHEAD,
                 SPLIT=SPLIT,
                 PRECISION=PRECISION,
                 PROTOCOL=PROTOCOL,

@@ -10,8 +10,8 @@ spells a step like this, whatever the protocol:
         alive = sync.wait(signal_ptr, t + 1, n_programs, error_ptr, spin_limit, alive, PROTOCOL,
                           FLAGS_BLOCK)
         slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
-        h, alive = sync.load(slot_ptr, offs, mask, t + 1, error_ptr, spin_limit, alive, DTYPE,
-                             PROTOCOL)               # `load_all` where h is several tiles
+        (h,), alive = sync.load(slot_ptr, (offs,), (mask,), t + 1, error_ptr, spin_limit, alive,
+                                DTYPE, PROTOCOL)
         h_gates = dot(h, w) + sync.poison(alive)
         h_own = ...
         slot_ptr = ring_ptr + sync.slot(t + 2, PROTOCOL) * slot_size
@@ -175,28 +175,6 @@ def wait(
 def load(
     slot_ptr,
     offs,
-    mask,
-    step,
-    error_ptr,
-    spin_limit,
-    alive,
-    DTYPE: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-):
-    """Reads a tile of what the group published as `step`; returns it (DTYPE) and `alive`.
-
-    Zero where `mask` is false. Every read bypasses L1, which other multiprocessors do not update.
-    """
-    tiles, alive = load_all(
-        slot_ptr, (offs,), (mask,), step, error_ptr, spin_limit, alive, DTYPE, PROTOCOL
-    )
-    return tiles[0], alive
-
-
-@triton.jit
-def load_all(
-    slot_ptr,
-    offs,
     masks,
     step,
     error_ptr,
@@ -205,9 +183,12 @@ def load_all(
     DTYPE: tl.constexpr,
     PROTOCOL: tl.constexpr,
 ):
-    """As `load`, for tuples of tiles of one shape; returns a tuple of tiles.
+    """Reads tiles of one shape, a tuple of offsets and masks each, of what the group published as
+    `step`; returns a tuple of tiles (DTYPE) and `alive`.
 
-    They are polled together: one trip to L2 for all of them, and registers for all of them.
+    All of them are on their way before one is looked at, and are polled together: one trip to
+    L2, and registers for all. Zero where a mask is false. Every read bypasses L1, which other
+    multiprocessors do not update.
     """
     if PROTOCOL == "ll" or PROTOCOL == "sentinel":
         limit = spin_limit * alive

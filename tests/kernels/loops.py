@@ -18,6 +18,7 @@ def forward_and_backward(case: Case, protocol: str) -> Answer:
         resident=2,
         split=2,
         num_warps=1,
+        ahead=2,
         protocol=protocol,
     )
     return kernels(case, problem(case), (plan, plan))

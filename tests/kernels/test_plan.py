@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedrnn.cells import REGISTRY
-from fusedrnn.kernels.plan import INTERPRETER, PASSES, Device, plan_scan
+from fusedrnn.kernels.plan import INTERPRETER, PASSES, Device, candidates, plan_scan
 
 KIB = 1024
 # Shared memory of a program and of a multiprocessor: sm_80, sm_86 / 89 / 120, sm_90 / 100, gfx942.
@@ -81,13 +81,25 @@ def test_every_plan_fits(capability, multiprocessors):
         assert (plan.schedule == "spread") == (plan.resident == plan.chunks), told
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-def test_every_plan_fits_in_other_precisions(precision):
-    for cell, which, dtype, _, plan in plans(H200, precision, batches=(16,)):
-        copies = 2 if precision == "tf32x3" and dtype == torch.float32 else 1
+def test_every_plan_fits_in_full_precision():
+    for cell, which, dtype, _, plan in plans(H200, "ieee", batches=(16,)):
         if not isinstance(plan, str):
-            used = plan.shared_bytes(cell, which, dtype.itemsize, copies)
+            used = plan.shared_bytes(cell, which, dtype.itemsize)
             assert used <= H200.shared_per_program, plan
+
+
+def test_only_a_measurement_chooses_ll():
+    found = candidates(LSTM, "forward", torch.bfloat16, 512, H200, "tf32")
+    polled = [plan for plan in found if plan.protocol == "ll"]
+    assert polled
+    for B in (1, 64, 4096):
+        plan = plan_scan(LSTM, "forward", torch.bfloat16, B=B, H=512, D=1, device=H200)
+        assert plan.protocol == "counter"
+    times = dict.fromkeys(found, 2.0) | {polled[0]: 1.0}
+    plan = plan_scan(
+        LSTM, "forward", torch.bfloat16, B=1, H=512, D=1, device=H200, step_times=times
+    )
+    assert plan.protocol == "ll"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +134,15 @@ def test_batch_decides_between_few_kernels():
     assert len(kernels) <= 4, kernels
 
 
+def test_units_beyond_16_for_each_multiprocessor():
+    for which in PASSES:
+        for H, block_h in ((132 * 16, 16), (132 * 16 + 1, 32), (132 * 32, 32)):
+            plan = plan_scan(LSTM, which, torch.bfloat16, B=16, H=H, D=1, device=H200)
+            assert (plan.schedule, plan.block_h) == ("streaming", block_h)
+        with pytest.raises(ValueError, match="133 programs"):
+            plan_scan(LSTM, which, torch.bfloat16, B=16, H=132 * 32 + 1, D=1, device=H200)
+
+
 def test_two_directions_share_a_launch_where_they_fit():
     one = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=512, D=2, device=H200)
     assert one.slab_d == 2
@@ -139,7 +160,7 @@ def test_interpreter_runs_everything_resident():
 @pytest.mark.parametrize(
     ("where", "H", "why"),
     [
-        (Device((8, 0), 8, 163 * KIB, 164 * KIB), 4096, "256 programs .* has 8 multiprocessors"),
+        (Device((8, 0), 8, 163 * KIB, 164 * KIB), 4096, "128 programs .* has 8 multiprocessors"),
         (Device((7, 0), 80, 16 * KIB, 16 * KIB), 2048, "16384 bytes of shared memory"),
     ],
 )

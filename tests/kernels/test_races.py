@@ -28,7 +28,7 @@ def broken_sync(monkeypatch, tmp_path):
 
     def break_it(changes):
         mutant = mutated(SYNC_PATH, tmp_path, *changes)
-        for name in ("slot", "store", "arrive", "wait", "load", "load_all", "poison", "workspace"):
+        for name in ("slot", "store", "arrive", "wait", "load", "poison", "workspace"):
             monkeypatch.setattr(sync, name, getattr(mutant, name))
 
     return break_it

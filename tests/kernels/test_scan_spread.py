@@ -40,10 +40,16 @@ def test_every_protocol_and_dtype(protocol, dtype):
     check(Case(REGISTRY["gru"], dtype=dtype, **EVEN), replace(SPREAD, protocol=protocol))
 
 
+@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
+def test_all_chunks_read_together(protocol):
+    check(Case(REGISTRY["gru"], **EVEN), replace(SPREAD, protocol=protocol, ahead=2))
+
+
+@pytest.mark.parametrize("ahead", [1, 2])  # with one resident, the second of two is beyond H
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("resident", [0, 1])
-def test_streams_what_is_not_resident(resident, split):
-    plan = replace(SPREAD, schedule="streaming", resident=resident, split=split)
+def test_streams_what_is_not_resident(resident, split, ahead):
+    plan = replace(SPREAD, schedule="streaming", resident=resident, split=split, ahead=ahead)
     check(Case(REGISTRY["lstm"], **EVEN), plan)
 
 

@@ -75,8 +75,10 @@ def relay_kernel(
     sync.store(slot_ptr, own, tl.load(x_ptr + own), mask, 1, PROTOCOL)
     sync.arrive(signal_ptr, program, 1, 1, PROTOCOL)
     alive = sync.wait(signal_ptr, 1, 2, error_ptr, spin_limit, 1, PROTOCOL, FLAGS_BLOCK)
-    tile, alive = sync.load(slot_ptr, other, mask, 1, error_ptr, spin_limit, alive, DTYPE, PROTOCOL)
-    tl.store(output_ptr + other, tile)
+    tiles, alive = sync.load(
+        slot_ptr, (other,), (mask,), 1, error_ptr, spin_limit, alive, DTYPE, PROTOCOL
+    )
+    tl.store(output_ptr + other, tiles[0])
 
 
 def relay(protocol, bits, dtype, tl_dtype):
