@@ -46,6 +46,7 @@ RESULTS = ROOT / "bench" / "results" / "aot"
 
 HIDDEN = (64, 128, 192, 256, 300, 384, 512, 640, 768, 1024, 1536, 2048)
 BATCHES = (1, 16, 64, 256, 1024)
+PRECISIONS = ("tf32", "ieee")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 # A typical device of each: multiprocessors, shared memory of a program and of a multiprocessor.
@@ -343,7 +344,7 @@ def main() -> int:
     parser.add_argument("--cell", nargs="+", choices=REGISTRY, default=list(REGISTRY))
     parser.add_argument("--hidden", nargs="+", type=int, default=HIDDEN)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--precision", nargs="+", default=["tf32", "ieee"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=None)
@@ -359,8 +360,10 @@ def main() -> int:
         options.batch,
     )
     current = {f"{job.key()} {fingerprint()}": job for job in wanted}
-    # Results of kernels that have changed since say nothing any more.
-    results = {k: r for k, r in results.items() if k.endswith(fingerprint())}
+    # Results of kernels that have changed since, or that no plan chooses, say nothing any more.
+    everything = jobs(TARGETS, REGISTRY, HIDDEN, DTYPES, PRECISIONS)
+    planned = {f"{job.key()} {fingerprint()}" for job in everything} | set(current)
+    results = {k: r for k, r in results.items() if k in planned}
     todo = [(key, job) for key, job in current.items() if key not in results]
     print(f"{len(wanted)} configurations, {len(todo)} of them to compile", flush=True)
     failed = 0

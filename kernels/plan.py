@@ -263,7 +263,7 @@ def _candidates(
 
 # Units of H up to which the spread schedule does, by BLOCK_H.
 LARGEST_SPREAD = {
-    ("forward", 2): {16: 2048, 32: 768, 8: 2048},
+    ("forward", 2): {16: 2048, 32: 640, 8: 2048},
     ("forward", 4): {16: 640, 32: 384, 8: 1024},
     ("backward", 2): {16: 2048, 32: 640, 8: 2048},
     ("backward", 4): {16: 512, 32: 0, 8: 768},
