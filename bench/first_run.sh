@@ -35,7 +35,8 @@ workers=()
 step device 30 nvidia-smi
 step selfcheck 60 "$python" -m fusedrnn --json
 step layers 270 "$python" -m pytest -q -m gpu "${workers[@]}" --junitxml="$out/layers.xml" \
-  tests/gpu/test_layers_on_device.py tests/gpu/test_beyond_on_device.py
+  tests/gpu/test_layers_on_device.py tests/gpu/test_beyond_on_device.py \
+  tests/gpu/test_plans_on_device.py
 step launches 120 "$python" -m pytest -q -m gpu --junitxml="$out/launches.xml" \
   tests/gpu/test_launches.py
 step limits 60 "$python" -m bench.limits
