@@ -255,12 +255,13 @@ def faults(job: Job, compiled, used: dict[str, int]) -> list[str]:
     if job.precision != "ieee" and not re.search(r"mma\.sync|wgmma\.mma|tcgen05\.mma", ptx):
         found.append("no tensor-core instruction")
     if plan.resident == plan.chunks:
-        # The ring is read with .cg; any other load of a split or square operand is a weight.
+        # The ring is read past L1 (.cg, volatile); any other load of such a shape is a weight.
         shape = f"{plan.block_k}x{plan.block_h}x"
         if plan.split > 1:
             shape = f"{plan.split}x{plan.block_k // plan.split}x{plan.block_h}x"
         loads = [line for line in loop if "tt.load" in line or "async_copy" in line]
-        if any(f"tensor<{shape}!tt.ptr" in line and "cg" not in line for line in loads):
+        loads = [line for line in loads if not re.search(r"= cg|isVolatile = true", line)]
+        if any(f"tensor<{shape}!tt.ptr" in line for line in loads):
             found.append("weights are loaded in the time loop")
     if plan.protocol == "counter":
         if not re.search(r"(atom|red)\S*\.release", ptx):

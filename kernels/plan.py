@@ -227,20 +227,26 @@ def _candidates(
     if whole.block_h <= LARGEST_RESIDENT[item] and fits(whole):
         yield whole
     planes = len(cell.gates) if which == "backward" else 1
+    # With a single gate both passes are alike: one left operand, one result, a quarter of the
+    # weights that the tables below were made for.
+    one_gate = len(cell.gates) == 1
+    key = ("forward" if one_gate else which, item)
     block_k, split = _chunk(H, item)
     chunks = -(-H // block_k)
-    ahead = min(chunks, max(1, AHEAD[which, item] // (planes * block_k)))
+    ahead = min(chunks, max(1, AHEAD[key] // (planes * block_k)))
     spread = Plan("spread", 16, 16, block_k, chunks, chunks, split, 8, "counter", 255, ahead)
-    largest = LARGEST_SPREAD[which, item]
+    largest = LARGEST_SPREAD[key]
     if item == 4 and precision == "ieee":
         largest = {**largest, 32: 0}  # products without tensor cores keep more in registers
+    elif one_gate:
+        largest = {h: 4 * units for h, units in largest.items()}
     tiles = {h: replace(spread, block_h=h) for h in (16, 32, 8)}
     usable = [h for h, plan in tiles.items() if chunks * block_k <= largest[h] and fits(plan)]
     for block_h in usable:
         if block_h != 8 or usable == [8]:  # half the units only where nothing else will do
             yield tiles[block_h]
     if 16 not in usable:
-        block_k, split, ahead, most = PARTIAL[which, item]
+        block_k, split, ahead, most = PARTIAL[key]
         chunks = -(-H // block_k)
         for resident in range(min(most, chunks - 1), -1, -1):
             plan = Plan(
@@ -249,7 +255,7 @@ def _candidates(
             if fits(plan):
                 yield plan
                 break
-    streaming = [STREAMING[which, item]]
+    streaming = [STREAMING[key]]
     if device.multiprocessors < -(-H // 16):
         streaming.append(WIDE[which])
     for plan in streaming:
@@ -270,7 +276,7 @@ LARGEST_SPREAD = {
 }
 
 # Elements of a row of the left operands that are read before the first is multiplied.
-AHEAD = {("forward", 2): 2048, ("forward", 4): 1024, ("backward", 2): 1024, ("backward", 4): 512}
+AHEAD = {("forward", 2): 2048, ("forward", 4): 512, ("backward", 2): 1024, ("backward", 4): 512}
 
 # Where 16 units' weights do not fit: block_k, split, ahead, and the most chunks that stay.
 PARTIAL = {
