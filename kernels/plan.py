@@ -237,7 +237,8 @@ def _candidates(
     spread = Plan("spread", 16, 16, block_k, chunks, chunks, split, 8, "counter", 255, ahead)
     largest = LARGEST_SPREAD[key]
     if item == 4 and precision == "ieee":
-        largest = {**largest, 32: 0}  # products without tensor cores keep more in registers
+        # Products without tensor cores keep more in registers.
+        largest = {**largest, 32: 0, 8: 0}
     elif one_gate:
         largest = {h: 4 * units for h, units in largest.items()}
     tiles = {h: replace(spread, block_h=h) for h in (16, 32, 8)}
