@@ -1,11 +1,12 @@
 """Compiles the time loops ahead of time, for GPUs that need not be here.
 
-    python bench/aot.py                    every planned configuration, for every target
+    python bench/aot.py                    for every target
     python bench/aot.py --target sm_90 --cell lstm --hidden 768
 
 For each (cell, pass, dtype, hidden size, batch) the plan is asked what it would run on a typical
 device of each target, and that is compiled with everything switched on: lengths, packed rows,
-both directions. What comes out is registers, spills, shared memory and where the weights live,
+both directions. For sm_90, which the plans were made for, that is all of them, for the others one
+of each schedule. What comes out is registers, spills, shared memory and where the weights live,
 and whether the code has what the design rests on. Results go to bench/results/aot/, one table
 for each version of Triton; what they hold already is not compiled again unless a kernel changed.
 
@@ -60,6 +61,9 @@ TARGETS = {
     "gfx942": Device((9, 4), 304, 65536, 65536, "hip"),
 }
 
+# Where no plan may spill.
+MADE_FOR = "sm_90"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -82,9 +86,12 @@ class Job:
         )
 
 
-def jobs(targets, cells, hidden, dtypes, precisions=("tf32",), batches=BATCHES) -> list[Job]:
-    """What the plan can choose, without repetition."""
-    found: dict[str, Job] = {}
+def jobs(
+    targets, cells, hidden, dtypes, precisions=("tf32",), batches=BATCHES, every_plan=True
+) -> list[Job]:
+    """What the plan can choose, without repetition. Where not every plan is wanted, one for each
+    schedule will do, except on the target for which plans are made."""
+    found: dict[Any, Job] = {}
     for target, cell, which, H, dtype, B, precision in itertools.product(
         targets, cells, PASSES, hidden, dtypes, batches, precisions
     ):
@@ -105,7 +112,11 @@ def jobs(targets, cells, hidden, dtypes, precisions=("tf32",), batches=BATCHES) 
             continue  # test_plan.py says where that may happen
         for save in ("gates",) if which == "forward" else ("gates", "states"):
             job = Job(target, cell, which, save, dtype, precision, H, plan)
-            found.setdefault(job.key(), job)
+            if every_plan or target == MADE_FOR:
+                key = job.key()
+            else:
+                key = (target, cell, which, save, dtype, precision, H, plan.schedule)
+            found.setdefault(key, job)
     return list(found.values())
 
 
@@ -347,6 +358,11 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
+    parser.add_argument(
+        "--every-plan",
+        action="store_true",
+        help=f"all tiles of a schedule on every target, not only on {MADE_FOR}",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
@@ -359,6 +375,7 @@ def main() -> int:
         options.dtype,
         options.precision,
         options.batch,
+        options.every_plan,
     )
     current = {f"{job.key()} {fingerprint()}": job for job in wanted}
     # Results of kernels that have changed since, or that no plan chooses, say nothing any more.
