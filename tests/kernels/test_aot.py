@@ -39,3 +39,13 @@ def test_compiles_to_what_the_design_relies_on(options, tmp_path):
         if result["target"] == "sm_90":
             assert result["spill"] == 0, result
             assert result["weights"] == "shared", result
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_no_plan_in_the_committed_table_spills(version):
+    table = AOT.parent / "results" / "aot" / f"triton-{version}.json"
+    results = [r for r in json.loads(table.read_text()).values() if r["target"] == "sm_90"]
+    for dtype in ("fp16", "bf16", "fp32"):
+        found = {(r["cell"], r["which"], r["H"]) for r in results if r["dtype"] == dtype}
+        assert len(found) == 4 * 2 * 12, (version, dtype)
+    assert [r for r in results if r["spill"] or r["faults"]] == []
