@@ -358,7 +358,7 @@ def scan_backward_kernel(
             )
         # Two steps ahead, and only here: a load that the states meet behind the product makes the
         # compiler lay them out as loads are, one element a thread, and not as the split product
-        # is, of which every group of warps holds all (twelve meetings of all warps a step less).
+        # is, of which every group of warps holds all (ten changes of layout a step less).
         d_output = d_output_next
         next_rows, there = find_rows(t + back, offsets_ptr, T, stride_t, stride_b, length, offs_b)
         (d_output_next,) = load_planes(
