@@ -20,6 +20,7 @@ devices, backends, versions or batch sizes results agree to rounding, not in bit
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -124,11 +125,22 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
+def triton_version() -> str | None:
+    """The version of the triton that Python would import, or None if that has none."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # Distributions of other names hold a package triton too: triton-windows, ROCm's, XPU's.
+        return getattr(importlib.import_module("triton"), "__version__", None)
+
+
 def _triton_missing() -> str | None:
     """Why Triton cannot be used in this process at all, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    version = importlib.metadata.version("triton")
+    version = triton_version()
+    if version is None:
+        return "the package named triton here is not the compiler: it has no version"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {version} is too old, {oldest} or newer is needed"
@@ -228,7 +240,7 @@ BECAUSE = {
 
 def forced_backend(backend: str | None) -> str:
     """The name in force: the module's own, else the context's, else the environment's."""
-    return _in_force if backend is None else backend
+    return _in_force if backend is None else check_name(backend, "backend")
 
 
 def select(call: Call, backend: str | None = None) -> str:

@@ -43,8 +43,8 @@ def explain(
             module.cell_name, tensor.device.type, dtype, 1, B, module.input_size,
             module.hidden_size, needs_grad=needs_grad, transformed=transformed(),
         )  # fmt: skip
-        # A single step is torch's own cell, unless another backend is forced.
-        auto = dispatch.forced_backend(module.backend) == "auto"
+        # A single step is torch's own cell, unless that cannot, or another backend is forced.
+        auto = dispatch.forced_backend(module.backend) == "auto" and not call.transformed
         return dispatch.explain_call(call, "aten" if auto else module.backend)
     if not isinstance(module, RecurrentModule):
         raise TypeError(

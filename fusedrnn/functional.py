@@ -1,12 +1,14 @@
 """The functional interface: argument checks, layers and directions.
 
-The modules of `fusedrnn.modules` call `recurrent`; `lstm`, `gru` and `rnn` are the same thing
-under the names of the cells.
+`recurrent` is any cell over a sequence; `lstm`, `gru` and `rnn` are the same thing under the names
+of the cells. The modules of `fusedrnn.modules`, which own their weights and check the rest
+themselves, call `run`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,74 @@ SAVE = ("gates", "states")
 
 
 def recurrent(
+    cell: str,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Iterable[Tensor],
+    *,
+    hidden_size: int,
+    bias: bool = True,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    proj_size: int = 0,
+    batch_sizes: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Any registered cell over a whole sequence.
+
+    Args:
+        cell: a name in `fusedrnn.cells.REGISTRY`.
+        input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched, or packed rows
+            [N, I] with `batch_sizes`; float32, bfloat16, float16 or float64, any strides.
+        hx: the cell's S initial states, each [L * D, B, H] ([L * D, H] unbatched), or None for
+            zeros.
+        weights: the parameters of layer 0 forward, layer 0 reverse, layer 1 forward, ...,
+            each in the order weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, the cell's own.
+        hidden_size: H.
+        bias, num_layers, bidirectional, batch_first: as torch.nn's modules.
+        proj_size: P; h has this size instead of H.
+        batch_sizes: [T] int64 on the CPU: rows of each time step of packed input.
+        dropout: probability, between layers, while `training`.
+        lengths: [B] integers on any device: time steps of each row of padded input. Later
+            outputs are 0, final states are those at the row's own end, and the reverse
+            direction starts there. A row of length 0 keeps its state. On a GPU, where looking
+            would mean waiting, a length beyond T counts as T and a negative one as 0.
+        reset: bool [T, B] ([B, T] with batch_first): sets a row's state to 0 before that step.
+            Or (mask, states): sets it to these, each [L * D, B or 1, H].
+        backend: "auto", "triton", "aten", "reference" or None (see `fusedrnn.dispatch`).
+        save: what the fused backward reads: "gates" (fast) or "states" (less memory).
+        regularizers: see `fusedrnn.Regularizers`.
+        record: takes the states of every layer, direction and step, as nodes of the graph, for
+            `fusedrnn.gradient_flow`; the reference then runs the call.
+    Returns:
+        output [T, B, D * H] in the layout of the input; the S final states [L * D, B, H].
+    Raises:
+        RuntimeError: a shape, or a forced backend that cannot run the call.
+        ValueError: a number of dimensions, a dtype, a name, or an empty sequence.
+    Numerics: accumulates in float32; states are stored in the input's dtype. Under autocast as
+        torch.nn's modules.
+    """
+    save = options.get("save", "gates")
+    if save not in SAVE:
+        raise ValueError(f"save: expected one of {SAVE}, got {save!r}")
+    weights, D = list(weights), 2 if bidirectional else 1
+    layers = num_layers * D
+    check_weights(cell, weights, hidden_size, layers, bias, proj_size, D)
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, input)
+    check_input(
+        cell, cell, input, hx, batch_sizes, weights[0].dtype, weights[0].shape[1], hidden_size,
+        layers, batch_first, proj_size,
+    )  # fmt: skip
+    return run(
+        cell, input, hx, weights, hidden_size=hidden_size, bias=bias, num_layers=num_layers,
+        bidirectional=bidirectional, batch_first=batch_first, proj_size=proj_size,
+        batch_sizes=batch_sizes, **options,
+    )  # fmt: skip
+
+
+def run(
     cell: str,
     input: Tensor,
     hx: tuple[Tensor, ...] | None,
@@ -43,39 +113,7 @@ def recurrent(
     regularizers: Regularizers | None = None,
     record: list | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Any registered cell over a whole sequence.
-
-    Args:
-        cell: a name in `fusedrnn.cells.REGISTRY`.
-        input: [T, B, I], or [B, T, I] with batch_first, or [T, I] unbatched, or packed rows
-            [N, I] with `batch_sizes`; float32, bfloat16, float16 or float64, any strides.
-        hx: the cell's S initial states, each [L * D, B, H] ([L * D, H] unbatched), or None for
-            zeros.
-        weights: the parameters of layer 0 forward, layer 0 reverse, layer 1 forward, ...,
-            each in the order weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, the cell's own.
-        hidden_size: H.
-        dropout: probability, between layers, while `training`.
-        proj_size: P; h has this size instead of H.
-        batch_sizes: [T] int64 on the CPU: rows of each time step of packed input.
-        lengths: [B] integers on any device: time steps of each row of padded input. Later
-            outputs are 0, final states are those at the row's own end, and the reverse
-            direction starts there. A row of length 0 keeps its state. On a GPU, where looking
-            would mean waiting, a length beyond T counts as T and a negative one as 0.
-        reset: bool [T, B] ([B, T] with batch_first): sets a row's state to 0 before that step.
-            Or (mask, states): sets it to these, each [L * D, B or 1, H].
-        backend: "auto", "triton", "aten", "reference" or None (see `fusedrnn.dispatch`).
-        save: what the fused backward reads: "gates" (fast) or "states" (less memory).
-        regularizers: see `fusedrnn.Regularizers`.
-        record: takes the states of every layer, direction and step, as nodes of the graph, for
-            `fusedrnn.gradient_flow`; the reference then runs the call.
-    Returns:
-        output [T, B, D * H] in the layout of the input; the S final states [L * D, B, H].
-    Raises:
-        RuntimeError: a shape, or a forced backend that cannot run the call.
-        ValueError: a number of dimensions, a dtype, a name, or an empty sequence.
-    Numerics: accumulates in float32; states are stored in the input's dtype. Under autocast as
-        torch.nn's modules.
-    """
+    """`recurrent`, for callers whose tensors are known to fit."""
     D = 2 if bidirectional else 1
     unbatched = batch_sizes is None and input.dim() == 2
     if unbatched:
@@ -263,6 +301,7 @@ def _check_sequence(lengths, reset, hx, batch_sizes, T, B, batch_first, unbatche
         if unbatched and isinstance(lengths, Tensor) and lengths.dim() == 0:
             lengths = lengths.reshape(1)
         packing.check_lengths(lengths, B)
+        lengths = lengths.to(torch.int64)
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
             packing.check_length_values(lengths, T)
     fresh = ()
@@ -270,7 +309,7 @@ def _check_sequence(lengths, reset, hx, batch_sizes, T, B, batch_first, unbatche
         if len(reset) != 2:
             raise TypeError(f"reset: expected a mask or (mask, states), got {len(reset)} values")
         reset, fresh = reset
-        fresh = _check_fresh(fresh, hx, unbatched)
+        fresh = check_fresh(fresh, hx, unbatched)
     if reset is not None:
         shape = (T,) if unbatched else (B, T) if batch_first else (T, B)
         if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
@@ -284,11 +323,11 @@ def _check_sequence(lengths, reset, hx, batch_sizes, T, B, batch_first, unbatche
     return lengths, reset, fresh
 
 
-def _check_fresh(fresh, hx, unbatched) -> tuple[Tensor, ...]:
-    """The states of reset=(mask, states) in the shapes of hx."""
+def check_fresh(fresh, hx, unbatched) -> tuple[Tensor, ...]:
+    """The states that a reset sets, in the shapes of hx."""
     states = tuple(fresh) if isinstance(fresh, (tuple, list)) else (fresh,)
     if len(states) != len(hx):
-        raise TypeError(f"reset: expected {len(hx)} state(s) beside the mask, got {len(states)}")
+        raise TypeError(f"reset: expected {len(hx)} state(s), got {len(states)}")
     expanded = []
     for state, like in zip(states, hx, strict=True):
         layers, B, width = like.shape
@@ -301,7 +340,8 @@ def _check_fresh(fresh, hx, unbatched) -> tuple[Tensor, ...]:
                 f"reset: expected a state of shape {(layers, B, width)} or "
                 f"{(layers, 1, width)}, got {tuple(state.shape)}"
             )
-        if state.dtype != like.dtype or state.device != like.device:
+        autocast = torch._C._is_any_autocast_enabled()  # which casts them with hx
+        if state.device != like.device or (state.dtype != like.dtype and not autocast):
             raise RuntimeError(
                 f"reset: expected a state of {like.dtype} on {like.device}, "
                 f"got {state.dtype} on {state.device}"
@@ -316,6 +356,147 @@ def _drop_weights(weights, per_direction: int, own: Regularizers) -> list[Tensor
         regularizers_.drop_weight(w, own) if i % per_direction == 1 else w
         for i, w in enumerate(weights)
     ]
+
+
+def weight_shapes(
+    cell: str, input_size: int, hidden_size: int, layers: int, bias: bool, proj_size: int, D: int
+) -> list[tuple[int, ...]]:
+    """The shapes of the parameters of `layers` layers and directions, in torch's order."""
+    kind = cells.get(cell)
+    rows, width = len(kind.gates) * hidden_size, proj_size or hidden_size
+    shapes: list[tuple[int, ...]] = []
+    for index in range(layers):
+        shapes += [(rows, input_size if index < D else D * width), (rows, width)]
+        shapes += [(rows,), (rows,)] if bias else []
+        shapes += [(proj_size, hidden_size)] if proj_size else []
+        shapes += [(hidden_size,)] * len(kind.params)
+    return shapes
+
+
+def check_weights(cell, weights, hidden_size, layers, bias, proj_size, D) -> None:
+    """Raises for weights that are not those of `layers` layers and directions, D of them at once:
+    kernels read as far as the shapes say, whatever lies there."""
+    for index, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"{cell}: weights[{index}]: expected a Tensor, got {type(weight).__name__}"
+            )
+    input_size = weights[0].shape[-1] if len(weights) and weights[0].dim() else 0
+    shapes = weight_shapes(cell, input_size, hidden_size, layers, bias, proj_size, D)
+    if len(weights) != len(shapes):
+        raise RuntimeError(
+            f"{cell}: weights: expected {len(shapes)} tensors for {layers} layer(s) and "
+            f"direction(s) with bias={bias} and proj_size={proj_size}, got {len(weights)}"
+        )
+    first, autocast = weights[0], torch._C._is_any_autocast_enabled()
+    for index, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
+        if weight.shape != shape:
+            raise RuntimeError(
+                f"{cell}: weights[{index}]: expected shape {shape} for hidden_size={hidden_size}, "
+                f"got {tuple(weight.shape)}"
+            )
+        if not weight.is_floating_point() or (weight.dtype != first.dtype and not autocast):
+            raise ValueError(
+                f"{cell}: weights[{index}]: expected one floating-point dtype for all, got "
+                f"{weight.dtype} beside {first.dtype}"
+            )
+        if weight.device != first.device:
+            raise RuntimeError(
+                f"{cell}: weights[{index}]: expected {first.device}, where weights[0] is, "
+                f"got {weight.device}"
+            )
+
+
+def check_batch_sizes(batch_sizes, input) -> None:
+    """Raises for batch_sizes that do not describe the packed rows `input`."""
+    name = "batch_sizes: expected a tensor [T] of int64 on the CPU"
+    if not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"{name}, got {type(batch_sizes).__name__}")
+    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
+        raise TypeError(f"{name}, got {batch_sizes.dtype} on {batch_sizes.device}")
+    if batch_sizes.dim() != 1 or batch_sizes.numel() == 0:
+        raise RuntimeError(f"{name} with T >= 1, got shape {tuple(batch_sizes.shape)}")
+    steps = batch_sizes.tolist()
+    if steps != sorted(steps, reverse=True) or steps[-1] < 1 or sum(steps) != len(input):
+        raise ValueError(
+            f"batch_sizes: expected rows of each time step, at least 1, never increasing, "
+            f"{len(input)} in all, got {batch_sizes}"
+        )
+
+
+def check_input(
+    name: str,
+    cell: str,
+    input,
+    hx,
+    batch_sizes,
+    dtype: torch.dtype,
+    input_size: int,
+    hidden_size: int,
+    layers: int,
+    batch_first: bool,
+    proj_size: int,
+) -> None:
+    """Raises for an input, or initial states, that the weights (`dtype`, sizes, `layers` layers
+    and directions) do not fit; the messages begin with `name`."""
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"{name}: input: expected a Tensor or PackedSequence, got {type(input).__name__}"
+        )
+    dims = (2, 3) if batch_sizes is None else (2,)
+    if input.dim() not in dims:
+        kind = ValueError if batch_sizes is None else RuntimeError
+        raise kind(
+            f"{name}: input: expected {' or '.join(f'{d}-D' for d in dims)}, "
+            f"got {input.dim()}-D of shape {tuple(input.shape)}"
+        )
+    autocast = torch._C._is_any_autocast_enabled()
+    if input.dtype != dtype and not (autocast and input.is_floating_point()):
+        raise ValueError(
+            f"{name}: input: expected dtype {dtype}, that of the weights, got "
+            f"{input.dtype}; use input.to({dtype}) or module.to({input.dtype})"
+        )
+    if input.shape[-1] != input_size:
+        raise RuntimeError(
+            f"{name}: input: expected size(-1) to be input_size={input_size}, "
+            f"got shape {tuple(input.shape)}"
+        )
+    unbatched = batch_sizes is None and input.dim() == 2
+    time_dim = 1 if batch_first and not unbatched else 0
+    if batch_sizes is None and input.shape[time_dim] == 0:
+        raise RuntimeError(
+            f"{name}: input: expected at least one time step, got shape {tuple(input.shape)}"
+        )
+    if hx is None:
+        return
+
+    names = cells.get(cell).states
+    if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
+        got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+        raise TypeError(f"{name}: hx: expected the {len(names)} tensors {names}, got {got}")
+    if unbatched:
+        shape: tuple[int, ...] = (layers,)
+    elif batch_sizes is not None:
+        shape = (layers, int(batch_sizes[0]))
+    else:
+        shape = (layers, input.shape[0] if batch_first else input.shape[1])
+    for state_name, state in zip(names, hx, strict=True):
+        if not isinstance(state, Tensor):
+            raise TypeError(
+                f"{name}: hx ({state_name}_0): expected a Tensor, got {type(state).__name__}"
+            )
+        width = proj_size if proj_size and state_name == "h" else hidden_size
+        if state.shape != (*shape, width):
+            raise RuntimeError(
+                f"{name}: hx ({state_name}_0): expected shape {(*shape, width)} for "
+                f"{'unbatched ' if unbatched else ''}input {tuple(input.shape)}, "
+                f"got {tuple(state.shape)}"
+            )
+        if state.device != input.device or (state.dtype != input.dtype and not autocast):
+            raise RuntimeError(
+                f"{name}: hx ({state_name}_0): expected {input.dtype} on {input.device} as the "
+                f"input, got {state.dtype} on {state.device}"
+            )
 
 
 def transformed() -> bool:
@@ -337,7 +518,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def lstm(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor], **options):
+def lstm(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Iterable[Tensor], **options):
     """Long short-term memory over a sequence, any layers and directions.
 
         c_t = f_t * c_{t-1} + i_t * g_t        h_t = o_t * tanh(c_t)
@@ -355,10 +536,10 @@ def lstm(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor],
     Numerics: accumulates in float32; states are stored in the input's dtype.
     Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735; gate order i, f, g, o.
     """
-    return recurrent("lstm", input, hx, weights, **_with_size(weights, 4, options))
+    return recurrent("lstm", input, hx, **_with_size(weights, 4, options))
 
 
-def gru(input: Tensor, hx: Tensor | None, weights: list[Tensor], **options):
+def gru(input: Tensor, hx: Tensor | None, weights: Iterable[Tensor], **options):
     """Gated recurrent unit over a sequence, any layers and directions.
 
         h_t = (1 - z_t) * n_t + z_t * h_{t-1}
@@ -377,14 +558,14 @@ def gru(input: Tensor, hx: Tensor | None, weights: list[Tensor], **options):
     Source: Cho et al. 2014, arXiv:1406.1078, reset after the product; gate order r, z, n.
     """
     state = None if hx is None else (hx,)
-    output, final = recurrent("gru", input, state, weights, **_with_size(weights, 3, options))
+    output, final = recurrent("gru", input, state, **_with_size(weights, 3, options))
     return output, final[0]
 
 
 def rnn(
     input: Tensor,
     hx: Tensor | None,
-    weights: list[Tensor],
+    weights: Iterable[Tensor],
     *,
     nonlinearity: str = "tanh",
     **options,
@@ -411,10 +592,12 @@ def rnn(
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     state = None if hx is None else (hx,)
     output, final = recurrent(
-        f"rnn_{nonlinearity}", input, state, weights, **_with_size(weights, 1, options)
+        f"rnn_{nonlinearity}", input, state, **_with_size(weights, 1, options)
     )
     return output, final[0]
 
 
-def _with_size(weights: list[Tensor], gates: int, options: dict) -> dict:
-    return {**options, "hidden_size": weights[0].shape[0] // gates}
+def _with_size(weights: Iterable[Tensor], gates: int, options: dict) -> dict:
+    weights = list(weights)
+    rows = weights[0].shape[0] if weights and weights[0].dim() else 0
+    return {"weights": weights, "hidden_size": rows // gates, **options}

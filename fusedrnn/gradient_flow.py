@@ -7,6 +7,8 @@ plot_sensitivity, plot_state_gradients: pictures of them, with matplotlib
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +34,8 @@ def sensitivity(
         S[t, s, b] = | d output_t / d input_s |_F        of row b
 
     The Frobenius norm, over the D * H features of the output and the I of the input; exact, by
-    one backward pass for every feature of every output step, `chunk` of them at once.
+    one backward pass for every feature of every output step, `chunk` of them at once, and without
+    the module's clip_gradient, which would hide what it is there to bound.
 
     Args:
         module: an LSTM, GRU or RNN of fusedrnn.
@@ -54,6 +57,11 @@ def sensitivity(
     steps = list(range(T)) if at is None else [t + T if t < 0 else t for t in at]
     if not steps or min(steps) < 0 or max(steps) >= T:
         raise ValueError(f"at: expected steps from {-T} to {T - 1}, got {at}")
+
+    own = module.regularizers
+    if own is not None and own.clip_gradient is not None:
+        module = copy.copy(module)
+        module.regularizers = dataclasses.replace(own, clip_gradient=None)
 
     def forward(x):
         output = module(x, hx, lengths=lengths, reset=reset)[0]
@@ -120,9 +128,12 @@ def state_gradients(
     recorded: list[list[tuple[Tensor, ...]]] = []  # one list for each layer and direction
     mode = module.mode.lower()
     names = cells.get(mode).states
+    if module._forward_pre_hooks:  # which may compute the weights: pruning, weight_norm
+        with torch.no_grad():
+            module(input, hx, lengths=lengths, reset=reset)
     weights = [getattr(module, name) for name in module._flat_weights_names]
     with torch.enable_grad():
-        output, _ = functional.recurrent(
+        output, _ = functional.run(
             mode,
             input.detach().requires_grad_(),
             module._check(input, hx, None, weights[0]),

@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -105,7 +104,7 @@ class RecurrentModule(nn.RNNBase):
         states = self._check(data, hx, batch_sizes, weights[0])
         if sorted_indices is not None and states is not None:
             states = tuple(s.index_select(1, sorted_indices) for s in states)
-        output, final = functional.recurrent(
+        output, final = functional.run(
             self.mode.lower(),
             data,
             states,
@@ -133,69 +132,14 @@ class RecurrentModule(nn.RNNBase):
 
     def _check(self, data, hx, batch_sizes, weight) -> tuple[Tensor, ...] | None:
         """Raises what torch.nn raises; returns hx as a tuple of states."""
-        name = type(self).__name__
-        if not isinstance(data, Tensor):
-            raise TypeError(
-                f"{name}: input: expected a Tensor or PackedSequence, got {type(data).__name__}"
-            )
-        dims = (2, 3) if batch_sizes is None else (2,)
-        if data.dim() not in dims:
-            kind = ValueError if batch_sizes is None else RuntimeError
-            raise kind(
-                f"{name}: input: expected {' or '.join(f'{d}-D' for d in dims)}, "
-                f"got {data.dim()}-D of shape {tuple(data.shape)}"
-            )
-        autocast = torch._C._is_any_autocast_enabled()
-        if data.dtype != weight.dtype and not autocast:
-            raise ValueError(
-                f"{name}: input: expected dtype {weight.dtype}, that of the weights, got "
-                f"{data.dtype}; use input.to({weight.dtype}) or module.to({data.dtype})"
-            )
-        if data.shape[-1] != self.input_size:
-            raise RuntimeError(
-                f"{name}: input: expected size(-1) to be input_size={self.input_size}, "
-                f"got shape {tuple(data.shape)}"
-            )
-        unbatched = batch_sizes is None and data.dim() == 2
-        time_dim = 1 if self.batch_first and not unbatched else 0
-        if batch_sizes is None and data.shape[time_dim] == 0:
-            raise RuntimeError(
-                f"{name}: input: expected at least one time step, got shape {tuple(data.shape)}"
-            )
-        if hx is None:
-            return None
-
-        names = cells.get(self.mode.lower()).states
-        if len(names) == 1:
+        if hx is not None and len(cells.get(self.mode.lower()).states) == 1:
             hx = (hx,)
-        if not isinstance(hx, (tuple, list)) or len(hx) != len(names):
-            got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
-            raise TypeError(f"{name}: hx: expected the {len(names)} tensors {names}, got {got}")
-        layers = self.num_layers * (2 if self.bidirectional else 1)
-        if unbatched:
-            shape: tuple[int, ...] = (layers,)
-        elif batch_sizes is not None:
-            shape = (layers, int(batch_sizes[0]))
-        else:
-            shape = (layers, data.shape[0] if self.batch_first else data.shape[1])
-        for state_name, state in zip(names, hx, strict=True):
-            if not isinstance(state, Tensor):
-                raise TypeError(
-                    f"{name}: hx ({state_name}_0): expected a Tensor, got {type(state).__name__}"
-                )
-            width = self.proj_size if self.proj_size and state_name == "h" else self.hidden_size
-            if state.shape != (*shape, width):
-                raise RuntimeError(
-                    f"{name}: hx ({state_name}_0): expected shape {(*shape, width)} for "
-                    f"{'unbatched ' if unbatched else ''}input {tuple(data.shape)}, "
-                    f"got {tuple(state.shape)}"
-                )
-            if state.device != data.device or (state.dtype != data.dtype and not autocast):
-                raise RuntimeError(
-                    f"{name}: hx ({state_name}_0): expected {data.dtype} on {data.device} as the "
-                    f"input, got {state.dtype} on {state.device}"
-                )
-        return tuple(hx)
+        functional.check_input(
+            type(self).__name__, self.mode.lower(), data, hx, batch_sizes, weight.dtype,
+            self.input_size, self.hidden_size, self.num_layers * (2 if self.bidirectional else 1),
+            self.batch_first, self.proj_size,
+        )  # fmt: skip
+        return None if hx is None else tuple(hx)
 
     def step(self, x: Tensor, state=None):
         """One time step, for decoding and rollouts: output, state = module.step(x, state).
@@ -417,8 +361,8 @@ class RNN(RecurrentModule):
 class CellModule:
     """What LSTMCell, GRUCell and RNNCell put before torch.nn's class of that name.
 
-    torch's own cell runs the step, unless a backend of ours is forced: then it is a sequence of
-    one step.
+    torch's own cell runs the step, unless a backend of ours is forced or torch.func transforms
+    the call, for which torch's has no rule: then it is a sequence of one step.
     """
 
     backend: str | None = None
@@ -432,7 +376,8 @@ class CellModule:
 
     def forward(self, input, hx=None):
         """One step; see the class."""
-        if dispatch.forced_backend(self.backend) in ("auto", "aten"):
+        name = dispatch.forced_backend(self.backend)
+        if name == "aten" or (name == "auto" and not functional.transformed()):
             return super().forward(input, hx)  # pyright: ignore[reportAttributeAccessIssue]
         states = hx if isinstance(hx, (tuple, list)) or hx is None else (hx,)
         final = _cell_step(self, input, states)
@@ -540,7 +485,7 @@ def _cell_step(module, input: Tensor, hx) -> tuple[Tensor, ...]:
     weights = [module.weight_ih, module.weight_hh]
     if module.bias:
         weights += [module.bias_ih, module.bias_hh]
-    _output, final = functional.recurrent(
+    _output, final = functional.run(
         module.cell_name,
         input.unsqueeze(0),
         None if hx is None else tuple(s.unsqueeze(0) for s in hx),
@@ -558,7 +503,8 @@ def _as_torchs(module) -> nn.Module:
     Raises:
         TypeError: it would not compute the same.
     """
-    torchs = TORCH_CLASSES.get(type(module).__name__)
+    ours = type(module).__module__ == __name__  # else a subclass, maybe of the same name
+    torchs = TORCH_CLASSES.get(type(module).__name__) if ours else None
     if torchs is None or getattr(module, "regularizers", None) is not None:
         what = "a subclass" if torchs is None else "with regularizers"
         raise TypeError(

@@ -89,7 +89,10 @@ def translation_table() -> dict:
         if bias:
             pairs = [[in_order(t) for t in group[2:4]] for group in groups]
             b = stacked([op.Concat(*pair, axis=1) for pair in pairs])
+        empty = None
         if lengths is not None:
+            empty = op.Equal(lengths, op.Constant(value_ints=[0]))
+            empty = op.Unsqueeze(empty, op.Constant(value_ints=[0, 2]))  # [1, B, 1]
             lengths = op.Cast(lengths, to=6)  # int32
         if batch_first:
             input = op.Transpose(input, perm=[1, 0, 2])
@@ -101,6 +104,9 @@ def translation_table() -> dict:
             attributes["activations"] = ["Relu"] * D
         function = getattr(op, OPERATORS[cell])
         output, *final = function(input, w, r, b, lengths, *state, **attributes)
+        if lengths is not None:
+            # A row without steps keeps its state, of which ONNX would make 0.
+            final = [op.Where(empty, s, f) for s, f in zip(state, final, strict=True)]
         # [T, D, B, H] -> [T, B, D * H], or [B, T, D * H]
         output = op.Transpose(output, perm=[2, 0, 1, 3] if batch_first else [0, 2, 1, 3])
         output = op.Reshape(output, op.Constant(value_ints=[0, 0, -1]))

@@ -47,7 +47,8 @@ def replace_modules(model: nn.Module) -> Report:
 
 
 def restore_modules(model: nn.Module) -> Report:
-    """Undoes `replace_modules`: every module of fusedrnn becomes torch.nn's again, in place."""
+    """Undoes `replace_modules`: every module of fusedrnn becomes torch.nn's again, in place; one
+    with regularizers, which torch.nn's would not apply, is left."""
     return _swap(model, OURS, modules.TORCH_CLASSES)
 
 
@@ -58,13 +59,15 @@ def _swap(model, sources: dict[str, type], targets: dict[str, type]) -> Report:
     other = tuple(targets.values())
     for name, module in model.named_modules():
         kind = next((k for k, source in sources.items() if type(module) is source), None)
-        if kind is not None:
+        own = getattr(module, "regularizers", None)
+        if kind is not None and own is not None:
+            left[name] = f"torch.nn's {kind} has no {own}"
+        elif kind is not None:
             module.__class__ = targets[kind]
             swapped[name] = f"{_path(sources[kind])} -> {_path(targets[kind])}"
+        elif type(module) in other or not isinstance(module, (*sources.values(), nn.RNNBase)):
             continue
-        if type(module) in other or not isinstance(module, (*sources.values(), nn.RNNBase)):
-            continue
-        if nn.utils.parametrize.is_parametrized(module):
+        elif nn.utils.parametrize.is_parametrized(module):
             left[name] = "it is parametrized: swap first, then register parametrizations"
         else:
             left[name] = f"{_path(type(module))} is a subclass with a forward of its own"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import importlib.util
 import platform
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,12 @@ import fusedrnn
 from fusedrnn import dispatch
 from fusedrnn.dispatch import Call
 
-MODULES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}
+MODULES: dict[str, Callable[..., Any]] = {
+    "lstm": fusedrnn.LSTM,
+    "gru": fusedrnn.GRU,
+    "rnn_tanh": fusedrnn.RNN,
+    "rnn_relu": functools.partial(fusedrnn.RNN, nonlinearity="relu"),
+}
 T, B, I, H, LAYERS = 9, 3, 5, 17, 2
 
 
@@ -46,7 +52,7 @@ def versions() -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version() or "not available"),
     }
     if importlib.util.find_spec("triton") is not None:
-        found["triton"] = importlib.metadata.version("triton")
+        found["triton"] = dispatch.triton_version() or "unknown"
     return found
 
 
@@ -83,11 +89,11 @@ def check(device: str, backend: str) -> Check:
         return Check(device, backend, "unavailable", refusal)
     start = time.perf_counter()
     worst, allowed, where = 0.0, 1.0, ""
-    for cell, name in MODULES.items():
-        exact = _run(name, "cpu", "reference", torch.float64)
-        plain = _run(name, "cpu", "reference", torch.float32)
+    for cell, make in MODULES.items():
+        exact = _run(make, "cpu", "reference", torch.float64)
+        plain = _run(make, "cpu", "reference", torch.float32)
         try:
-            got = _run(name, device, backend, torch.float32)
+            got = _run(make, device, backend, torch.float32)
         except Exception as error:  # reported as this backend's result, and by the exit status
             return Check(device, backend, "failed", f"{cell}: {type(error).__name__}: {error}")
         for key, value in exact.items():
@@ -106,14 +112,14 @@ def _error(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact).abs().max() / exact.abs().max()).item()
 
 
-def _run(name: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _run(make: Callable, device: str, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs and gradients by name, on the CPU, from inputs that depend on no argument."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-    module = getattr(fusedrnn, name)(I, H, LAYERS, bidirectional=True, backend=backend)
+    module = make(I, H, LAYERS, bidirectional=True, backend=backend)
     module.to(device, dtype)
     with torch.no_grad():
         for parameter in module.parameters():

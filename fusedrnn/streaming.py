@@ -20,8 +20,9 @@ def step(module, x: Tensor, state=None):
     """One time step of all layers; what `module.step` calls.
 
     The layers run one by one through torch's operators for a single step, which, unlike those
-    for sequences, prepare nothing for steps to come. A forced backend, a projection or a
-    regulariser takes the way of a sequence of one step.
+    for sequences, prepare nothing for steps to come. A forced backend, a projection, a regulariser
+    or a transform of torch.func takes the way of a sequence of one step; a forward pre-hook,
+    which may compute the weights (pruning, weight_norm), that of a call of the module.
 
     Args:
         module: an LSTM, GRU or RNN, not bidirectional.
@@ -51,10 +52,15 @@ def step(module, x: Tensor, state=None):
             f"{name}.step: expected a module in evaluation mode (module.eval()), got one in "
             f"training with {own}: its masks belong to whole sequences"
         )
+    if module._forward_pre_hooks:
+        time = 1 if module.batch_first and x.dim() == 2 else 0
+        output, state = module(x.unsqueeze(time), state)
+        return output.squeeze(time), state
     mode = module.mode.lower()
     states = _states(module, name, mode, x, state)
     weights = [getattr(module, n) for n in module._flat_weights_names]
-    plain = dispatch.forced_backend(module.backend) in ("auto", "aten")
+    backend = dispatch.forced_backend(module.backend)
+    plain = backend == "aten" or (backend == "auto" and not functional.transformed())
     unbatched = x.dim() == 1
     if unbatched:
         x, states = x.unsqueeze(0), tuple(s.unsqueeze(1) for s in states)
@@ -69,7 +75,7 @@ def step(module, x: Tensor, state=None):
 
 def _step_by_sequence(module, mode, x, states, weights):
     """All layers as a sequence of one step."""
-    output, final = functional.recurrent(
+    output, final = functional.run(
         mode,
         x.unsqueeze(0),
         states,
@@ -186,29 +192,34 @@ class Stream:
         """Begins anew before the next chunk: episodes that ended with the last one.
 
         Args:
-            rows: bool [B]; None for all.
+            rows: bool [B] ([] for unbatched chunks); None for all.
             state: what they begin with, as hx, in which 1 may stand for B; None for zeros.
         Raises:
-            TypeError, RuntimeError: rows that are not bool [B].
+            TypeError, RuntimeError: rows that are not bool [B], or a state that does not fit.
         """
-        if self.state is None:
-            if state is not None:
-                raise RuntimeError("reset: state: expected a stream that has begun, got none yet")
-            return
-        states = self.state if isinstance(self.state, (tuple, list)) else (self.state,)
-        B = states[0].shape[1]
-        if rows is None:
-            rows = torch.ones(B, dtype=torch.bool, device=states[0].device)
-        if not isinstance(rows, Tensor) or rows.dtype != torch.bool:
+        if rows is not None and not (isinstance(rows, Tensor) and rows.dtype == torch.bool):
             kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-            raise TypeError(f"reset: rows: expected a bool tensor ({B},), got {kind}")
-        if rows.shape != (B,):
-            raise RuntimeError(f"reset: rows: expected shape ({B},), got {tuple(rows.shape)}")
+            raise TypeError(f"reset: rows: expected a bool tensor [B], got {kind}")
+        if state is None and (rows is None or self.state is None):
+            self.state = None  # so the next chunk may have another B
+            return
+        if self.state is None:
+            raise RuntimeError("reset: state: expected a stream that has begun, got none yet")
+        states = self.state if isinstance(self.state, (tuple, list)) else (self.state,)
+        unbatched = states[0].dim() == 2
+        states = tuple(s.unsqueeze(1) for s in states) if unbatched else states
+        shape = () if unbatched else (states[0].shape[1],)
+        if rows is None:
+            rows = torch.ones(shape, dtype=torch.bool)
+        if rows.shape != shape:
+            raise RuntimeError(f"reset: rows: expected shape {shape}, got {tuple(rows.shape)}")
+        rows = rows.to(states[0].device)[..., None]
         if state is None:
             fresh = tuple(torch.zeros_like(s) for s in states)
         else:
-            fresh = state if isinstance(state, (tuple, list)) else (state,)
-        new = tuple(torch.where(rows[:, None], f, s) for f, s in zip(fresh, states, strict=True))
+            fresh = functional.check_fresh(state, states, unbatched)
+        new = tuple(torch.where(rows, f, s) for f, s in zip(fresh, states, strict=True))
+        new = tuple(s.squeeze(1) for s in new) if unbatched else new
         self.state = new[0] if len(new) == 1 else new
 
     def _begin(self):

@@ -91,6 +91,27 @@ def test_onnx_with_lengths(cls, tmp_path):
     assert_same(run(x, lengths), model(x, lengths))
 
 
+class WithStateAndLengths(WithLengths):
+    def forward(self, x, hx, lengths):
+        return self.rnn(x, hx, lengths=lengths)
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN])
+def test_onnx_keeps_the_state_of_a_row_without_steps(cls, tmp_path):
+    model = WithStateAndLengths(cls(I, H, bidirectional=True)).eval()
+
+    def state(B):
+        parts = [torch.randn(2, B, H) for _ in range(2 if cls is fusedrnn.LSTM else 1)]
+        return tuple(parts) if len(parts) > 1 else parts[0]
+
+    of_state = ({1: BATCH}, {1: BATCH}) if cls is fusedrnn.LSTM else {1: BATCH}
+    shapes = {"x": {0: TIME, 1: BATCH}, "hx": of_state, "lengths": {0: BATCH}}
+    args = (torch.randn(T, B, I), state(B), torch.tensor([4, 2]))
+    _, run = exported(model, args, shapes, str(tmp_path / "model.onnx"))
+    x, hx, lengths = torch.randn(7, 3, I), state(3), torch.tensor([2, 0, 7])
+    assert_same(run(x, *states(hx), lengths), model(x, hx, lengths))
+
+
 def test_onnx_with_a_state(tmp_path):
     module = fusedrnn.LSTM(I, H).eval()
     x, hx = torch.randn(T, B, I), (torch.randn(1, B, H), torch.randn(1, B, H))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tolerances import assert_exact
+from torch.nn.utils import prune
 
 import fusedrnn
 from fusedrnn.gradient_flow import (
@@ -19,6 +21,30 @@ LAYOUTS = [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True}]
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def test_sensitivity_is_not_clipped():
+    plain = fusedrnn.RNN(I, H, nonlinearity="relu", dtype=torch.float64)
+    with torch.no_grad():
+        plain.weight_hh_l0.mul_(4)
+    clipping = fusedrnn.RNN(I, H, nonlinearity="relu", dtype=torch.float64, clip_gradient=1e-3)
+    clipping.load_state_dict(plain.state_dict())
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    expected = sensitivity(plain, x)
+    assert expected.max() > 1
+    assert_exact(sensitivity(clipping, x), expected, "sensitivity")
+    assert clipping.regularizers.clip_gradient == 1e-3
+
+
+def test_state_gradients_with_a_weight_that_a_hook_computes():
+    model = prune.identity(fusedrnn.GRU(I, H, dtype=torch.float64), "weight_hh_l0")
+    with torch.no_grad():
+        model.weight_hh_l0_orig.mul_(3)  # what it was pruned from; the weight itself is stale
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    found = state_gradients(model, x, lambda output: output.square().sum())
+    plain = prune.remove(model, "weight_hh_l0")
+    expected = state_gradients(plain, x, lambda output: output.square().sum())
+    assert_exact(found.norms["h"], expected.norms["h"], "norms")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["plain", "2x2", "batch_first"])

@@ -155,6 +155,14 @@ def test_padding_is_never_read(backend, layout):
     assert all(map(torch.equal, states(clean), states(dirty)))
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int8])
+def test_small_dtypes_of_long_input(backend, dtype):
+    module = fusedrnn.GRU(I, H, backend=backend)
+    x, lengths = torch.randn(300, 2, I), torch.tensor([120, 3])
+    assert torch.equal(module(x, lengths=lengths.to(dtype))[0], module(x, lengths=lengths)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.int16])
 def test_integer_dtypes(dtype):
     module, x, _ = make("gru", "plain", None)

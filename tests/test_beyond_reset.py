@@ -221,7 +221,7 @@ STATE = torch.zeros(1, B, H)
         ([True] * T, TypeError, r"reset: expected a mask or \(mask, states\), got 9 values"),
         ("start", TypeError, r"reset: expected a bool tensor \(9, 4\), got str"),
         (MASK.T, RuntimeError, r"reset: expected shape \(9, 4\), got \(4, 9\)"),
-        ((MASK, STATE), TypeError, r"reset: expected 2 state\(s\) beside the mask, got 1"),
+        ((MASK, STATE), TypeError, r"reset: expected 2 state\(s\), got 1"),
         (
             (MASK, (STATE, STATE[:, :2])),
             RuntimeError,
@@ -254,3 +254,14 @@ def test_a_backend_without_resets_refuses_rather_than_ignores():
     assert explanation.backend == "reference"
     assert "resets to a given state" in explanation.passed_over["aten"]
     assert "reset" in str(explanation)
+
+
+def test_under_autocast_a_state_is_cast_as_hx_is():
+    module = fusedrnn.GRU(I, H)
+    x, h_0 = torch.randn(T, B, I, dtype=torch.bfloat16), torch.randn(1, 1, H)
+    mask = torch.zeros(T, B, dtype=torch.bool)
+    mask[0] = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(x, reset=(mask, h_0))[0]
+        expected = module(x, h_0.expand(1, B, H).contiguous(), reset=torch.zeros_like(mask))[0]
+    assert torch.equal(found, expected)

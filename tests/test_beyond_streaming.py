@@ -1,9 +1,11 @@
 """step and stream: equal to the sequence call, gradients cut where they should be."""
 
 import functools
+import warnings
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import fusedrnn
 
@@ -151,6 +153,83 @@ def test_reset_of_rows_between_chunks():
     torch.testing.assert_close(stream(x), module(x)[0])
 
 
+def test_reset_of_an_unbatched_stream():
+    module = fusedrnn.LSTM(I, I, 2)  # as many features as layers would fit
+    x = torch.randn(6, I)
+    fresh = tuple(torch.randn(2, I) for _ in range(2))
+    for rows, state, expected in (
+        (None, None, None),
+        (None, fresh, fresh),
+        (torch.tensor(True), fresh, fresh),
+        (torch.tensor(True), None, None),
+    ):
+        stream = module.stream()
+        stream(x[:3])
+        stream.reset(rows, state)
+        assert torch.equal(stream(x[3:]), module(x[3:], expected)[0])
+    stream.reset(torch.tensor(False))
+    before = stream.state
+    assert torch.equal(stream(x), module(x, before)[0])
+    with pytest.raises(RuntimeError, match=r"rows: expected shape \(\), got \(2,\)"):
+        stream.reset(torch.tensor([True, False]))
+
+
+def test_a_stream_that_began_anew_takes_another_batch():
+    stream = fusedrnn.GRU(I, H).stream()
+    stream(torch.randn(T, B, I))
+    stream.reset()
+    assert stream(torch.randn(T, B + 1, I)).shape == (T, B + 1, H)
+
+
+def hooked(name, module):
+    """`module` with a weight that a forward pre-hook computes."""
+    if name == "prune":
+        return prune.l1_unstructured(module, "weight_hh_l0", 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and used
+        return getattr(torch.nn.utils, name)(module, "weight_hh_l0")
+
+
+@pytest.mark.parametrize("hook", ["prune", "weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_steps_after_hooks_that_compute_weights(hook, batch_first):
+    module = hooked(hook, fusedrnn.GRU(I, H, batch_first=batch_first)).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # an optimizer's step: the weight itself is stale
+            parameter.mul_(2)
+    x = torch.randn(B, I)
+    state = torch.randn(1, B, H)
+    output, next_state = module.step(x, state)
+    time = 1 if batch_first else 0
+    expected, final = module(x.unsqueeze(time), state)
+    assert torch.equal(output, expected.squeeze(time))
+    assert torch.equal(next_state, final)
+    output, _ = module.step(x[0], state[:, 0])
+    assert torch.equal(output, module(x[:1], state[:, 0])[0][0])
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN])
+def test_steps_under_torch_func(cls):
+    module, cell = cls(I, H), getattr(fusedrnn, f"{cls.__name__}Cell")(I, H)
+    x = torch.randn(B, I)
+    found = torch.func.vmap(lambda row: module.step(row)[0])(x)
+    torch.testing.assert_close(found, module.step(x)[0])
+    found = torch.func.vmap(lambda row: states(cell(row))[0])(x)
+    torch.testing.assert_close(found, states(cell(x))[0])
+    slopes = torch.func.vmap(torch.func.grad(lambda row: module.step(row)[0].sum()))(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(slopes, torch.autograd.grad(module.step(leaf)[0].sum(), leaf)[0])
+    slopes = torch.func.vmap(torch.func.grad(lambda row: states(cell(row))[0].sum()))(x)
+    expected = torch.autograd.grad(states(cell(leaf))[0].sum(), leaf)[0]
+    torch.testing.assert_close(slopes, expected)
+
+    def explained(row):
+        assert fusedrnn.explain(cell, row).backend == "reference"
+        return row
+
+    torch.func.vmap(explained)(x)
+
+
 def test_gradients_end_at_the_chunk():
     module = fusedrnn.LSTM(I, H, dtype=torch.float64)
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
@@ -232,8 +311,18 @@ def test_misuse(use, error, message):
 def test_misuse_of_reset():
     stream = fusedrnn.GRU(I, H).stream()
     stream.reset()  # nothing to do yet
+    with pytest.raises(TypeError, match=r"rows: expected a bool tensor \[B\], got str"):
+        stream.reset("all")
+    with pytest.raises(RuntimeError, match=r"state: expected a stream that has begun"):
+        stream.reset(state=torch.zeros(1, B, H))
     stream(torch.randn(T, B, I))
-    with pytest.raises(TypeError, match=r"rows: expected a bool tensor \(3,\), got torch.int64"):
+    with pytest.raises(RuntimeError, match=r"expected a state of shape \(1, 3, 5\) .* got \(\)"):
+        stream.reset(state=torch.tensor(3.0))
+    with pytest.raises(RuntimeError, match=r"got \(4, 1, 5\)"):
+        stream.reset(state=torch.zeros(4, 1, H))
+    with pytest.raises(RuntimeError, match=r"expected a state of torch.float32"):
+        stream.reset(state=torch.zeros(1, 1, H, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"rows: expected a bool tensor \[B\], got torch.int64"):
         stream.reset(torch.tensor([0, 1, 0]))
     with pytest.raises(RuntimeError, match=r"rows: expected shape \(3,\), got \(2,\)"):
         stream.reset(torch.tensor([False, True]))

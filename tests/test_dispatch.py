@@ -1,9 +1,13 @@
 """Which backend runs a call: who may choose, who may refuse, and what is said about it."""
 
+import importlib
+import importlib.machinery
+import importlib.metadata
 import logging
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -252,6 +256,32 @@ def test_a_layer_without_a_plan_goes_to_aten(monkeypatch):
     assert "no plan for forward of 'lstm' with H = 50000" in explanation.passed_over["triton"]
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "AMD" in str(dispatch.triton_refuses(call))
+
+
+@pytest.fixture
+def no_metadata(monkeypatch):
+    """As if the triton that is there belonged to no distribution called triton."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_a_triton_of_another_distribution(no_metadata):
+    """triton-windows and others install a package triton and no distribution of that name."""
+    assert dispatch.triton_version() == importlib.import_module("triton").__version__
+    assert dispatch._triton_missing() is None
+
+
+def test_a_folder_called_triton(no_metadata, monkeypatch):
+    """Without Triton, a folder of that name beside a program is what Python finds."""
+    folder = types.ModuleType("triton")
+    folder.__spec__ = importlib.machinery.ModuleSpec("triton", None)
+    monkeypatch.setitem(sys.modules, "triton", folder)
+    assert dispatch._triton_missing() == (
+        "the package named triton here is not the compiler: it has no version"
+    )
 
 
 @pytest.mark.parametrize("missing", ["triton is not installed", "triton 3.1.0 is too old"])

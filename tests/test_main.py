@@ -10,7 +10,7 @@ import torch
 
 import fusedrnn
 from fusedrnn import __main__ as program
-from fusedrnn import autograd, functional, selfcheck
+from fusedrnn import autograd, cells, functional, selfcheck
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,12 @@ def test_json(capsys):
         assert 0 < cpu[name]["error"] <= cpu[name]["tolerance"]
     assert cpu["triton"]["status"] == "unavailable"
     assert cpu["triton"]["reason"]
+
+
+def test_every_cell_of_torch_is_checked():
+    assert set(selfcheck.MODULES) == {name for name, c in cells.REGISTRY.items() if c.aten}
+    for name, make in selfcheck.MODULES.items():
+        assert make(1, 1).mode.lower() == name
 
 
 def wrong_forward(original):

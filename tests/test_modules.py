@@ -488,6 +488,10 @@ def test_jit_script_refuses_what_torch_lacks():
     with pytest.raises(TypeError, match=r"Own: torch.jit.script .* cannot stand in for a subclass"):
         torch.jit.script(nn.Sequential(Own(3, 5)))
 
+    Own.__name__ = "LSTM"  # the name is not the class
+    with pytest.raises(TypeError, match=r"LSTM: .* cannot stand in for a subclass"):
+        torch.jit.script(nn.Sequential(Own(3, 5)))
+
 
 @every_class
 def test_patching_torch_does_not_recurse(kind, monkeypatch):

@@ -131,6 +131,14 @@ def test_what_is_left_and_why():
     assert any(line.startswith("  own: left, ") for line in lines)
 
 
+def test_what_torch_does_not_have_is_not_restored():
+    model = nn.ModuleList([fusedrnn.LSTM(3, 4, zoneout=0.5), fusedrnn.GRU(3, 4)])
+    report = fusedrnn.restore_modules(model)
+    assert list(report.swapped) == ["1"]
+    assert report.left == {"0": "torch.nn's LSTM has no zoneout=0.5"}
+    assert type(model[0]) is fusedrnn.LSTM
+
+
 def test_parametrized_after_the_swap():
     model = nn.Sequential(nn.GRU(3, 4))
     fusedrnn.replace_modules(model)
