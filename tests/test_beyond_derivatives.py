@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from tolerances import GRADIENTS64, VALUES64
 from torch import func, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -178,12 +179,12 @@ def test_vmap_over_the_batch(name, layout):
     lengths = torch.tensor([2, 3])
     found = func.vmap(lambda row: flatten(module(row)), in_dims=1, out_dims=1)(x)
     for one, many in zip(found, flatten(module(x)), strict=True):
-        torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one, many, **VALUES64)
     found = func.vmap(
         lambda row, length: flatten(module(row, lengths=length)), in_dims=(1, 0), out_dims=1
     )(x, lengths)
     for one, many in zip(found, flatten(module(x, lengths=lengths)), strict=True):
-        torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one, many, **VALUES64)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -200,7 +201,7 @@ def test_per_sample_gradients(name):
         module.zero_grad()
         module(x[:, b])[0].square().sum().backward()
         for n, p in module.named_parameters():
-            torch.testing.assert_close(found[n][b], p.grad, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(found[n][b], p.grad, **GRADIENTS64)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -214,7 +215,7 @@ def test_ensemble(name):
     )
     for i, member in enumerate(members):
         for one, exact in zip(found, flatten(member(x)), strict=True):
-            torch.testing.assert_close(one[i], exact, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(one[i], exact, **VALUES64)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -228,12 +229,12 @@ def test_forward_and_reverse_jacobians_agree(name):
     reverse = func.jacrev(output)(x)
     forward = func.jacfwd(output)(x)
     direct = torch.autograd.functional.jacobian(output, x)
-    torch.testing.assert_close(reverse, direct, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(forward, direct, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(reverse, direct, **GRADIENTS64)
+    torch.testing.assert_close(forward, direct, **GRADIENTS64)
     v = torch.randn_like(x)
     value, tangent = func.jvp(output, (x,), (v,))
-    torch.testing.assert_close(value, output(x), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(tangent, (direct * v).sum((3, 4, 5)), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(value, output(x), **VALUES64)
+    torch.testing.assert_close(tangent, (direct * v).sum((3, 4, 5)), **GRADIENTS64)
 
 
 def test_forward_mode_without_torch_func():
@@ -259,7 +260,7 @@ def test_per_sample_gradients_compile(name):
     per_sample = func.vmap(func.grad(loss), in_dims=(None, 1))
     found = torch.compile(per_sample, fullgraph=True, backend="aot_eager")(parameters, x)
     for n, expected in per_sample(parameters, x).items():
-        torch.testing.assert_close(found[n], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found[n], expected, **VALUES64)
 
 
 def test_random_regularisers_under_vmap_take_its_randomness():

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from tolerances import VALUES32
 from torch.export import Dim
 
 import fusedrnn
@@ -54,7 +55,7 @@ def exported(model, args, shapes, path):
 def assert_same(found, result):
     for one, other in zip(found, (result[0], *states(result[1])), strict=True):
         # Two implementations in float32, a few steps: a few roundings of values below 1.
-        torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one, other.detach(), **VALUES32)
 
 
 CASES = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerances import assert_exact
+from tolerances import GRADIENTS64, assert_exact
 from torch.nn.utils import prune
 
 import fusedrnn
@@ -60,7 +60,7 @@ def test_sensitivity_is_the_norm_of_the_jacobian(name, layout):
     exact = exact.diagonal(dim1=1, dim2=3)
     found = sensitivity(module, given, chunk=7)
     assert found.shape == (T, T, B)
-    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(found, exact, **GRADIENTS64)
     torch.testing.assert_close(sensitivity(module, given, at=[-1, 1]), exact[[-1, 1]])
     row = given[1] if module.batch_first else given[:, 1]
     torch.testing.assert_close(sensitivity(module, row), exact[:, :, 1])
@@ -113,7 +113,7 @@ def test_state_gradients_are_those_of_a_disturbed_state(name, layout):
         gradients = torch.autograd.grad(loss(output), final)
         # d loss / d h_{t-1} of an LSTM holds no path through c_{t-1}, and this neither.
         torch.testing.assert_close(
-            norms["h"][0, 0, t - 1], gradients[0][0].norm(dim=-1), rtol=1e-10, atol=1e-13
+            norms["h"][0, 0, t - 1], gradients[0][0].norm(dim=-1), **GRADIENTS64
         )
 
 
@@ -134,9 +134,7 @@ def test_state_gradients_in_every_layer_by_their_sum_over_paths():
         hs.append(h)
     output = upper(torch.cat(hs))[0]
     exact = torch.autograd.grad(output.square().sum(), hs)
-    torch.testing.assert_close(
-        norms["h"][0, 0], torch.cat(exact).norm(dim=-1), rtol=1e-10, atol=1e-13
-    )
+    torch.testing.assert_close(norms["h"][0, 0], torch.cat(exact).norm(dim=-1), **GRADIENTS64)
 
 
 def test_state_gradients_with_lengths_resets_and_clipping():

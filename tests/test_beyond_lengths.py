@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from tolerances import GRADIENTS32, VALUES32
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
@@ -84,7 +85,7 @@ def test_equal_to_packing(name, lengths, backend, layout):
     )
     for one, other in zip(found, expected, strict=True):
         # The graph is another (indexing, not unpacking), and adds in another order.
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one, other, **GRADIENTS32)
 
 
 @each_backend
@@ -98,10 +99,10 @@ def test_each_row_is_the_row_alone(name, backend):
         row_hx = tuple(h[:, b : b + 1] for h in states((None, hx)))
         row_hx = row_hx if len(row_hx) > 1 else row_hx[0]
         alone = module(x[:n, b : b + 1], row_hx)
-        torch.testing.assert_close(result[0][:n, b], alone[0][:, 0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(result[0][:n, b], alone[0][:, 0], **VALUES32)
         assert torch.equal(result[0][n:, b], torch.zeros_like(result[0][n:, b]))
         for one, other in zip(states(result), states(alone), strict=True):
-            torch.testing.assert_close(one[:, b], other[:, 0], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(one[:, b], other[:, 0], **VALUES32)
 
 
 @each_layout
@@ -125,7 +126,7 @@ def test_rows_of_length_zero_keep_their_state(name, backend, layout, lengths):
             lengths=torch.tensor(lengths)[rows],
         )
         rest = alone[0] if module.batch_first else alone[0].transpose(0, 1)
-        torch.testing.assert_close(output[rows], rest, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(output[rows], rest, **VALUES32)
 
 
 @each_backend

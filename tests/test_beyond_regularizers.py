@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import GRADIENTS64, VALUES64
 
 import fusedrnn
 from fusedrnn import Regularizers, regularizers
@@ -65,9 +66,9 @@ def run(module, x, hx):
 
 
 def assert_same(found, expected):
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[0], expected[0], **VALUES64)
     for one, other in zip(found[1], expected[1], strict=True):
-        torch.testing.assert_close(one[0], other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one[0], other, **VALUES64)
 
 
 @each_cell
@@ -128,7 +129,7 @@ def test_input_dropout_is_one_mask_for_all_steps_of_each_layer(name):
     assert below.shape == (1, B, I)
     between = first(x * below)[0]
     above = regularizers.draw_input_mask(own, between, None, False)
-    torch.testing.assert_close(found, second(between * above)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, second(between * above)[0], **VALUES64)
 
 
 @each_cell
@@ -144,7 +145,7 @@ def test_weight_drop_is_one_mask_on_w_hh(name):
         assert (dropped == 0).any()
         state[key] = dropped
     plain.load_state_dict(state)
-    torch.testing.assert_close(found, plain(x)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, plain(x)[0], **VALUES64)
 
 
 def test_weight_drop_and_input_dropout_run_on_torchs_operators():
@@ -154,7 +155,7 @@ def test_weight_drop_and_input_dropout_run_on_torchs_operators():
     found = module(x)[0]
     module.backend = "reference"
     torch.manual_seed(7)
-    torch.testing.assert_close(found, module(x)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, module(x)[0], **VALUES64)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -215,11 +216,11 @@ def test_batch_layouts_and_packed_sequences_draw_the_same():
     torch.manual_seed(7)
     packed, _ = module(torch.nn.utils.rnn.pack_padded_sequence(x, lengths))
     unpacked, _ = torch.nn.utils.rnn.pad_packed_sequence(packed)
-    torch.testing.assert_close(unpacked, padded, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(unpacked, padded, **VALUES64)
     module.batch_first = True
     torch.manual_seed(7)
     swapped, _ = module(x.transpose(0, 1), lengths=lengths)
-    torch.testing.assert_close(swapped.transpose(0, 1), padded, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(swapped.transpose(0, 1), padded, **VALUES64)
 
 
 @pytest.mark.parametrize("layout", ["padded", "batch_first", "packed", "unbatched"])
@@ -254,7 +255,7 @@ def test_backward_sees_the_mask_of_its_forward(name):
         output, *_ = function(config, x, tensors[1:], tuple(module.parameters()), sequence)
         gradients.append(torch.autograd.grad(output.square().sum(), [*tensors]))
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one, other, **VALUES64)
     expected, _ = oracle(
         name, x, [h[0] for h in hx], *module.parameters(), h_mask[0],
         lambda t, s: kept[t, :, 0, s],
@@ -262,7 +263,7 @@ def test_backward_sees_the_mask_of_its_forward(name):
     exact = torch.autograd.grad(expected.square().sum(), tensors)
     assert len(tensors) == 1 + S
     for one, other in zip(gradients[0], exact, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(one, other, **GRADIENTS64)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -299,7 +300,7 @@ def test_clipping(name, compiled):
         d_x, *carried = torch.autograd.grad(final, [x_t, *leaves], carried)
         expected.append(d_x[0])
     assert clipped > 20
-    torch.testing.assert_close(found, torch.stack(expected[::-1]), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(found, torch.stack(expected[::-1]), **GRADIENTS64)
 
 
 def test_clipping_bounds_an_exploding_gradient():

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from tolerances import GRADIENTS64, VALUES64
 from torch import nn
 
 import fusedrnn
@@ -97,9 +98,9 @@ def split_and_run(module, x, hx, fresh, lengths=None):
 
 def assert_same(found, expected):
     output, final = found
-    torch.testing.assert_close(output, expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output, expected[0], **VALUES64)
     for one, other in zip(states(final), expected[1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one, other, **VALUES64)
 
 
 @each_layout
@@ -147,7 +148,7 @@ def test_gradients_are_those_of_splitting(name, layout):
         [expected[0], *expected[1]], [*tensors, *torchs.parameters()], [d_output, *d_final]
     )
     for found_grad, exact in zip(one, other, strict=True):
-        torch.testing.assert_close(found_grad, exact, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(found_grad, exact, **GRADIENTS64)
 
 
 @each_layout
@@ -203,11 +204,11 @@ def test_custom_op(compiled):
     found = run(*tensors, *weights)
     expected = ours(x, hx, reset=(mask, fresh))
     assert len(found) == 3
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[0], expected[0], **VALUES64)
     one = torch.autograd.grad(found[0].square().sum(), [*tensors, *weights])
     other = torch.autograd.grad(expected[0].square().sum(), [*tensors, *weights])
     for found_grad, exact in zip(one, other, strict=True):
-        torch.testing.assert_close(found_grad, exact, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found_grad, exact, **GRADIENTS64)
 
 
 MASK = torch.zeros(T, B, dtype=torch.bool)

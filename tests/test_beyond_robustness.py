@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from tolerances import GRADIENTS32
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -244,7 +245,7 @@ def distributed_worker(rank, path):
 
     def check(gradients):
         for name, exact in expected.items():
-            torch.testing.assert_close(gradients[name], exact, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(gradients[name], exact, **GRADIENTS32)
 
     model.zero_grad()
     ddp = nn.parallel.DistributedDataParallel(model)

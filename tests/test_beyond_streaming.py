@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from tolerances import GRADIENTS64, VALUES64
 from torch.nn.utils import prune
 
 import fusedrnn
@@ -54,15 +55,15 @@ def test_steps_equal_the_sequence(name, bias, backend, num_layers):
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
     output, state = walk(module, x)
     expected, final = module(x.transpose(0, 1))
-    torch.testing.assert_close(output, expected.transpose(0, 1), rtol=1e-13, atol=1e-13)
-    assert_states(state, final, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(output, expected.transpose(0, 1), **VALUES64)
+    assert_states(state, final, **VALUES64)
 
     cotangent = torch.randn_like(output)
     wanted = [x, *module.parameters()]
     found = torch.autograd.grad(output, wanted, cotangent)
     exact = torch.autograd.grad(expected.transpose(0, 1), wanted, cotangent)
     for one, other in zip(found, exact, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(one, other, **GRADIENTS64)
 
 
 @layers
@@ -73,14 +74,14 @@ def test_steps_from_a_state_and_unbatched(name, num_layers):
     _, start = module(torch.randn_like(x))
     output, state = walk(module, x, start)
     expected, final = module(x, start)
-    torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-13)
-    assert_states(state, final, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(output, expected, **VALUES64)
+    assert_states(state, final, **VALUES64)
     for backend in (None, "reference"):
         module.backend = backend
         alone, last = walk(module, x[:, 1], None)
         expected, final = module(x[:, 1])
-        torch.testing.assert_close(alone, expected, rtol=1e-13, atol=1e-13)
-        assert_states(last, final, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(alone, expected, **VALUES64)
+        assert_states(last, final, **VALUES64)
 
 
 def test_step_does_not_change_the_state_it_is_given():
@@ -98,7 +99,7 @@ def test_step_keeps_zoneouts_expectation_and_refuses_masks_in_training():
         module.step(x[0])
     module.eval()
     output, _ = walk(module, x)
-    torch.testing.assert_close(output, module(x)[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(output, module(x)[0], **VALUES64)
 
 
 def test_step_compiles_in_one_graph():
@@ -123,8 +124,8 @@ def test_a_stream_equals_one_long_pass(name, num_layers):
     cuts = [(0, 4), (4, 5), (5, 12)]
     parts = [stream(x[a:b], reset=first[a:b]) for a, b in cuts]
     expected, final = module(x, reset=first)
-    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-13, atol=1e-13)
-    assert_states(stream.state, final, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(torch.cat(parts), expected, **VALUES64)
+    assert_states(stream.state, final, **VALUES64)
     assert all(not s.requires_grad for s in states(stream._begin()))
 
 
@@ -133,7 +134,7 @@ def test_a_stream_mixes_steps_and_chunks():
     x = torch.randn(T, B, I, dtype=torch.float64)
     stream = module.stream()
     parts = [stream(x[:5]), stream.step(x[5])[None], stream.step(x[6])[None], stream(x[7:])]
-    torch.testing.assert_close(torch.cat(parts), module(x)[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(torch.cat(parts), module(x)[0], **VALUES64)
 
 
 def test_reset_of_rows_between_chunks():
@@ -148,7 +149,7 @@ def test_reset_of_rows_between_chunks():
         before = stream(x[:7])
         stream.reset(done, state)
         output = torch.cat([before, stream(x[7:])])
-        torch.testing.assert_close(output, module(x, reset=given)[0], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(output, module(x, reset=given)[0], **VALUES64)
     stream.reset()
     torch.testing.assert_close(stream(x), module(x)[0])
 
@@ -254,7 +255,7 @@ def test_gradients_cross_the_chunk_on_request():
     output = torch.cat([stream(x[:6]), stream(x[6:])])
     found = torch.autograd.grad(output.square().sum(), x)[0]
     expected = torch.autograd.grad(module(x)[0].square().sum(), x)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(found, expected, **GRADIENTS64)
 
 
 def test_memory_of_past_chunks_is_freed():

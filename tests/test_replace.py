@@ -139,6 +139,18 @@ def test_what_torch_does_not_have_is_not_restored():
     assert type(model[0]) is fusedrnn.LSTM
 
 
+def test_tools_that_look_for_torchs_classes():
+    """README: restore_modules comes before quantize_dynamic and symbolic_trace."""
+    model = nn.Sequential(nn.Linear(3, 3), fusedrnn.LSTM(3, 4))
+    input = torch.randn(5, 2, 3)
+    expected = model(input)[0]
+    assert not isinstance(model[1], nn.LSTM)
+    with pytest.raises(TypeError, match="got Proxy"):
+        torch.fx.symbolic_trace(model)
+    fusedrnn.restore_modules(model)
+    assert torch.equal(torch.fx.symbolic_trace(model)(input)[0], expected)
+
+
 def test_parametrized_after_the_swap():
     model = nn.Sequential(nn.GRU(3, 4))
     fusedrnn.replace_modules(model)

@@ -20,6 +20,17 @@ FLOOR = {
     torch.float16: 2.0,
 }
 
+# Elementwise, for torch.testing.assert_close: two computations of one function that differ in the
+# order of their operations. A value is at most 100 rounded terms of order 1 in each of at most
+# 100 time steps, 1e4 roundings. In float64 (1.1e-16 each) they come to 1e-12 if all add up; a
+# gradient or a derivative of one sums up to 100 such values more.
+VALUES64 = {"rtol": 1e-12, "atol": 1e-12}
+GRADIENTS64 = {"rtol": 1e-10, "atol": 1e-11}
+# In float32 (6e-8 each) that bound would find nothing. A few steps: FLOOR; many, or gradients:
+# 1e4 roundings of either sign, as a random walk, 100 * 6e-8.
+VALUES32 = {"rtol": 2e-6, "atol": 2e-6}
+GRADIENTS32 = {"rtol": 6e-6, "atol": 6e-6}
+
 
 def floor(exact: torch.Tensor, dtype: torch.dtype) -> float:
     """The error that rounding alone may cause in a tensor like `exact`.

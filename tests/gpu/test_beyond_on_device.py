@@ -4,6 +4,7 @@ import pytest
 import torch
 from extras_checks import CASES, assert_as_the_reference
 from layer_checks import precision
+from tolerances import GRADIENTS32
 from torch import func, nn
 
 import fusedrnn
@@ -32,8 +33,8 @@ def test_step_and_stream_equal_one_long_pass(module):
             steps.append(output)
         stream = rnn.stream()
         chunks = [stream(chunk) for chunk in input.split(5)]
-    torch.testing.assert_close(torch.stack(steps), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat(chunks), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(steps), expected, **GRADIENTS32)
+    torch.testing.assert_close(torch.cat(chunks), expected, **GRADIENTS32)
 
 
 @pytest.mark.parametrize("module", MODULES)
