@@ -7,6 +7,7 @@ differentiable.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -128,8 +129,8 @@ def _run_aten_padded(function, config, input, state, weights, lengths, options):
     # Each packed row to its place in [T * B]; pad_packed_sequence copies in place, which loses
     # the gradient under a dispatch mode (a FLOP counter, say), where autograd runs inside an op.
     sizes = packed.batch_sizes
-    step = torch.repeat_interleave(torch.arange(sizes.numel()), sizes)
-    rank = torch.arange(step.numel()) - packing.offsets_of(sizes)[step]
+    step = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
+    rank = torch.arange(step.numel(), device=sizes.device) - packing.offsets_of(sizes)[step]
     row = rows.cpu()[rank]
     place = row * T + step if config.batch_first else step * lengths.numel() + row
     output = data.new_zeros([T * lengths.numel(), data.shape[-1]])
@@ -293,12 +294,18 @@ def matmul_precision(input: Tensor, precision: str) -> Iterator[None]:
         yield
         return
     settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = precision
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with _matmul_switch:
+        before = settings.fp32_precision
+        settings.fp32_precision = precision
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
+
+
+# The switch is the process's: a thread (DataParallel has one per device) must not find, and later
+# restore, what another had set for its own products. Held while they are launched, not while run.
+_matmul_switch = threading.Lock()
 
 
 @torch.library.custom_op("fusedrnn::layer", mutates_args=())

@@ -24,6 +24,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,9 +173,8 @@ def triton_refuses(call: Call) -> str | None:
     if call.B == 0 or call.T == 0:
         return f"there is nothing to launch (T={call.T}, B={call.B})"
     if call.device == "cuda":
-        return _no_plan(
-            call.cell, call.dtype, call.hidden_size, call.directions, call.device_index or 0
-        )
+        H = operator.index(call.hidden_size)  # a number, where torch.compile has a symbol
+        return _no_plan(call.cell, call.dtype, H, call.directions, call.device_index or 0)
     return None
 
 

@@ -32,7 +32,7 @@ def explain(
         RuntimeError: a backend is forced that cannot run the call.
     """
     tensor = input.data if isinstance(input, PackedSequence) else input
-    dtype = autocast_dtype(tensor.device.type) or tensor.dtype
+    dtype = autocast_dtype(tensor) or tensor.dtype
     states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (tensor, *states, *module.parameters())

@@ -167,13 +167,13 @@ def run(
         or any(w.requires_grad for w in weights)
         or any(h.requires_grad for h in hx)
     )
+    autocast = autocast_dtype(input)
     call = Call(
-        cell, device.type, input.dtype, T, B, input.shape[-1], hidden_size, num_layers, D,
-        proj_size, batch_sizes is not None, lengths is not None, reset is not None, needs_grad,
+        cell, device.type, autocast or input.dtype, T, B, input.shape[-1], hidden_size, num_layers,
+        D, proj_size, batch_sizes is not None, lengths is not None, reset is not None, needs_grad,
         transformed(), device.index, inside,
     )  # fmt: skip
     chosen = "reference" if record is not None else dispatch.select(call, backend)
-    autocast = autocast_dtype(device.type)
     sequence = Sequence(lengths, batch_sizes, reset)
     projection = proj_size > 0
 
@@ -506,11 +506,12 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast is set to on that kind of device, or None."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a call with such an input, or None: it leaves float64 alone."""
+    kind = input.device.type
+    if kind == "meta" or input.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 def lengths_of(batch_sizes: Tensor) -> Tensor:
     """[B] lengths, longest first, from batch_sizes [T] (both int64, on the CPU)."""
     B = int(batch_sizes[0])
-    return (batch_sizes[:, None] > torch.arange(B)[None, :]).sum(0)
+    return (batch_sizes[:, None] > torch.arange(B, device=batch_sizes.device)[None, :]).sum(0)
 
 
 def offsets_of(batch_sizes: Tensor) -> Tensor:

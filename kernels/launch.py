@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -237,6 +238,8 @@ def check(device: torch.device | str = "cuda") -> None:
     """Waits for a device's launches, and raises RuntimeError where one of them timed out."""
     device = torch.device(device)
     if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.synchronize(device)
     _raise_if_timed_out(_error_word(device))
 
@@ -253,32 +256,34 @@ def _launch(kernel, plan: Plan, rows: Rows, *, steps, width, like, **arguments) 
     error = _error_word(device)
     _raise_if_timed_out(error)
     slab_b, slab_d = plan.slab_b or max(rows.B, 1), plan.slab_d or D
-    for first_d in range(0, D, slab_d):
-        for first_b in range(0, rows.B, slab_b):
-            grid = (
-                triton.cdiv(H, plan.block_h),
-                triton.cdiv(min(slab_b, rows.B - first_b), plan.block_b),
-                min(slab_d, D - first_d),
-            )
-            if plan.protocol is None:
-                exchange = dict.fromkeys(EXCHANGE)
-            else:
-                _check_grid(grid, plan, device)
-                exchange = _exchange(plan, grid, steps, width, like, error)
-            kernel[grid](
-                **arguments,
-                **exchange,
-                offsets_ptr=rows.offsets,
-                lengths_ptr=rows.lengths,
-                T=rows.T,
-                B=rows.B,
-                first_b=first_b,
-                first_d=first_d,
-                stride_t=rows.stride_t,
-                stride_b=rows.stride_b,
-                **plan.constants(),
-                **plan.options(device_of(device)),
-            )
+    # Triton launches on the current device and its stream, wherever the tensors are.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for first_d in range(0, D, slab_d):
+            for first_b in range(0, rows.B, slab_b):
+                grid = (
+                    triton.cdiv(H, plan.block_h),
+                    triton.cdiv(min(slab_b, rows.B - first_b), plan.block_b),
+                    min(slab_d, D - first_d),
+                )
+                if plan.protocol is None:
+                    exchange = dict.fromkeys(EXCHANGE)
+                else:
+                    _check_grid(grid, plan, device)
+                    exchange = _exchange(plan, grid, steps, width, like, error)
+                kernel[grid](
+                    **arguments,
+                    **exchange,
+                    offsets_ptr=rows.offsets,
+                    lengths_ptr=rows.lengths,
+                    T=rows.T,
+                    B=rows.B,
+                    first_b=first_b,
+                    first_d=first_d,
+                    stride_t=rows.stride_t,
+                    stride_b=rows.stride_b,
+                    **plan.constants(),
+                    **plan.options(device_of(device)),
+                )
     if device.type != "cuda":
         _raise_if_timed_out(error)
 
@@ -296,12 +301,18 @@ EXCHANGE = (
 
 def _exchange(plan: Plan, grid, steps: int, width: int, like: Tensor, error: Tensor) -> dict:
     """What the programs of one launch wait and exchange through, as arguments of the kernel."""
+    slot_size = plan.block_b * width
+    if plan.protocol == "sentinel" and (steps + 1) * slot_size >= 2**31:
+        raise ValueError(
+            f"protocol 'sentinel' has a slot for each step, at most 2**31 elements in all; got "
+            f"{steps} steps of {slot_size}"
+        )
     space = sync.workspace(
         plan.protocol,
         groups=grid[1] * grid[2],
         programs=grid[0],
         steps=steps,
-        slot_size=plan.block_b * width,
+        slot_size=slot_size,
         dtype=like.dtype,
         device=like.device,
         num_warps=plan.num_warps,
@@ -370,14 +381,16 @@ def refusal(cell: Cell, dtype: torch.dtype, H: int, D: int, device: torch.device
 def _error_word(device: torch.device) -> Tensor:
     """The word in which a launch reports a time-out. It lies in pinned host memory, which the
     next call can read without waiting for the device."""
-    return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    with torch.inference_mode(False):  # an inference tensor could not be set outside that mode
+        return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _raise_if_timed_out(error: Tensor) -> None:
     try:
         sync.raise_if_timed_out(error)
-    finally:
+    except RuntimeError:
         error.zero_()  # once told, the next call starts in good health
+        raise
 
 
 def _check_grid(grid: tuple[int, int, int], plan: Plan, device: torch.device) -> None:

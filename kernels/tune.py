@@ -81,10 +81,12 @@ def step_times(
             return None
         if measure is None:
             measure = functools.partial(
-                _measure, passes, cell, which, dtype, H, D, device, input_precision
+                _measure, passes, cell, which, dtype, H, D, device, properties, input_precision
             )
         times = []
         for plan in candidates(cell, which, dtype, H, properties, input_precision):
+            if _directions_at_once(plan, H, D, properties) == 0:
+                continue
             try:
                 times.append([asdict(plan), measure(plan)])
             except OutOfResources as error:
@@ -114,12 +116,21 @@ def _write(known: dict) -> None:
     os.replace(partial, path)  # whole or not at all, whoever else writes
 
 
+def _directions_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
+    """How many of D directions of one batch tile run in one launch, all programs together."""
+    if plan.protocol is None:
+        return D
+    room = properties.multiprocessors * plan.programs_each
+    return min(D, room // triton.cdiv(H, plan.block_h))
+
+
 def _measure(
-    passes, cell, which, dtype, H, D, device, input_precision, plan, *, steps=STEPS
+    passes, cell, which, dtype, H, D, device, properties, input_precision, plan, *, steps=STEPS
 ) -> float:
-    """Microseconds of a step: the best of some runs of one batch tile."""
+    """Microseconds of a step: the best of some runs of one batch tile, in one launch."""
     scan_forward, scan_backward = passes
     B, G = plan.block_b, len(cell.gates)
+    D = _directions_at_once(plan, H, D, properties)
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -146,10 +157,11 @@ def _measure(
     best = float("inf")
     for _ in range(REPEATS):
         if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start.record(stream)
             run()
-            end.record()
+            end.record(stream)
             end.synchronize()
             best = min(best, 1e3 * start.elapsed_time(end))
         else:

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fusedrnn
+from fusedrnn import dispatch
 
 KINDS = {
     "lstm": ("LSTM", {"num_layers": 2, "bidirectional": True}),
@@ -160,3 +161,17 @@ def test_explain_tells_the_dtype():
     module = fusedrnn.LSTM(I, H)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fusedrnn.explain(module, torch.randn(T, B, I)).call.dtype == torch.bfloat16
+
+
+@low_dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dispatch_is_asked_about_the_dtype_that_will_run(dtype, low, monkeypatch):
+    """As `explain` is: a measured table is looked up by it. Autocast leaves float64 alone."""
+    asked, select = [], dispatch.select
+    monkeypatch.setattr(dispatch, "select", lambda call, b: asked.append(call) or select(call, b))
+    module, input = fusedrnn.GRU(I, H, dtype=dtype), torch.randn(T, B, I, dtype=dtype)
+    with torch.autocast("cpu", dtype=low):
+        module(input, lengths=torch.tensor([5, 3, 2]))
+        explained = fusedrnn.explain(module, input, lengths=torch.tensor([5, 3, 2])).call
+    expected = low if dtype == torch.float32 else dtype
+    assert asked[0].dtype == explained.dtype == expected

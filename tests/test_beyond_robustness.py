@@ -2,6 +2,7 @@
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn.autograd import Config, Sequence, run_layer
+from fusedrnn.autograd import Config, Sequence, matmul_precision, run_layer
 
 T, B, I, H = 6, 4, 3, 5
 each_cell = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
@@ -226,6 +227,42 @@ def test_checkpoint(path, reentrant):
     found = gradients(lambda x: checkpoint(forward, x, use_reentrant=reentrant))
     for one, other in zip(found, gradients(forward), strict=True):
         assert torch.equal(one, other)
+
+
+@each_backend
+@each_cell
+def test_another_default_device(name, backend):
+    """torch.set_default_device is for new tensors of the program, not for our index arithmetic."""
+    module = getattr(fusedrnn, name)(I, H, 2, bidirectional=True, backend=backend)
+    x, lengths = torch.randn(T, B, I), torch.tensor([6, 2, 0, 5])
+    packed = nn.utils.rnn.pack_padded_sequence(x, [6, 5, 5, 2])
+    expected = tensors(module(x, lengths=lengths)), module(packed)[0].data
+    with torch.device("meta"):
+        found = tensors(module(x, lengths=lengths)), module(packed)[0].data
+    assert all(map(torch.equal, found[0], expected[0]))
+    assert torch.equal(found[1], expected[1])
+
+
+def test_threads_leave_the_precision_of_matrix_products_as_it_was():
+    """One thread enters while another is inside, and leaves after it."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    inside, seen = threading.Event(), []
+
+    def late():
+        inside.wait(60)
+        with matmul_precision(on_a_gpu, "tf32"):
+            seen.append(settings.fp32_precision)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    with matmul_precision(on_a_gpu, "tf32"):
+        inside.set()
+        thread.join(0.2)  # time to go wrong in
+    thread.join(60)
+    assert seen == ["tf32"]
+    assert settings.fp32_precision == before
 
 
 def distributed_worker(rank, path):

@@ -240,6 +240,20 @@ def test_what_was_measured_to_be_slower_goes_to_aten(monkeypatch, imaginary_gpu)
     measured.aten_is_faster.cache_clear()
 
 
+def test_a_hidden_size_that_a_compiler_has_as_a_symbol(monkeypatch):
+    """functional.* read H off the weights, whose shapes torch.compile makes symbols."""
+    from fusedrnn import kernels
+
+    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
+    monkeypatch.setattr(kernels, "refusal", lambda cell, dtype, H, D, device: None)
+
+    def refused(weight):
+        return dispatch.triton_refuses(Call("lstm", **{**CUDA, "hidden_size": weight.shape[0]}))
+
+    compiled = torch.compile(refused, fullgraph=True, dynamic=True, backend="eager")
+    assert compiled(torch.zeros(8, 3)) is compiled(torch.zeros(12, 3)) is None
+
+
 def test_a_layer_without_a_plan_goes_to_aten(monkeypatch):
     from fusedrnn.kernels import launch
     from fusedrnn.kernels.plan import Device

@@ -104,6 +104,33 @@ def test_two_streams_at_once():
     kernels.check()
 
 
+def test_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices: launches on the second were not verified")
+    rnn = spread_rnn("GRU", H=512)
+    input = torch.randn(32, 8, 64, device="cuda:0", requires_grad=True)
+    expected = torch.autograd.grad(rnn(input)[0].square().sum(), input)[0]
+    rnn.to("cuda:1")
+    moved = input.detach().to("cuda:1").requires_grad_()
+    found = torch.autograd.grad(rnn(moved)[0].square().sum(), moved)[0]
+    kernels.check("cuda:1")
+    assert torch.equal(found.cpu(), expected.cpu())
+    assert torch.cuda.current_device() == 0
+
+
+def test_serving_before_training():
+    """What a first call in inference mode leaves behind must serve the calls after it."""
+    kernels.launch._error_word.cache_clear()
+    rnn = spread_rnn("GRU", H=256)
+    input = torch.randn(4, 2, 64, device="cuda")
+    with torch.inference_mode():
+        expected = rnn(input)[0].clone()
+    output, _ = rnn(input)
+    output.sum().backward()
+    kernels.check()
+    assert torch.equal(output, expected)
+
+
 SPIN = """
 import torch, sys
 x = torch.randn(8192, 8192, device="cuda")

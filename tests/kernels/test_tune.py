@@ -1,6 +1,7 @@
 """Tuning: measured once, kept in a file, and obeyed by the plan."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -85,6 +86,20 @@ def test_what_does_not_fit_is_left_out(caplog):
     assert "does not fit" in caplog.text
 
 
+@pytest.mark.parametrize("H", [1500, 2048, 2500])
+def test_only_grids_that_fit_are_measured(H):
+    """Both directions of one batch tile may be more programs than run at once."""
+    seen = []
+    times(lambda plan: float(not seen.append(plan)), H=H, D=2)
+    found = candidates(LSTM, "forward", torch.bfloat16, H, H100, "tf32")
+    at_once = {plan: tune._directions_at_once(plan, H, 2, H100) for plan in found}
+    assert seen == [plan for plan in found if at_once[plan]]
+    for plan in seen:
+        grid = (-(-H // plan.block_h), 1, at_once[plan])
+        assert math.prod(grid) <= H100.multiprocessors * plan.programs_each
+    assert 1 in at_once.values()  # which two directions at once would have refused
+
+
 @pytest.mark.parametrize("which", ["forward", "backward"])
 @pytest.mark.parametrize("cell", sorted(REGISTRY))
 def test_the_measurement_itself_runs(cell, which, monkeypatch):
@@ -92,7 +107,7 @@ def test_the_measurement_itself_runs(cell, which, monkeypatch):
     (plan,) = candidates(REGISTRY[cell], which, torch.float32, 16, INTERPRETER, "ieee")
     cpu = torch.device("cpu")
     microseconds = tune._measure(
-        PASSES, REGISTRY[cell], which, torch.float32, 16, 2, cpu, "ieee", plan, steps=2
+        PASSES, REGISTRY[cell], which, torch.float32, 16, 2, cpu, INTERPRETER, "ieee", plan, steps=2
     )
     assert microseconds > 0
 
