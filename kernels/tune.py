@@ -121,7 +121,7 @@ def _directions_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
     if plan.protocol is None:
         return D
     room = properties.multiprocessors * plan.programs_each
-    return min(D, room // triton.cdiv(H, plan.block_h))
+    return min(D, room // -(-H // plan.block_h))
 
 
 def _measure(

@@ -248,18 +248,22 @@ def test_threads_leave_the_precision_of_matrix_products_as_it_was():
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     on_a_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
-    inside, seen = threading.Event(), []
+    inside, entered, left = threading.Event(), threading.Event(), threading.Event()
+    seen = []
 
     def late():
         inside.wait(60)
         with matmul_precision(on_a_gpu, "tf32"):
+            entered.set()
             seen.append(settings.fp32_precision)
+            left.wait(60)
 
     thread = threading.Thread(target=late)
     thread.start()
     with matmul_precision(on_a_gpu, "tf32"):
         inside.set()
-        thread.join(0.2)  # time to go wrong in
+        entered.wait(0.2)  # time to go wrong in
+    left.set()
     thread.join(60)
     assert seen == ["tf32"]
     assert settings.fp32_precision == before
