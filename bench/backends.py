@@ -24,7 +24,8 @@ from fusedrnn.reference import split_weights
 from fusedrnn.replace import OURS
 
 WHAT = {
-    "torch_nn": "torch.nn's module: cuDNN on a GPU, oneDNN or native code on a CPU",
+    "torch_nn": "torch.nn's module as it is: cuDNN on a GPU, oneDNN or native code on a CPU. On a "
+    "GPU torch keeps the weights in one piece for cuDNN, but (torch 2.11) not in bf16",
     "torch_nn_graph": "torch.nn's module, replayed from a CUDA graph",
     "auto": "fusedrnn as installed",
     "triton": 'fusedrnn, backend="triton" (measured where auto takes another)',

@@ -197,6 +197,13 @@ class CudaDevice(Device):
         }
 
 
+def is_sticky(failure: Exception) -> bool:
+    """Whether a CUDA error leaves the process unable to go on."""
+    words = ("illegal memory access", "unspecified launch failure", "misaligned address",
+             "device-side assert", "illegal instruction")  # fmt: skip
+    return any(word in str(failure) for word in words)
+
+
 def pick_device(wanted: str = "", **options) -> Device:
     """The GPU where there is one and "cpu" is not asked for."""
     if wanted not in ("", "cpu", "cuda"):

@@ -24,16 +24,18 @@ matrix-vector product of that size reaches.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
-from bench.device import Device, pick_device
+from bench.device import Device, is_sticky, pick_device
 from bench.problem import TORCH_DTYPES, set_precision
 from bench.shapes import Shape, length_list, steps_in
 
@@ -270,10 +272,30 @@ def measure_limits(device: Device, show: Callable[[str], None] = lambda line: No
     return limits
 
 
+def measure_apart(wanted: str = "") -> Limits | None:
+    """`measure_limits` in a process of its own: what breaks the device there breaks nothing here.
+
+    Returns None, and says why, where it did.
+    """
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_measure_and_print, wanted).result()
+    except Exception as failure:
+        lines = str(failure).strip().splitlines()
+        print(f"no limits: {type(failure).__name__}: {lines[0] if lines else ''}", flush=True)
+        return None
+
+
+def _measure_and_print(wanted: str) -> Limits:
+    return measure_limits(pick_device(wanted), lambda line: print(line, flush=True))
+
+
 def _try(failed: dict[str, str], name: str, call: Callable[[], float], default: float) -> float:
     try:
         return call()
     except Exception as failure:
+        if is_sticky(failure):
+            raise
         failed[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:150]}"
         return default
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from bench import backends
 from bench.backends import Runner
-from bench.device import Device
+from bench.device import Device, is_sticky
 from bench.problem import Problem, set_precision
 from bench.shapes import Point
 
 # The norm of the error over the norm of the answer, per tensor. torch.nn, which sets the scale
 # for the others, must stay within ABSOLUTE; whoever else within twice torch.nn's own error, or
-# within FLOOR (a few roundings of the stored states) where torch.nn happens to be closer.
+# within FLOOR (a few roundings of the stored states) where torch.nn happens to be closer. tf32
+# keeps ten bits; a product of two operands that a kernel cut off instead of rounding is off by up
+# to two units of 2^-10, and torch.nn's kernels may round.
 ABSOLUTE = {"fp32-exact": 1e-4, "fp32-tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
-FLOOR = {"fp32-exact": 1e-5, "fp32-tf32": 1e-3, "fp16": 2e-3, "bf16": 1.6e-2}
+FLOOR = {"fp32-exact": 1e-5, "fp32-tf32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2}
+
+
+# Calls that take longer are not called a dozen times more to see how long the host is busy.
+SLOW_MS = 20.0
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,20 @@ class BrokenDevice(RuntimeError):
 
 
 def measure(
-    point: Point, which: str, device: Device, effort: Effort, floor_seconds: float | None = None
+    point: Point,
+    which: str,
+    device: Device,
+    effort: Effort,
+    floor_seconds: float | None = None,
+    problems: dict[str, Problem] | None = None,
 ) -> tuple[list[dict], dict[str, str]]:
     """The rows of a point in one pass, and why backends were left out.
 
     A row whose result is wrong, or that failed, has an `error` and no time.
 
+    Args:
+        problems: keeps the point's problem from pass to pass: inputs are drawn, and the answer in
+            float64 computed, once.
     Raises:
         BrokenDevice: the device cannot go on.
     """
@@ -75,7 +90,7 @@ def measure(
     left_out, rows, runners = {}, [], {}
     with_nn = ("torch_nn", *(n for n in point.backends if n != "torch_nn"))
     set_precision(shape.dtype)
-    problem = Problem(shape, device.torch, effort.sets)
+    problems = {} if problems is None else problems
     torch_nn_error = None
     for name in with_nn:
         why = backends.refuses(name, shape, device)
@@ -91,17 +106,24 @@ def measure(
         row |= dict.fromkeys(FIELDS)
         rows.append(row)
         try:
+            if shape.key not in problems:
+                problems[shape.key] = Problem(
+                    shape, device.torch, effort.sets, gradients="training" in point.passes
+                )
+            problem = problems[shape.key]
             start = time.perf_counter()
             runner = backends.build(name, problem, which, device)
             results = runner.run(0)
             device.synchronize()
             row["first_call_s"] = round(time.perf_counter() - start, 4)
             row["ran_on"] = runner.ran_on or name
-            error, where = deviation(runner, results, problem.answer(which))
+            if runner.ran_on == "triton":
+                _raise_time_outs(device)  # else the next launch would raise this one's
+            error, where = deviation(runner, results, problem.answer())
             del results
         except Exception as failure:
             row["error"] = describe(failure)
-            _stop_if_broken(failure, row, rows)
+            _stop_if_broken(failure, rows)
             continue
         allowed = limit(shape.dtype, torch_nn_error)
         row["deviation"], row["deviation_limit"] = round_to(error, 3), round_to(allowed, 3)
@@ -112,24 +134,26 @@ def measure(
             continue
         runners[name] = runner
     by_name = {row["backend"]: row for row in rows}
-    try:
-        samples = take_turns(runners, device, effort)
-        for name, times in samples.items():
-            row, runner = by_name[name], runners[name]
-            row |= statistics_of([time for turn in times.values() for time in turn])
-            row["ratio_p25"], row["ratio_p75"] = quartiles(samples.get("torch_nn", {}), times)
-            row["floor_ms"] = None if floor_seconds is None else round_to(floor_seconds * 1e3, 4)
-            row["cache"] = device.cache
-            sets = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
-            host = device.host_seconds(sets * 4)
+
+    def failed(name: str, failure: Exception) -> None:
+        by_name[name] |= {"error": describe(failure), "ms": None}
+        _stop_if_broken(failure, rows)
+
+    samples = take_turns(runners, device, effort, failed)
+    for name, times in samples.items():
+        row, runner = by_name[name], runners[name]
+        row |= statistics_of([time for turn in times.values() for time in turn])
+        row["ratio_p25"], row["ratio_p75"] = quartiles(samples.get("torch_nn", {}), times)
+        row["floor_ms"] = None if floor_seconds is None else round_to(floor_seconds * 1e3, 4)
+        row["cache"] = device.cache
+        sets = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
+        try:
+            host = device.host_seconds(sets * (4 if row["ms"] < SLOW_MS else 1))
             row["host_us"] = None if host is None else round(host * 1e6, 1)
             if effort.memory and runner.memory_counts:
                 row["peak_bytes"] = device.peak_bytes(sets[0])
-    except Exception as failure:
-        for row in rows:
-            row["error"] = row["error"] or describe(failure)
-            row["ms"] = None
-        _stop_if_broken(failure, rows[-1], rows)
+        except Exception as failure:
+            failed(name, failure)
     add_ratios(rows)
     return rows, left_out
 
@@ -143,35 +167,56 @@ FIELDS = (
 
 
 def take_turns(
-    runners: dict[str, Runner], device: Device, effort: Effort
+    runners: dict[str, Runner],
+    device: Device,
+    effort: Effort,
+    failed: Callable[[str, Exception], None],
 ) -> dict[str, dict[int, list[float]]]:
     """Seconds of calls, by backend and turn.
 
-    The backends alternate, so that a drift of the machine meets them all.
+    The backends alternate, so that a drift of the machine meets them all. One that raises is told
+    to `failed` and drops out; the others go on.
     """
     share = {}
     for name, runner in runners.items():  # warm-up, and an estimate
         calls = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
-        estimate = statistics.median(device.time_calls(calls))
+        try:
+            estimate = statistics.median(device.time_calls(calls))
+        except Exception as failure:
+            failed(name, failure)
+            continue
         wanted = effort.seconds / max(estimate, 1e-7)
         count = min(max(wanted, effort.fewest), effort.most)
         share[name] = math.ceil(count / effort.rounds)
-    turns: dict[str, dict[int, list[float]]] = {name: {} for name in runners}
-    done, spent = dict.fromkeys(runners, 0), dict.fromkeys(runners, 0.0)
-    names = list(runners)
+    turns: dict[str, dict[int, list[float]]] = {name: {} for name in share}
+    done, spent = dict.fromkeys(share, 0), dict.fromkeys(share, 0.0)
+    names = list(share)
     for turn in range(effort.rounds):
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
+            if name not in turns:
+                continue
             # A slow backend is not called again once it has its fewest and its time is spent.
             if done[name] >= effort.fewest and spent[name] > effort.seconds:
                 continue
             run = runners[name].run
             sets = [(done[name] + k) % effort.sets for k in range(share[name])]
-            times = device.time_calls([lambda run=run, i=i: run(i) for i in sets])
+            try:
+                times = device.time_calls([lambda run=run, i=i: run(i) for i in sets])
+            except Exception as failure:
+                failed(name, failure)
+                del turns[name]
+                continue
             turns[name][turn] = times
             done[name] += len(times)
             spent[name] += sum(times)
     return turns
+
+
+def _raise_time_outs(device: Device) -> None:
+    from fusedrnn import kernels
+
+    kernels.check(device.torch)
 
 
 def quartiles(
@@ -220,11 +265,11 @@ def describe(failure: Exception) -> str:
     return f"{type(failure).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def _stop_if_broken(failure: Exception, row: dict, rows: list[dict]) -> None:
-    text = str(failure)
-    sticky = ("illegal memory access", "unspecified launch failure", "misaligned address",
-              "device-side assert", "illegal instruction")  # fmt: skip
-    if any(word in text for word in sticky):
+def _stop_if_broken(failure: Exception, rows: list[dict]) -> None:
+    if is_sticky(failure):
+        for row in rows:
+            if row["ms"] is None:
+                row["error"] = row["error"] or describe(failure)
         broken = BrokenDevice(describe(failure))
         broken.rows = rows  # pyright: ignore[reportAttributeAccessIssue]
         raise broken from failure

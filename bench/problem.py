@@ -47,16 +47,26 @@ class Problem:
         device: where.
         sets: how many sets of inputs to rotate through.
         seed: of weights and inputs.
+        gradients: whether the answer has them; they cost a backward pass in float64.
     """
 
-    def __init__(self, shape: Shape, device: torch.device | str, sets: int = 3, seed: int = 0):
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device | str,
+        sets: int = 3,
+        seed: int = 0,
+        gradients: bool = True,
+    ):
         self.shape = shape
         self.device = torch.device(device)
         self.dtype = TORCH_DTYPES[shape.dtype]
-        generator = torch.Generator().manual_seed(seed)
-        self.weights = self._draw_weights(generator)
+        self.gradients = gradients
+        self.weights = self._draw_weights(torch.Generator().manual_seed(seed))
+        # Drawn where they are needed: hundreds of millions of numbers take a CPU seconds.
+        generator = torch.Generator(self.device).manual_seed(seed)
         self.inputs = [self._draw(generator, n) for n in range(sets)]
-        self._answers: dict[str, dict[str, Tensor]] = {}
+        self._answer: dict[str, Tensor] | None = None
 
     def module(self, classes: dict[str, type], **options) -> nn.Module:
         """An LSTM, GRU or RNN out of `classes`, holding this problem's weights."""
@@ -70,14 +80,14 @@ class Problem:
         module.load_state_dict(self.weights)
         return module.to(self.device, self.dtype)
 
-    def answer(self, which: str) -> dict[str, Tensor]:
-        """Set 0 in float64: outputs and final states, and with `training` the gradients.
+    def answer(self) -> dict[str, Tensor]:
+        """Set 0 in float64: outputs and final states, and the gradients; computed once.
 
         torch.nn computes it, which shares nothing with fusedrnn; only resets, which torch.nn
         does not have, come from our reference loop.
         """
-        if which in self._answers:
-            return self._answers[which]
+        if self._answer is not None:
+            return self._answer
         kinds = OURS if self.shape.resets else modules.TORCH_CLASSES
         module = self.module(kinds)
         if self.shape.resets:
@@ -91,14 +101,14 @@ class Problem:
         extra = {} if given.reset is None else {"reset": given.reset}
         results = flatten(module(input, as_hx(hx), **extra))
         answer = dict(zip(state_names(self.shape), results, strict=True))
-        if which == "training":
+        if self.gradients:
             names = [name for name, _ in module.named_parameters()]
             wanted = [leaf, *module.parameters()]
             cotangents = [c.double() for c in given.cotangents]
             gradients = torch.autograd.grad(results, wanted, cotangents)
             answer |= dict(zip(grad_names(names), gradients, strict=True))
-        self._answers[which] = {name: t.detach() for name, t in answer.items()}
-        return self._answers[which]
+        self._answer = {name: t.detach() for name, t in answer.items()}
+        return self._answer
 
     def _draw_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
         shape = self.shape
@@ -116,7 +126,7 @@ class Problem:
         shape, device, dtype = self.shape, self.device, self.dtype
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator).to(device, dtype)
+            return torch.randn(*size, generator=generator, device=device).to(dtype)
 
         input: Tensor | PackedSequence
         leaf = normal(shape.T, shape.B, shape.I)

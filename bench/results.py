@@ -20,7 +20,8 @@ lengths, resets, name`), then `tier, pass, backend`, then
     ratio_p25, ratio_p75         quartiles of that ratio over the turns that both took
     floor_ms, floor_ratio        what the machine's limits allow; ms / floor_ms
     host_us          how long a call keeps the host busy (GPU only)
-    first_call_s     building and running it for the first time, compilation included
+    first_call_s     building and running it for the first time in this process; what is compiled
+                     then is what neither `conditions.precompiled` nor an earlier row compiled
     peak_bytes       the most memory a call held at once, beyond inputs and weights
     cache            "warm": input sets in rotation; "cold": caches flushed before each call
     deviation, deviation_limit   relative error against float64, and what was allowed

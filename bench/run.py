@@ -12,6 +12,8 @@ a run that is cut off leaves what it has. Points come in the order of `bench.sha
 from __future__ import annotations
 
 import argparse
+import collections
+import gc
 import os
 import re
 import signal
@@ -30,6 +32,7 @@ from bench import shapes
 from bench.device import Device, pick_device
 from bench.limits import Limits, call_floor
 from bench.measure import BrokenDevice, Effort, measure
+from bench.precompile import precompile
 from bench.shapes import PASSES, Point
 
 SAVE_EVERY = 5.0  # seconds
@@ -47,6 +50,7 @@ def run(
     now: Callable[[], float] = time.monotonic,
     show: Callable[[str], None] = print,
     progress: Callable[[Iterable], Iterable] = lambda points: points,
+    precompiled: dict | None = None,
 ) -> dict:
     """Measures `points` in order until `budget` seconds have passed; returns what it wrote.
 
@@ -56,6 +60,7 @@ def run(
         limits: of the machine, for the floors.
         before: the results of an earlier run to go on with.
         now, show, progress: the clock of the budget, where lines go, a progress bar.
+        precompiled: what `precompile` returned; without it each first call compiles.
     """
     start = last_saved = now()
     results = {
@@ -67,6 +72,7 @@ def run(
             "clock": device.clock,
             "order": "backends alternate within a point",
             "budget_s": budget,
+            "precompiled": precompiled,
         },
         "limits": None if limits is None else limits.as_dict(),
         "left_out": {},
@@ -78,21 +84,22 @@ def run(
     if before is not None:
         _go_on(results, before)
         done = {results_module.row_key(row)[:2] for row in results["rows"]}
-    longest = 0.0
+    took = collections.deque(maxlen=10)  # seconds of the last points
     device.warm_up()
     try:
         for point in progress(points):
             began = now()
-            # Not begun where the longest so far would not fit: a plan's points differ widely.
-            if began - start + longest > budget:
+            # Not begun where the longest of late would not fit: a plan's points differ widely.
+            if began - start + max(took, default=0.0) > budget:
                 results["stopped"] = "the budget was spent"
                 break
+            problems = {}
             for which in point.passes:
                 if (point.shape.key, which) in done:
                     continue
                 floor = None if limits is None else call_floor(point.shape, which, limits)
                 rows, left_out = measure(
-                    point, which, device, effort, None if floor is None else floor.seconds
+                    point, which, device, effort, None if floor is None else floor.seconds, problems
                 )
                 results["rows"] += rows
                 for name, why in left_out.items():
@@ -102,7 +109,7 @@ def run(
                 if now() - start > budget:
                     break
             results["points"]["measured"] += 1
-            longest = max(longest, now() - began)
+            took.append(now() - began)
             if now() - last_saved > SAVE_EVERY:
                 results_module.save(results, path)
                 last_saved = now()
@@ -201,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plan", choices=("cpu", "gpu", "tiny"), help="default: the device's")
     parser.add_argument("--quick", action="store_true", help="less time for each point")
     parser.add_argument("--only", default="", help="regular expression on a shape's key or name")
-    parser.add_argument("--tiers", default="", help="headline,workloads,planes,curves,grid")
+    parser.add_argument("--tiers", default="", help="headline,sample,workloads,loops,planes,...")
     parser.add_argument("--backends", default="", help="comma-separated, instead of the plan's")
     parser.add_argument("--passes", default="", help="forward,training,inference")
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
@@ -210,13 +217,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--cpu-time", action="store_true", help="time one thread's CPU time (on a busy machine)"
     )
     parser.add_argument("--compile", default="inductor", help='backend of torch.compile, or "no"')
+    parser.add_argument(
+        "--no-precompile", action="store_true", help="compile each kernel at its first call"
+    )
     parser.add_argument("--no-limits", action="store_true", help="no floors")
     parser.add_argument("--limits", type=Path, help="take the limits from this results file")
     options = parser.parse_args(arguments)
 
     if options.threads or options.cpu_time:
         torch.set_num_threads(options.threads or 1)
-    # Compilation is measured, so nothing that was compiled before may serve.
+    # What was compiled before must not serve: first calls are measured.
     if "TRITON_CACHE_DIR" not in os.environ:
         os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="fusedrnn-bench-")
     compiles = "" if options.compile == "no" else options.compile
@@ -247,8 +257,19 @@ def main(arguments: list[str] | None = None) -> int:
         limits = Limits.from_dict(results_module.load(options.limits)["limits"])
     elif before is not None and before.get("limits"):
         limits = Limits.from_dict(before["limits"])
+    elif cuda:
+        limits = limits_module.measure_apart(options.device)
     else:
         limits = limits_module.measure_limits(device, show=print)
+    precompiled = None
+    if cuda and not options.no_precompile:
+        from fusedrnn.kernels.launch import device_of
+
+        precompiled = precompile(points, device_of(device.torch), seconds=budget / 4)
+        print(f"compiled ahead: {precompiled}", flush=True)
+    # What lives until the end is not looked through by every collection of garbage.
+    gc.collect()
+    gc.freeze()
     if options.quick:
         effort = Effort(seconds=0.12, fewest=5, most=60, rounds=20)
     elif cuda:
@@ -261,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     bar = _progress(len(points))
     results = run(
         points, device, path=path, budget=budget - (time.monotonic() - started), effort=effort,
-        limits=limits, before=before, show=bar[0], progress=bar[1],
+        limits=limits, before=before, show=bar[0], progress=bar[1], precompiled=precompiled,
     )  # fmt: skip
     failed = [row for row in results["rows"] if row["error"]]
     measured = results["points"]["measured"]

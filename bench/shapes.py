@@ -21,6 +21,7 @@ T_GRID = (64, 256, 1024)
 B_GRID = (1, 8, 16, 32, 64, 128, 256)
 H_GRID = (64, 128, 256, 300, 512, 768, 1024)
 LAYERS_GRID = (1, 2, 4)
+SAMPLE = 200
 PLANE_T = 256  # the heat maps are planes H x B at this length
 
 
@@ -88,22 +89,21 @@ class Point:
     passes: tuple[str, ...] = PASSES
 
 
-EVERYONE = (
+KERNELS = (
     "torch_nn",
     "auto",
     "triton",
     "triton_states",
     "triton_graph",
     "torch_nn_graph",
-    "reference",
-    "reference_graph",
     "flashrnn",
     "flashrnn_alternating",
     "haste",
 )
+LOOPS = ("torch_nn", "auto", "reference", "reference_graph", "reference_compile")
 CLOSE = ("torch_nn", "auto", "triton", "triton_states", "torch_nn_graph")
 TWO = ("torch_nn", "auto", "triton")
-CURVE = ("torch_nn", "auto", "triton_states", "reference")
+CURVE = ("torch_nn", "auto", "triton_states")
 
 
 def length_list(distribution: str, T: int, B: int, seed: int = 0) -> list[int]:
@@ -154,6 +154,23 @@ def headline() -> Iterator[Shape]:
     yield Shape("gru", "fp16", 1024, 16, 768, 768)
     yield Shape("gru", "fp32-tf32", 256, 16, 1024, 1024)
     yield Shape("lstm", "fp32-exact", 256, 32, 512, 512)
+
+
+def sample() -> list[Shape]:
+    """A part of the grid, shuffled: what people train most, in every dtype with tensor cores, with
+    as much of stacks, both directions and packed rows as of the rest."""
+    shapes = [
+        s for s in grid()
+        if s.dtype != "fp32-exact" and s.T <= 256 and s.B <= 64 and s.H in (256, 512, 1024)
+    ]  # fmt: skip
+    random.Random(1).shuffle(shapes)
+    return shapes[:SAMPLE]
+
+
+def loops() -> Iterator[Shape]:
+    """Where the loops of plain operators are measured: they launch a dozen kernels a step."""
+    yield Shape("lstm", "bf16", 128, 32, 512, 512)
+    yield Shape("gru", "bf16", 128, 32, 512, 512)
 
 
 def workloads(dtype: str) -> Iterator[Shape]:
@@ -226,14 +243,13 @@ def curves(base: Shape, values: dict[str, tuple[int, ...]]) -> list[Shape]:
 
 
 def gpu_plan() -> list[Point]:
-    """The full run: goals, workloads, planes, curves, then the rest of the grid, shuffled."""
-    # Compiling the loop's step takes long: at two points only.
-    points = [
-        Point(s, "headline", (*EVERYONE, "reference_compile") if n in (2, 3) else EVERYONE)
-        for n, s in enumerate(headline())
-    ]
+    """The full run: goals, a sample of the grid, workloads, planes, curves, then the rest of the
+    grid, shuffled. The goals are means over the grid, so the sample comes early."""
+    points = [Point(s, "headline", KERNELS) for s in headline()]
+    points += [Point(s, "sample", TWO, ("training", "inference")) for s in sample()]
     for dtype in ("bf16", "fp32-tf32"):
         points += [Point(s, "workloads", CLOSE) for s in workloads(dtype)]
+    points += [Point(s, "loops", LOOPS, ("training", "inference")) for s in loops()]
     shuffle = random.Random(0).shuffle
     for dtype in ("bf16", "fp16", "fp32-tf32", "fp32-exact"):
         for cell in CELLS:

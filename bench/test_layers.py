@@ -34,7 +34,7 @@ def test_layer(shape, which, name, tiny, device, benchmark):
     set_precision(shape.dtype)
     problem = Problem(shape, device.torch, sets=1)
     runner = backends.build(name, problem, which, device)
-    error, where = deviation(runner, runner.run(0), problem.answer(which))
+    error, where = deviation(runner, runner.run(0), problem.answer())
     assert error <= limit(shape.dtype, None), f"{where} is off by {error}"
     benchmark.group = f"{shape.name or shape.key}, {which}"
     benchmark.extra_info["ran_on"] = runner.ran_on

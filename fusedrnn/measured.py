@@ -19,6 +19,7 @@ from pathlib import Path
 
 DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 PATH = Path(__file__).parent / "dispatch_table.json"
+RADIUS = (2, 1, 1)  # of a measured point in T, B and H, in doublings
 Table = dict[str, dict[str, list[list[float]]]]
 
 
@@ -53,7 +54,8 @@ def table() -> Table:
 
 @functools.lru_cache(maxsize=4096)
 def aten_is_faster(device: str, kind: str, T: int, B: int, H: int) -> float | None:
-    """The speed-up, below 1, that was measured nearest to a call; None where ours is as fast.
+    """The speed-up, below 1, that was measured nearest to a call; None where ours is as fast, or
+    where nothing was measured near it: within a factor of two in B and H, of four in T.
 
     Nearest by the logarithms of T, B and H, since times grow with products of them.
     """
@@ -70,5 +72,11 @@ def _nearest_loss(devices: Table, device: str, kind: str, T: int, B: int, H: int
         apart = sum((math.log2(n) - c) ** 2 for n, c in zip(point[:3], call, strict=True))
         return apart, point[3]  # of two as near, the worse
 
-    ratio = min(points, key=distance)[3]
+    near = [
+        point for point in points
+        if all(abs(math.log2(n) - c) <= r for n, c, r in zip(point[:3], call, RADIUS, strict=True))
+    ]  # fmt: skip
+    if not near:
+        return None
+    ratio = min(near, key=distance)[3]
     return ratio if ratio < 1 else None

@@ -65,6 +65,16 @@ class FakeDevice(Device):
         }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _precision():
+    """What is measured sets torch's switches for good; other tests want them as they were."""
+    switches = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value
+
+
 @pytest.fixture
 def gpu(monkeypatch) -> FakeDevice:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -29,11 +29,11 @@ def test_everyone_computes_the_same(shape, which, gpu):
         if backends.refuses(name, shape, gpu):
             assert name != "torch_nn"
             continue
-        problem = Problem(shape, "cpu", sets=2)
+        problem = Problem(shape, "cpu", sets=2, gradients=which == "training")
         runner = backends.build(name, problem, which, gpu)
         results = runner.run(0)
-        assert set(runner.names) == set(problem.answer(which))
-        error, where = deviation(runner, results, problem.answer(which))
+        assert set(runner.names) == set(problem.answer())
+        error, where = deviation(runner, results, problem.answer())
         assert error < (3e-2 if shape.dtype == "bf16" else 1e-5), (name, where)
         if n == 0:
             other = runner.run(1)[0]
@@ -108,7 +108,7 @@ def test_the_flashrnn_adapter_maps_weights_and_layouts(cell, monkeypatch, gpu):
     monkeypatch.setitem(sys.modules, "flashrnn", module)
     problem = Problem(Shape(cell, "fp32-exact", 5, 3, 6, 8), "cpu")
     runner = backends.build("flashrnn_alternating", problem, "training", gpu)
-    answer = problem.answer("training")
+    answer = problem.answer()
     results = runner.run(0)
     assert runner.names == (*answer,)[: len(runner.names)]
     assert "d_input" in runner.names
@@ -135,7 +135,7 @@ def test_the_haste_adapter(monkeypatch, gpu):
     monkeypatch.setitem(sys.modules, "haste_pytorch", SimpleNamespace(LSTM=HasteLayer))
     problem = Problem(PLAIN, "cpu")
     runner = backends.build("haste", problem, "training", gpu)
-    assert deviation(runner, runner.run(0), problem.answer("training"))[0] < 1e-5
+    assert deviation(runner, runner.run(0), problem.answer())[0] < 1e-5
 
 
 def test_stepwise_resets_a_row():

@@ -57,6 +57,9 @@ def test_the_nearest_point_decides():
     assert look(B=64) is None
     assert look(B=128) is None
     assert look(B=32) == 0.8  # as far from both: the worse
+    # What is far from all that was measured was not measured.
+    assert look(T=1024) == look(H=384) == look(H=1536) == 0.8
+    assert look(T=2048) is look(T=32) is look(H=380) is look(B=7) is look(H=1600) is None
     assert look(device="another") is None
     assert look(kind="gru fp16 training") is None
 

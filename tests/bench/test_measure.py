@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,13 +127,78 @@ def test_torch_nn_is_always_measured(gpu):
     assert by_backend(rows)["auto"]["ratio"] is not None
 
 
+def no_failure(name, failure):
+    raise failure
+
+
+@pytest.mark.parametrize("call", [2, 5, 30])  # while it warms up, is timed, is asked for its host
+def test_who_fails_late_does_not_take_the_others_along(gpu, spoil, call, monkeypatch):
+    calls = []
+
+    def fail_at_last(results):
+        calls.append(1)
+        if len(calls) >= call:
+            raise RuntimeError("tired")
+        return results
+
+    monkeypatch.setattr(
+        type(gpu), "host_seconds", lambda self, calls: [c() for c in calls] and 5e-5
+    )
+    gpu.time_calls = lambda calls: [c() and gpu.seconds for c in calls]
+    spoil("auto", fail_at_last)
+    rows = by_backend(measure.measure(POINT, "inference", gpu, Effort())[0])
+    assert rows["auto"]["error"] == "RuntimeError: tired"
+    assert rows["auto"]["ms"] is rows["auto"]["ratio"] is None
+    for name in ("torch_nn", "reference"):
+        assert rows[name]["error"] is None
+        assert rows[name]["ratio"] > 0
+
+
+def test_a_point_is_drawn_and_answered_once(gpu, monkeypatch):
+    drawn = []
+    problem = measure.Problem
+    monkeypatch.setattr(
+        measure, "Problem", lambda *a, **k: drawn.append(problem(*a, **k)) or drawn[-1]
+    )
+    problems = {}
+    for which in ("forward", "training", "inference"):
+        rows, _ = measure.measure(POINT, which, gpu, Effort(), problems=problems)
+        assert not [row["error"] for row in rows if row["error"]]
+    assert len(drawn) == 1
+    assert "d_input" in drawn[0].answer()
+    measure.measure(replace(POINT, passes=("inference",)), "inference", gpu, Effort())
+    assert "d_input" not in drawn[1].answer()  # nobody asks for gradients
+
+
+def test_a_problem_that_does_not_fit_is_an_error_of_its_rows(gpu, monkeypatch):
+    def too_large(*_, **__):
+        raise torch.cuda.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(measure, "Problem", too_large)
+    rows, _ = measure.measure(POINT, "inference", gpu, Effort())
+    assert {row["error"] for row in rows} == {"out of memory"}
+
+
+def test_a_time_out_is_the_row_s_that_caused_it(gpu, monkeypatch):
+    def timed_out(device):
+        raise RuntimeError("a wait between the programs timed out")
+
+    from fusedrnn import kernels
+
+    monkeypatch.setattr(kernels, "check", timed_out)
+    monkeypatch.setattr(backends, "modules_explain", lambda module, given: "triton")
+    rows = by_backend(measure.measure(POINT, "inference", gpu, Effort())[0])
+    assert "timed out" in rows["auto"]["error"]
+    assert rows["reference"]["ms"] is not None
+
+
 def test_backends_take_turns(gpu):
     order = []
     runners = {
         name: Runner(lambda i, name=name: order.append((name, i)), ()) for name in ("a", "b")
     }
     effort = Effort(seconds=0.06, rounds=3, sets=2)
-    samples = measure.take_turns(runners, gpu, effort)
+    samples = measure.take_turns(runners, gpu, effort, no_failure)
     assert len(samples["a"]) == len(samples["b"]) == 3
     names = [name for name, _ in order[2:]]
     assert names == ["a", "b", "b", "a", "a", "b"]
@@ -143,14 +209,16 @@ def test_inputs_rotate():
 
     seen = []
     runners = {"a": Runner(lambda i: seen.append(i), ())}
-    measure.take_turns(runners, Device(), Effort(seconds=0.0, fewest=9, rounds=3, sets=3))
+    measure.take_turns(
+        runners, Device(), Effort(seconds=0.0, fewest=9, rounds=3, sets=3), no_failure
+    )
     assert seen[3:12] == [0, 1, 2] * 3
 
 
 def test_a_slow_backend_is_called_no_more_than_needed(gpu):
     gpu.seconds = 10.0
     runners = {"slow": Runner(lambda i: None, ())}
-    samples = measure.take_turns(runners, gpu, Effort())
+    samples = measure.take_turns(runners, gpu, Effort(), no_failure)
     assert sum(map(len, samples["slow"].values())) == Effort().fewest
 
 

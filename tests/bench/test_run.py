@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
+from bench import limits as limits_module
 from bench import results, run, shapes
 from bench.device import ROOT, slug
 from bench.limits import Limits
@@ -57,6 +59,18 @@ def test_the_budget_ends_a_run_and_leaves_a_good_file(gpu, tmp_path):
     assert 0 < done["points"]["measured"] < len(POINTS)
     assert results.load(tmp_path / "r.json") == json.loads(json.dumps(done))
     assert gpu.now() <= 20
+
+
+def test_one_long_point_does_not_end_the_run_early(gpu, tmp_path):
+    def first_is_long(points):
+        for n, point in enumerate(points):
+            gpu.seconds = 8.0 if n == 0 else 0.1
+            yield point
+
+    many = [replace(POINTS[0], shape=replace(POINTS[0].shape, H=4 + n)) for n in range(60)]
+    done = go(many, gpu, tmp_path / "r.json", budget=450, effort=QUICK, progress=first_is_long)
+    assert done["points"]["measured"] == len(many)
+    assert gpu.now() < 450
 
 
 def test_resume_goes_on_where_it_stopped(gpu, tmp_path):
@@ -159,6 +173,24 @@ def test_paths_say_device_date_and_commit(gpu):
 def test_limits_come_back_from_a_file(gpu, limits, tmp_path):
     go(POINTS[:1], gpu, tmp_path / "r.json", effort=QUICK, limits=limits)
     assert Limits.from_dict(results.load(tmp_path / "r.json")["limits"]) == limits
+
+
+def test_limits_from_another_process(capfd):
+    found = limits_module.measure_apart("cpu")
+    assert found.flops["fp32-exact"] > 0
+    assert limits_module.measure_apart("tpu") is None
+    assert "no limits: ValueError: device must be 'cpu' or 'cuda'" in capfd.readouterr().out
+
+
+def test_a_limit_that_breaks_the_device_is_not_just_missing():
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    failed = {}
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        limits_module._try(failed, "l2", broken, 0.0)
+    assert limits_module._try(failed, "l2", lambda: 1 / 0, 0.0) == 0.0
+    assert failed == {"l2": "ZeroDivisionError: division by zero"}
 
 
 def environment(**more):

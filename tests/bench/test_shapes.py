@@ -11,7 +11,8 @@ def test_the_plan_begins_with_the_goals():
     plan = shapes.gpu_plan()
     assert plan[0].shape == Shape("lstm", "fp16", 1024, 16, 768, 768, name="hardest point")
     order = [p.tier for p in plan]
-    first = {tier: order.index(tier) for tier in ("headline", "workloads", "planes", "grid")}
+    tiers = ("headline", "sample", "workloads", "loops", "planes", "grid")
+    first = {tier: order.index(tier) for tier in tiers}
     assert list(first) == sorted(first, key=first.get)
 
 
@@ -33,6 +34,27 @@ def test_a_cut_off_grid_is_a_sample_of_it():
     rest = [p.shape for p in shapes.gpu_plan() if p.tier == "grid"][:300]
     for name, values in (("cell", shapes.CELLS), ("dtype", shapes.DTYPES), ("B", shapes.B_GRID)):
         assert {getattr(s, name) for s in rest} == set(values)
+
+
+def test_a_cut_off_sample_has_some_of_everything_that_the_goals_are_about():
+    """Geometric means of each dtype, and GRU, both directions, stacks and packed rows."""
+    found = [p.shape for p in shapes.gpu_plan() if p.tier == "sample"]
+    assert len(found) > 0.9 * shapes.SAMPLE  # but for what is a headline already
+    for first in (found[:48], found):
+        n = len(first)
+        for dtype in ("bf16", "fp16", "fp32-tf32"):
+            assert sum(s.dtype == dtype for s in first) > n / 6
+        for cell in shapes.CELLS:
+            assert sum(s.cell == cell for s in first) > n / 6
+        assert n / 4 < sum(s.bidirectional for s in first) < 3 * n / 4
+        assert n / 4 < sum(bool(s.lengths) for s in first) < 3 * n / 4
+        assert sum(s.layers > 1 for s in first) > n / 3
+    assert all(shapes.in_grid(s) for s in found)
+
+
+def test_the_slow_loops_are_at_few_points():
+    slow = {p.tier for p in shapes.gpu_plan() for b in p.backends if b.startswith("reference")}
+    assert slow == {"loops"}
 
 
 def test_every_backend_is_in_some_plan():
@@ -95,7 +117,7 @@ def test_a_curve_varies_one_dimension():
 
 def test_the_tiny_plan_is_small_and_keeps_every_kind():
     tiny = shapes.tiny_plan()
-    assert len(tiny) < 80
+    assert len(tiny) < 100
     assert max(p.shape.T * p.shape.H for p in tiny) <= 40
     full = [p for p in shapes.gpu_plan() if p.tier != "grid"]
     for flag in ("bidirectional", "resets", "lengths", "cell", "dtype"):
