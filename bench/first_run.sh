@@ -12,7 +12,7 @@ set -uo pipefail
 out=${1:?usage: bench/first_run.sh FOLDER [measure]}
 what=${2:-verify}
 python=${PYTHON:-python3}
-mkdir -p "$out"
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 failed=0
 
@@ -44,11 +44,11 @@ fi
 
 # Most of the time goes into compiling; a core is left for the one process that launches.
 workers=()
-"$python" -c "import xdist" 2> /dev/null && workers=(-n "$(($(nproc) > 2 ? $(nproc) - 1 : 2))")
+"$python" -c "import xdist" 2> /dev/null && workers=(-n "$(($(nproc) > 16 ? 16 : $(nproc) > 2 ? $(nproc) - 1 : 2))")
 
 step device 20 nvidia-smi
 step selfcheck 40 "$python" -m fusedrnn --json
-step layers 240 "$python" -m pytest -q -m gpu "${workers[@]}" \
+step layers 240 "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} \
   tests/gpu/test_plans_on_device.py tests/gpu/test_layers_on_device.py \
   tests/gpu/test_beyond_on_device.py
 step launches 80 "$python" -m pytest -q -m gpu -k "not sanitizer" tests/gpu/test_launches.py

@@ -444,7 +444,8 @@ def main() -> int:
     device = pick_device()
     limits = measure_limits(device, print)
     cuda = device.torch.type == "cuda"
-    some = [p.shape for p in (shapes.gpu_plan() if cuda else shapes.cpu_plan())[:31]]
+    plan = shapes.gpu_plan() if cuda else shapes.cpu_plan()
+    some = [p.shape for p in plan if p.tier in ("headline", "workloads")]
     print(table(limits, some))
     return 0
 

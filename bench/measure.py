@@ -270,6 +270,7 @@ def _stop_if_broken(failure: Exception, rows: list[dict]) -> None:
         for row in rows:
             if row["ms"] is None:
                 row["error"] = row["error"] or describe(failure)
+        add_ratios(rows)
         broken = BrokenDevice(describe(failure))
         broken.rows = rows  # pyright: ignore[reportAttributeAccessIssue]
         raise broken from failure

@@ -20,7 +20,7 @@ from bench import backends
 from bench.device import pick_device
 from bench.problem import TORCH_DTYPES, Problem, set_precision
 from bench.shapes import Point, Shape
-from fusedrnn import cells, dispatch
+from fusedrnn import cells
 
 FUSED = {"auto": "triton", "triton": "triton", "triton_states": "triton_states"}
 
@@ -70,13 +70,14 @@ def jobs(points: list[Point], device, most: int) -> list[Job]:
 
 def compile_job(job: Job, device_type: str = "cuda") -> tuple[float, str]:
     """Seconds that the first calls of a layer take in all its passes, and what went wrong."""
-    device = pick_device(device_type, compiles="")
-    if dispatch.triton_refuses(backends._call(job.shape, device)):
-        return 0.0, ""
-    set_precision(job.shape.dtype)
-    problem = Problem(job.shape, device.torch, sets=1, gradients=False)
-    start = time.perf_counter()
     try:
+        device = pick_device(device_type, compiles="")
+        refusal = backends.refuses(job.backend, job.shape, device)
+        if refusal:
+            return 0.0, f"{job.shape.key}: {refusal}"
+        set_precision(job.shape.dtype)
+        problem = Problem(job.shape, device.torch, sets=1, gradients=False)
+        start = time.perf_counter()
         for which in job.passes:
             backends.build(job.backend, problem, which, device).run(0)
         device.synchronize()
@@ -102,7 +103,8 @@ def precompile(
     """
     start = time.monotonic()
     planned = jobs(points, device, most)
-    workers = workers or max((os.cpu_count() or 2) - 1, 1)
+    # Each has a CUDA context of half a gigabyte or so; one core is left for the rest.
+    workers = min(workers or max(len(os.sched_getaffinity(0)) - 1, 1), 16, max(len(planned), 1))
     done, slowest = 0, 0.0
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         results = pool.imap_unordered(compile_job, planned)

@@ -137,8 +137,8 @@ def row_table(rows: list[dict]) -> list[str]:
 
 
 def everyone_table(rows: list[dict], show: Callable[[dict], str], floors: bool) -> list[str]:
-    """Headline points: all backends side by side, each cell as `show` makes it."""
-    wanted = [r for r in rows if r["tier"] == "headline"]
+    """Headline points, and those of the loops: all backends side by side, as `show` has them."""
+    wanted = [r for r in rows if r["tier"] in ("headline", "loops")]
     names = [n for n in WHAT if any(r["backend"] == n and r["ms"] for r in wanted)]
     head = ["shape", "pass", *names, *(["floor"] if floors else [])]
     lines = [_line(head), _line(["---"] * len(head)).replace(" ", "")]
@@ -290,7 +290,7 @@ def device_section(device: str, runs: list[dict], folder: str) -> tuple[list[str
     named = [r for r in ranked if r["name"]]
     if named:
         lines += ["", "### Named workloads", "", *row_table(named)]
-    if any(r["tier"] == "headline" for r in rows):
+    if any(r["tier"] in ("headline", "loops") for r in rows):
         present = {r["backend"] for r in rows}
         lines += ["", "### Everyone", ""]
         lines += [f"- `{name}`: {what}" for name, what in WHAT.items() if name in present]

@@ -125,6 +125,14 @@ def run(
     return results
 
 
+def _not_done(points: list[Point], before: dict | None) -> list[Point]:
+    """The points of which an earlier run has not all passes."""
+    if before is None:
+        return points
+    done = {results_module.row_key(row)[:2] for row in before["rows"]}
+    return [p for p in points if any((p.shape.key, which) not in done for which in p.passes)]
+
+
 def _go_on(results: dict, before: dict) -> None:
     """Takes over the rows of `before`.
 
@@ -265,7 +273,9 @@ def main(arguments: list[str] | None = None) -> int:
     if cuda and not options.no_precompile:
         from fusedrnn.kernels.launch import device_of
 
-        precompiled = precompile(points, device_of(device.torch), seconds=budget / 4)
+        precompiled = precompile(
+            _not_done(points, before), device_of(device.torch), seconds=budget / 4
+        )
         print(f"compiled ahead: {precompiled}", flush=True)
     # What lives until the end is not looked through by every collection of garbage.
     gc.collect()

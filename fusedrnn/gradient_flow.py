@@ -128,9 +128,10 @@ def state_gradients(
     recorded: list[list[tuple[Tensor, ...]]] = []  # one list for each layer and direction
     mode = module.mode.lower()
     names = cells.get(mode).states
-    if module._forward_pre_hooks:  # which may compute the weights: pruning, weight_norm
-        with torch.no_grad():
-            module(input, hx, lengths=lengths, reset=reset)
+    for key, hook in list(module._forward_pre_hooks.items()):
+        with torch.no_grad():  # pruning and weight_norm compute the weights in one
+            kwargs = ({},) if key in module._forward_pre_hooks_with_kwargs else ()
+            hook(module, (input, hx), *kwargs)
     weights = [getattr(module, name) for name in module._flat_weights_names]
     with torch.enable_grad():
         output, _ = functional.run(

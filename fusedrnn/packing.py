@@ -81,11 +81,14 @@ def rows_of(
     device = input.device
     if batch_sizes is not None:
         # Copied from pinned memory, so that the host does not wait for the device.
-        both = torch.cat([lengths_of(batch_sizes), offsets_of(batch_sizes)])
+        lengths, offsets = lengths_of(batch_sizes), offsets_of(batch_sizes)
+        # Both begin at a multiple of 16 bytes, for which alone Triton would compile another kernel.
+        start = lengths.numel() + lengths.numel() % 2
+        both = torch.cat([lengths, lengths.new_zeros(start - lengths.numel()), offsets])
         if device.type == "cuda":
             both = both.pin_memory().to(device, non_blocking=True)
         B, T = int(batch_sizes[0]), batch_sizes.numel()
-        return Rows(T, B, 0, 1, lengths=both[:B], offsets=both[B:])
+        return Rows(T, B, 0, 1, lengths=both[:B], offsets=both[start:])
     if lengths is not None:
         lengths = lengths.to(device=device, dtype=torch.int64)
     if batch_first:

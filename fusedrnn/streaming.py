@@ -54,6 +54,8 @@ def step(module, x: Tensor, state=None):
         )
     if module._forward_pre_hooks:
         time = 1 if module.batch_first and x.dim() == 2 else 0
+        if isinstance(state, (tuple, list)) and len(state) == 1:
+            (state,) = state
         output, state = module(x.unsqueeze(time), state)
         return output.squeeze(time), state
     mode = module.mode.lower()
@@ -136,6 +138,15 @@ def _states(module, name, mode, x, state) -> tuple[Tensor, ...]:
     return tuple(states)
 
 
+def _cast(state, dtype: torch.dtype):
+    """float32 and less as `dtype`, as under autocast, where a stream's states may be either."""
+    if isinstance(state, (tuple, list)):
+        return tuple(_cast(s, dtype) for s in state)
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    same = isinstance(state, Tensor) and state.dtype in low and dtype in low
+    return state.to(dtype) if same else state
+
+
 needs_one_direction = (
     "expected a unidirectional module, got bidirectional=True: the reverse direction needs the "
     "end of the sequence first"
@@ -210,14 +221,14 @@ class Stream:
         states = tuple(s.unsqueeze(1) for s in states) if unbatched else states
         shape = () if unbatched else (states[0].shape[1],)
         if rows is None:
-            rows = torch.ones(shape, dtype=torch.bool)
+            rows = torch.ones(shape, dtype=torch.bool, device=states[0].device)
         if rows.shape != shape:
             raise RuntimeError(f"reset: rows: expected shape {shape}, got {tuple(rows.shape)}")
         rows = rows.to(states[0].device)[..., None]
         if state is None:
             fresh = tuple(torch.zeros_like(s) for s in states)
         else:
-            fresh = functional.check_fresh(state, states, unbatched)
+            fresh = functional.check_fresh(_cast(state, states[0].dtype), states, unbatched)
         new = tuple(torch.where(rows, f, s) for f, s in zip(fresh, states, strict=True))
         new = tuple(s.squeeze(1) for s in new) if unbatched else new
         self.state = new[0] if len(new) == 1 else new

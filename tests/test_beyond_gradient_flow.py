@@ -1,5 +1,7 @@
 """Sensitivities against autograd's Jacobians, norms of gradients against finite differences."""
 
+import copy
+
 import pytest
 import torch
 from tolerances import GRADIENTS64, assert_exact
@@ -45,6 +47,17 @@ def test_state_gradients_with_a_weight_that_a_hook_computes():
     plain = prune.remove(model, "weight_hh_l0")
     expected = state_gradients(plain, x, lambda output: output.square().sum())
     assert_exact(found.norms["h"], expected.norms["h"], "norms")
+
+
+def test_a_hook_costs_no_noise():
+    """The same seed draws the same masks, whether a hook computes the weights or not."""
+    module = fusedrnn.GRU(I, H, zoneout=0.5, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    found = []
+    for model in (module, prune.identity(copy.deepcopy(module), "weight_hh_l0")):
+        torch.manual_seed(5)
+        found.append(state_gradients(model, x, lambda output: output.sum()).loss)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["plain", "2x2", "batch_first"])

@@ -175,6 +175,23 @@ def test_reset_of_an_unbatched_stream():
         stream.reset(torch.tensor([True, False]))
 
 
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_learned_state_between_chunks_under_autocast(cls, backend):
+    """Outside autocast, between its chunks: the stream's state is bfloat16 or float32 by then."""
+    stream = cls(I, H, backend=backend).stream()
+    fresh = tuple(torch.randn(1, 1, H) for _ in range(2 if cls is fusedrnn.LSTM else 1))
+    x = torch.randn(T, B, I)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stream(x)
+    dtypes = [s.dtype for s in states(stream.state)]
+    stream.reset(state=fresh if len(fresh) > 1 else fresh[0])
+    for state, own, dtype in zip(states(stream.state), fresh, dtypes, strict=True):
+        assert torch.equal(state, own.to(dtype).expand(1, B, H))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stream(x)
+
+
 def test_a_stream_that_began_anew_takes_another_batch():
     stream = fusedrnn.GRU(I, H).stream()
     stream(torch.randn(T, B, I))
@@ -207,6 +224,7 @@ def test_steps_after_hooks_that_compute_weights(hook, batch_first):
     assert torch.equal(next_state, final)
     output, _ = module.step(x[0], state[:, 0])
     assert torch.equal(output, module(x[:1], state[:, 0])[0][0])
+    assert torch.equal(module.step(x, (state,))[0], expected.squeeze(time))
 
 
 @pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN])

@@ -50,6 +50,17 @@ def test_packed_rows_equal_the_module():
     assert torch.equal(found[1], module(packed)[1])
 
 
+def test_packed_rows_compile_in_one_graph():
+    module = fusedrnn.GRU(I, H)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, I) for n in (4, 2, 1)])
+
+    def call(data, sizes):
+        return functional.gru(data, None, list(module.parameters()), batch_sizes=sizes)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(packed.data, packed.batch_sizes), module(packed)[0].data)
+
+
 X, HX = torch.zeros(T, B, I), torch.zeros(1, B, H)
 LSTM, GRU = weights(), weights("GRU")
 ROWS = torch.zeros(6, I)

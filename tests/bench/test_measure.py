@@ -115,6 +115,24 @@ def test_a_broken_device_ends_the_run_and_keeps_the_rows(gpu):
     assert all(row["error"] for row in caught.value.rows)
 
 
+def test_what_was_timed_before_the_device_broke_has_its_ratio(gpu, monkeypatch):
+    asked = []
+
+    def breaks(self, calls):
+        asked.append(1)
+        if len(asked) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 5e-5
+
+    monkeypatch.setattr(type(gpu), "host_seconds", breaks)
+    with pytest.raises(BrokenDevice) as caught:
+        measure.measure(POINT, "inference", gpu, Effort())
+    rows = by_backend(caught.value.rows)
+    assert rows["torch_nn"]["ratio"] == 1
+    assert rows["auto"]["error"]
+    assert rows["reference"]["error"]
+
+
 def test_what_is_left_out_is_said(gpu):
     point = Point(SHAPE, "headline", ("torch_nn", "haste", "flashrnn", "triton"))
     rows, left_out = measure.measure(point, "inference", gpu, Effort())

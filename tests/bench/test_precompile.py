@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from bench import precompile, shapes
 from bench.shapes import Point, Shape
@@ -50,7 +49,6 @@ def test_the_first_of_the_plan_come_first():
 def test_a_job_runs_with_the_kernels_interpreted(backend, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     ran = []
-    run = torch.ops.fusedrnn.layer
     from fusedrnn import kernels
 
     forward = kernels.scan_forward
@@ -63,7 +61,19 @@ def test_a_job_runs_with_the_kernels_interpreted(backend, monkeypatch):
     assert seconds > 0
     saved = "states" if backend == "triton_states" else "gates"
     assert ran == [saved, saved, None]
-    assert run is torch.ops.fusedrnn.layer
+
+
+@pytest.mark.parametrize("step", ["pick_device", "Problem", "set_precision"])
+def test_whatever_fails_in_a_process_is_reported(step, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(precompile, step, broken)
+    job = precompile.Job(Shape("gru", "fp32-exact", 2, 3, 4, 8), "triton", ("inference",))
+    assert precompile.compile_job(job, "cpu") == (
+        0.0, "gru fp32-exact T2 B3 I4 H8: RuntimeError: out of luck"
+    )  # fmt: skip
 
 
 def test_a_failure_is_reported_and_not_the_end(monkeypatch):
@@ -75,14 +85,22 @@ def test_a_failure_is_reported_and_not_the_end(monkeypatch):
 
 
 def test_processes(monkeypatch):
-    """On the CPU nothing is to compile, but every job comes back, from its process."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    """Every job comes back from its process, and what failed in one ends nothing."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(precompile, "compile_job", _compile_on_the_cpu)
     said = []
-    plan = [Point(replace(BASE, H=n, I=n), "grid", shapes.TWO) for n in (64, 128, 256)]
+    tiny = replace(BASE, dtype="fp32-exact", B=2)
+    plan = [Point(replace(tiny, H=n, I=n), "grid", shapes.TWO, ("inference",)) for n in (8, 16, 24)]
     done = precompile.precompile(plan, H200, 300, workers=2, show=said.append)
     assert not said
     assert done["layers"] == done["planned"] == 3
+    assert done["slowest_first_call_s"] > 0
+    monkeypatch.delenv("TRITON_INTERPRET")
+    done = precompile.precompile(plan, H200, 300, workers=2, show=said.append)
+    assert (done["layers"], done["planned"]) == (0, 3)
+    assert len(said) == 3
+    assert all("the tensors are on the cpu" in line for line in said)
+    said.clear()
     done = precompile.precompile(plan, H200, 0.0, workers=1, show=said.append)
     assert done["layers"] == 0
     assert said == ["compiling ahead was stopped after 0 s"]

@@ -39,6 +39,16 @@ def test_a_wrong_result_is_named_and_not_averaged(folder):
     assert "| bf16 | forward + backward | 63 |" in text  # 49 of the plane, 14 of the curves
 
 
+def test_the_loops_stand_beside_everyone(tmp_path):
+    rows = rows_of(shapes.hardest(), tier="headline", torch_nn=2.0, auto=1.0)
+    for shape in shapes.loops():
+        rows += rows_of(shape, tier="loops", torch_nn=2.0, auto=1.0, reference=777.0)
+    results.save(results_of(rows), tmp_path / "some-gpu" / "20260102-abc.json")
+    table = report.build(tmp_path)[0].split("### Everyone")[1]
+    assert "| shape | pass | torch_nn | auto | reference |" in table
+    assert table.count("777") == 2
+
+
 def test_the_same_files_give_the_same_bytes(folder):
     assert report.build(folder) == report.build(folder)
     written = report.write(folder, folder / "out", None)

@@ -83,6 +83,14 @@ def test_resume_goes_on_where_it_stopped(gpu, tmp_path):
     assert len({results.row_key(row) for row in second["rows"]}) == 2 * len(POINTS)
 
 
+def test_resume_compiles_ahead_what_is_left(gpu, tmp_path):
+    before = go(POINTS[:4], gpu, tmp_path / "r.json", effort=QUICK)
+    assert run._not_done(POINTS, before) == POINTS[4:]
+    assert run._not_done(POINTS, None) == POINTS
+    both = [replace(p, passes=("inference", "training")) for p in POINTS]
+    assert run._not_done(both, before) == both
+
+
 def test_resume_refuses_another_commit(gpu, tmp_path):
     before = go(POINTS[:1], gpu, tmp_path / "r.json", effort=QUICK)
     before["environment"]["commit"] = "fedcba9876"

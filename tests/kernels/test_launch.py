@@ -9,7 +9,7 @@ import fusedrnn
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch
 from fusedrnn.kernels.plan import INTERPRETER, plan_scan
-from fusedrnn.packing import Rows
+from fusedrnn.packing import Rows, rows_of
 
 CPU = torch.device("cpu")
 
@@ -68,6 +68,16 @@ def test_a_time_out_that_comes_while_a_call_looks_is_kept():
     launch._raise_if_timed_out(word)
     with pytest.raises(RuntimeError, match="step 5"):
         launch._raise_if_timed_out(word)
+
+
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_what_says_where_packed_rows_are_is_aligned(B):
+    """Triton compiles for pointers that are multiples of 16 bytes, and once more for others."""
+    batch_sizes = torch.tensor([B, 1])
+    rows = rows_of(torch.zeros(B + 1, 4), False, None, batch_sizes)
+    assert rows.offsets.tolist() == [0, B]
+    assert rows.lengths.tolist() == [2] + [1] * (B - 1)
+    assert rows.offsets.data_ptr() % 16 == rows.lengths.data_ptr() % 16 == 0
 
 
 class Tensor:
