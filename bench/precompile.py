@@ -104,7 +104,7 @@ def precompile(
     start = time.monotonic()
     planned = jobs(points, device, most)
     # Each has a CUDA context of half a gigabyte or so; one core is left for the rest.
-    workers = min(workers or max(len(os.sched_getaffinity(0)) - 1, 1), 16, max(len(planned), 1))
+    workers = min(workers or max((os.cpu_count() or 2) - 1, 1), 16, max(len(planned), 1))
     done, slowest = 0, 0.0
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         results = pool.imap_unordered(compile_job, planned)

@@ -83,7 +83,7 @@ def run(
     done: set[tuple[str, str]] = set()
     if before is not None:
         _go_on(results, before)
-        done = {results_module.row_key(row)[:2] for row in results["rows"]}
+        done = _measured(results["rows"])
     took = collections.deque(maxlen=10)  # seconds of the last points
     device.warm_up()
     try:
@@ -125,11 +125,16 @@ def run(
     return results
 
 
+def _measured(rows: list[dict]) -> set[tuple[str, str]]:
+    """Shape and pass of what has rows."""
+    return {results_module.row_key(row)[:2] for row in rows}
+
+
 def _not_done(points: list[Point], before: dict | None) -> list[Point]:
     """The points of which an earlier run has not all passes."""
     if before is None:
         return points
-    done = {results_module.row_key(row)[:2] for row in before["rows"]}
+    done = _measured(before["rows"])
     return [p for p in points if any((p.shape.key, which) not in done for which in p.passes)]
 
 
