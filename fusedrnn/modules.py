@@ -8,7 +8,6 @@ parametrizations and re-assigned parameters need no further care.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cells, dispatch, functional, regularizers, streaming
 from fusedrnn.regularizers import Regularizers
+from fusedrnn.scripting import Scriptable, ScriptableLSTM, ScriptableSequence, forward_of
 
 # torch's own classes, kept here: a program may put ours in their place in torch.nn.
 TORCH_CLASSES: dict[str, type[nn.Module]] = {
@@ -49,7 +49,7 @@ def _shown_as(**differences) -> Callable:
     return decorate
 
 
-class RecurrentModule(nn.RNNBase):
+class RecurrentModule(ScriptableSequence):
     """What LSTM, GRU and RNN share. `backend` and `save` are ours; all else is torch's.
 
     Attributes:
@@ -162,15 +162,8 @@ class RecurrentModule(nn.RNNBase):
         own = self.regularizers
         return super().extra_repr() + (f", {own}" if own is not None else "")
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles torch.nn's module, which holds the same parameters.
 
-        It also leaves that in the place of ours, in the model that it was given.
-        """
-        return _as_torchs(self)
-
-
-class LSTM(RecurrentModule):
+class LSTM(ScriptableLSTM, RecurrentModule):
     r"""Long short-term memory over a sequence; replaces torch.nn.LSTM.
 
         i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
@@ -358,7 +351,7 @@ class RNN(RecurrentModule):
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
 
-class CellModule:
+class CellModule(Scriptable):
     """What LSTMCell, GRUCell and RNNCell put before torch.nn's class of that name.
 
     torch's own cell runs the step, unless a backend of ours is forced or torch.func transforms
@@ -383,10 +376,6 @@ class CellModule:
         final = _cell_step(self, input, states)
         return final[0] if len(final) == 1 else final
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """As RecurrentModule's."""
-        return _as_torchs(self)
-
 
 class LSTMCell(CellModule, nn.LSTMCell):
     """One step of an LSTM; replaces torch.nn.LSTMCell. Equations as in `fusedrnn.LSTM`.
@@ -403,6 +392,7 @@ class LSTMCell(CellModule, nn.LSTMCell):
     """
 
     cell_name = "lstm"
+    forward__0 = forward_of(nn.LSTMCell)
 
     def __init__(
         self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None
@@ -425,6 +415,7 @@ class GRUCell(CellModule, nn.GRUCell):
     """
 
     cell_name = "gru"
+    forward__0 = forward_of(nn.GRUCell)
 
     def __init__(
         self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None
@@ -445,6 +436,8 @@ class RNNCell(CellModule, nn.RNNCell):
         RuntimeError, ValueError: the argument, what was expected, what came.
     Source: Elman 1990, doi:10.1207/s15516709cog1402_1.
     """
+
+    forward__0 = forward_of(nn.RNNCell)
 
     def __init__(
         self,
@@ -495,25 +488,6 @@ def _cell_step(module, input: Tensor, hx) -> tuple[Tensor, ...]:
         backend=module.backend,
     )
     return tuple(f.squeeze(0) for f in final)
-
-
-def _as_torchs(module) -> nn.Module:
-    """A copy that is torch.nn's module of that name and shares the parameters.
-
-    Raises:
-        TypeError: it would not compute the same.
-    """
-    ours = type(module).__module__ == __name__  # else a subclass, maybe of the same name
-    torchs = TORCH_CLASSES.get(type(module).__name__) if ours else None
-    if torchs is None or getattr(module, "regularizers", None) is not None:
-        what = "a subclass" if torchs is None else "with regularizers"
-        raise TypeError(
-            f"{type(module).__name__}: torch.jit.script compiles torch.nn's module in the place of "
-            f"fusedrnn's, which cannot stand in for {what}"
-        )
-    other = copy.copy(module)
-    other.__class__ = torchs
-    return other
 
 
 def _set_backend(module, backend: str | None) -> None:

@@ -98,6 +98,13 @@ class Regularizers:
             names.append("clip_gradient")
         return tuple(names)
 
+    def needed(self, *, training: bool) -> str | None:
+        """None where a forward pass is as without regularisers, as in evaluation but for zoneout;
+        else what is missing without them, and what to do about it."""
+        if not training and "zoneout" not in self.inside_loop(training=False):
+            return None
+        return f"{self} (set regularizers = None to drop them; only zoneout acts in eval mode too)"
+
     def stochastic(self) -> bool:
         """Whether a call in training mode draws anything."""
         zoneout = any(self.zoneout) if isinstance(self.zoneout, tuple) else self.zoneout

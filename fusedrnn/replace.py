@@ -47,8 +47,11 @@ def replace_modules(model: nn.Module) -> Report:
 
 
 def restore_modules(model: nn.Module) -> Report:
-    """Undoes `replace_modules`: every module of fusedrnn becomes torch.nn's again, in place; one
-    with regularizers, which torch.nn's would not apply, is left."""
+    """Undoes `replace_modules`: every module of fusedrnn becomes torch.nn's again, in place.
+
+    One with regularizers, which torch.nn's would not apply, is left; but not in evaluation mode,
+    where only zoneout acts. (It is nothing but torch.nn's then, in training mode too.)
+    """
     return _swap(model, OURS, modules.TORCH_CLASSES)
 
 
@@ -60,8 +63,9 @@ def _swap(model, sources: dict[str, type], targets: dict[str, type]) -> Report:
     for name, module in model.named_modules():
         kind = next((k for k, source in sources.items() if type(module) is source), None)
         own = getattr(module, "regularizers", None)
-        if kind is not None and own is not None:
-            left[name] = f"torch.nn's {kind} has no {own}"
+        needed = own and own.needed(training=module.training)
+        if kind is not None and needed:
+            left[name] = f"torch.nn's {kind} has no {needed}"
         elif kind is not None:
             module.__class__ = targets[kind]
             swapped[name] = f"{_path(sources[kind])} -> {_path(targets[kind])}"

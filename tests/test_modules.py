@@ -463,12 +463,72 @@ def test_jit_script(kind):
     nested = torch.jit.script(model)  # alone, torch's own classes cannot be scripted either
     torch.testing.assert_close(nested(input), model(input))
     torch.testing.assert_close(nested.rnn.forward__0(input), torchs(input))
-    # torch.jit.script puts what it compiled into the model that it was given.
-    assert type(model.rnn) is getattr(nn, kind)
-    assert model.rnn.weight_hh_l0 is ours.weight_hh_l0
     with torch.no_grad():
         ours.weight_hh_l0.zero_()
     torch.testing.assert_close(nested(input), model(input))
+
+
+@every_kind
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_leaves_the_model_as_it_was(kind):
+    ours = getattr(fusedrnn, kind)(3, 5, backend="reference", save="states", clip_gradient=1.0)
+    model = nn.ModuleDict({"inner": Model(ours), "cell": getattr(fusedrnn, f"{kind}Cell")(3, 5)})
+    cell, own = model["cell"], ours.regularizers
+    torch.jit.script(model.eval())
+    assert model["inner"].rnn is ours
+    assert model["cell"] is cell
+    assert type(ours) is getattr(fusedrnn, kind)
+    assert type(cell) is getattr(fusedrnn, f"{kind}Cell")
+    assert (ours.backend, ours.save, ours.regularizers) == ("reference", "states", own)
+    input = sample(kind)
+    ours(input, lengths=torch.tensor([5, 2, 0, 3]))
+    ours.step(input[0])
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(bidirectional=True, batch_first=True, bias=False), dict(num_layers=2)]
+    + [dict(proj_size=2)],
+)
+@every_kind
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_of_every_input(kind, options):
+    if kind != "LSTM" and "proj_size" in options:
+        pytest.skip("only LSTM has projections")
+    torchs, ours = pair(kind, 3, 5, **options)
+    theirs, scripted = (torch.jit.script(Model(m)).rnn for m in (torchs, ours))
+    _, hx = torchs(torch.randn(5, 5, 3))
+    hx = tuple(map(torch.randn_like, hx)) if kind == "LSTM" else torch.randn_like(hx)
+    row = tuple(h[:, 0] for h in hx) if kind == "LSTM" else hx[:, 0]
+    input = torch.randn(5, 5, 3)
+    packed = pack_padded_sequence(input, torch.tensor([2, 5, 1, 4, 3]), enforce_sorted=False)
+    for x, state in ((input, hx), (input[0], row)):
+        for args in ((x,), (x, state)):
+            torch.testing.assert_close(scripted.forward__0(*args), theirs.forward__0(*args))
+    for args in ((packed,), (packed, hx)):
+        torch.testing.assert_close(scripted.forward__1(*args), theirs.forward__1(*args))
+    for bad in (torch.randn(5, 5, 4), torch.randn(5)):
+        for module in (scripted, theirs):
+            with pytest.raises(torch.jit.Error, match="input"):
+                module.forward__0(bad)
+    for module in (scripted, theirs):
+        with pytest.raises(torch.jit.Error, match="Expected hidden"):
+            module.forward__0(input[:, :3] if not options.get("batch_first") else input[:3], hx)
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file).forward__0(input), scripted.forward__0(input))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_of_relu():
+    ours = fusedrnn.RNN(3, 5, nonlinearity="relu")
+    input = sample("RNN")
+    packed = pack_padded_sequence(input, torch.tensor([5, 2, 1, 3]), enforce_sorted=False)
+    scripted = torch.jit.script(Model(ours)).rnn
+    torch.testing.assert_close(scripted.forward__0(input), ours(input))
+    torch.testing.assert_close(scripted.forward__1(packed), ours(packed))
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -477,20 +537,45 @@ def test_jit_script_of_a_cell(kind):
     torchs, ours = pair(kind, 3, 5)
     input = sample(kind)
     scripted = torch.jit.script(nn.Sequential(ours))
-    torch.testing.assert_close(scripted(input), torchs(input))
+    for x in (input, input[0]):
+        torch.testing.assert_close(scripted(x), torchs(x))
+    assert not hasattr(getattr(nn, kind).forward, "_torchscript_modifier")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_script_refuses_what_torch_lacks():
-    class Own(fusedrnn.LSTM):
+    class Same(fusedrnn.LSTM):
         pass
+
+    input = sample("LSTM")
+    model = Model(Same(3, 5))
+    torch.testing.assert_close(torch.jit.script(model)(input), model(input))
+
+    class Own(fusedrnn.LSTM):
+        def forward(self, input, hx=None):
+            return super().forward(2 * input, hx)
 
     with pytest.raises(TypeError, match=r"Own: torch.jit.script .* cannot stand in for a subclass"):
         torch.jit.script(nn.Sequential(Own(3, 5)))
-
     Own.__name__ = "LSTM"  # the name is not the class
     with pytest.raises(TypeError, match=r"LSTM: .* cannot stand in for a subclass"):
         torch.jit.script(nn.Sequential(Own(3, 5)))
+
+    parametrizations.weight_norm(model.rnn, "weight_hh_l0")
+    with pytest.raises(TypeError, match=r"stand in for a parametrized module: remove"):
+        torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_of_regularizers_that_are_off():
+    dropped = dict(input_dropout=0.2, recurrent_dropout=0.2, weight_drop=0.5, clip_gradient=1.0)
+    model, input = Model(fusedrnn.LSTM(3, 5, **dropped)), sample("LSTM")
+    with pytest.raises(TypeError, match=r"recurrent_dropout=0.2.*set regularizers = None to drop"):
+        torch.jit.script(model)
+    scripted = torch.jit.script(model.eval())
+    torch.testing.assert_close(scripted(input), model(input))
+    with pytest.raises(TypeError, match=r"zoneout=0.1 .*set regularizers = None to drop"):
+        torch.jit.script(Model(fusedrnn.LSTM(3, 5, zoneout=0.1)).eval())
 
 
 @every_class

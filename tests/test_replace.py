@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tolerances import assert_same
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -132,11 +133,25 @@ def test_what_is_left_and_why():
 
 
 def test_what_torch_does_not_have_is_not_restored():
-    model = nn.ModuleList([fusedrnn.LSTM(3, 4, zoneout=0.5), fusedrnn.GRU(3, 4)])
+    kinds = [dict(zoneout=0.5), dict(clip_gradient=1.0), dict(recurrent_dropout=0.5, zoneout=0.5)]
+    model = nn.ModuleList([*(fusedrnn.LSTM(3, 4, **kind) for kind in kinds), fusedrnn.GRU(3, 4)])
     report = fusedrnn.restore_modules(model)
-    assert list(report.swapped) == ["1"]
-    assert report.left == {"0": "torch.nn's LSTM has no zoneout=0.5"}
+    assert list(report.swapped) == ["3"]
+    assert set(report.left) == {"0", "1", "2"}
+    assert report.left["0"].startswith("torch.nn's LSTM has no zoneout=0.5 (set regularizers = No")
     assert type(model[0]) is fusedrnn.LSTM
+    assert set(fusedrnn.restore_modules(model.eval()).left) == {"0", "2"}
+
+
+def test_what_is_off_in_evaluation_is_no_obstacle():
+    dropped = dict(input_dropout=0.2, recurrent_dropout=0.2, weight_drop=0.5, clip_gradient=1.0)
+    model, x = fusedrnn.GRU(3, 4, **dropped).eval(), torch.randn(5, 2, 3)
+    before, own = model(x)[0], model.regularizers
+    assert fusedrnn.restore_modules(model).swapped
+    assert type(model) is nn.GRU
+    assert_same(model(x)[0], before, "restored")
+    fusedrnn.replace_modules(model)
+    assert model.regularizers is own
 
 
 def test_tools_that_look_for_torchs_classes():
