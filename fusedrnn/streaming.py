@@ -191,12 +191,15 @@ class Stream:
 
     def __call__(self, input, *, lengths: Tensor | None = None, reset=None):
         """The next chunk, as the module takes it; returns its output."""
-        output, self.state = self.module(input, self._begin(), lengths=lengths, reset=reset)
+        state = self._cut(self.state)
+        output, state = self.module(input, state, lengths=lengths, reset=reset)
+        self.state = self._cut(state)  # now, not at the next chunk: a graph holds memory
         return output
 
     def step(self, x: Tensor) -> Tensor:
         """The next time step: x [B, I] -> output [B, H]."""
-        output, self.state = step(self.module, x, self._begin())
+        output, state = step(self.module, x, self._cut(self.state))
+        self.state = self._cut(state)
         return output
 
     def reset(self, rows: Tensor | None = None, state=None) -> None:
@@ -231,10 +234,10 @@ class Stream:
             fresh = functional.check_fresh(_cast(state, states[0].dtype), states, unbatched)
         new = tuple(torch.where(rows, f, s) for f, s in zip(fresh, states, strict=True))
         new = tuple(s.squeeze(1) for s in new) if unbatched else new
-        self.state = new[0] if len(new) == 1 else new
+        self.state = self._cut(new[0] if len(new) == 1 else new)
 
-    def _begin(self):
-        state = self.state
+    def _cut(self, state):
+        """`state` without its graph, unless gradients are to cross."""
         if state is None or not self.detach:
             return state
         if isinstance(state, (tuple, list)):

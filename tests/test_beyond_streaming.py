@@ -1,5 +1,6 @@
 """step and stream: equal to the sequence call, gradients cut where they should be."""
 
+import copy
 import functools
 import warnings
 
@@ -126,7 +127,7 @@ def test_a_stream_equals_one_long_pass(name, num_layers):
     expected, final = module(x, reset=first)
     torch.testing.assert_close(torch.cat(parts), expected, **VALUES64)
     assert_states(stream.state, final, **VALUES64)
-    assert all(not s.requires_grad for s in states(stream._begin()))
+    assert all(not s.requires_grad for s in states(stream.state))
 
 
 def test_a_stream_mixes_steps_and_chunks():
@@ -274,6 +275,21 @@ def test_gradients_cross_the_chunk_on_request():
     found = torch.autograd.grad(output.square().sum(), x)[0]
     expected = torch.autograd.grad(module(x)[0].square().sum(), x)[0]
     torch.testing.assert_close(found, expected, **GRADIENTS64)
+
+
+@pytest.mark.parametrize("kind", [fusedrnn.LSTM, fusedrnn.GRU])
+def test_between_chunks_no_graph_is_kept(kind):
+    x, stream = torch.randn(T, B, I), kind(I, H).stream()
+    h_0 = torch.nn.Parameter(torch.zeros(1, 1, H))
+    for advance in (
+        lambda: stream(x),
+        lambda: stream.step(x[0]),
+        lambda: stream.reset(torch.arange(B) == 1, (h_0, h_0) if kind is fusedrnn.LSTM else h_0),
+    ):
+        advance()
+        assert not any(s.requires_grad for s in states(stream.state))
+        other = copy.deepcopy(stream)
+        torch.testing.assert_close(other(x), stream(x))
 
 
 def test_memory_of_past_chunks_is_freed():
