@@ -57,7 +57,7 @@ def check_name(backend: str, source: str) -> str:
 
 
 # A plain global, not a context variable: torch.compile can read it, and guards on it.
-_in_force = check_name(os.environ.get("FUSEDRNN_BACKEND", "auto"), "FUSEDRNN_BACKEND")
+_in_force = check_name(os.environ.get("FUSEDRNN_BACKEND") or "auto", "FUSEDRNN_BACKEND")
 
 
 @contextmanager
