@@ -4,8 +4,6 @@ A packed sequence stores the rows of time step t, longest sequence first, at `of
 a padded tensor at `t * B + b` or `b * T + t`. One addressing serves all three.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

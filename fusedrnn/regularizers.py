@@ -4,8 +4,6 @@ All noise is drawn before the time loop, as tensors; the loop itself is determin
 backward pass, a second derivative, activation checkpointing and every backend see one mask.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 import torch

@@ -1,7 +1,5 @@
 """From torch tensors to one launch: allocation, plan, grid, and what a time-out leaves behind."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ mostly runs what is compiled already. A batch or a number of directions too larg
 split into several launches, each over the whole sequence.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

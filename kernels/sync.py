@@ -47,8 +47,6 @@ For NVIDIA. On AMD (gfx942, Triton 3.6 to 3.9) a block barrier does not wait for
 other waves, so a release speaks for its own wave only, and no protocol here is sound.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

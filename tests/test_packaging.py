@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"fusedrnn": ROOT / "fusedrnn", "fusedrnn.kernels": ROOT / "kernels"}
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs `code` in a new interpreter, away from this folder, which would be found first."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
         cwd=tempfile.gettempdir(),
         env={**os.environ, **environment},
         capture_output=True,
@@ -102,6 +102,35 @@ def test_one_version_everywhere():
     assert found(r'^version = "(.+)"', "pyproject.toml") == fusedrnn.__version__
     assert found(r"^## (\S+)", "CHANGELOG.md") in (fusedrnn.__version__, "Unreleased")
     assert found(r"torch==([0-9.]+)", "Makefile") == found(r"^torch==(\S+)", "constraints.txt")
+
+
+def test_torch_package_interns_it(tmp_path):
+    """Modules in such a package are not in sys.modules, where dataclasses look up annotations
+    that are strings: files with dataclasses import no annotations from __future__."""
+    ran = python(
+        """
+        import sys
+        import torch
+        from torch import package
+        import fusedrnn
+
+        models = [fusedrnn.LSTM(3, 4, zoneout=0.1).eval(), fusedrnn.GRU(3, 4, save="states")]
+        with package.PackageExporter(sys.argv[1]) as exporter:
+            exporter.intern("fusedrnn.**")
+            exporter.extern(["torch", "torch.**", "numpy", "triton", "triton.**"])
+            exporter.save_pickle("model", "model.pkl", models)
+        importer = package.PackageImporter(sys.argv[1])
+        x = torch.randn(5, 2, 3)
+        for mine, theirs in zip(models, importer.load_pickle("model", "model.pkl")):
+            assert type(mine) is not type(theirs)
+            assert torch.equal(mine(x)[0], theirs(x)[0])
+        if importer.import_module("fusedrnn.dispatch").TRITON_MISSING is None:
+            importer.import_module("fusedrnn.kernels")
+        """,
+        str(tmp_path / "model.pt"),
+        TRITON_INTERPRET="1",
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 # -------------------------------------------------------------------------------- without triton

@@ -1,13 +1,11 @@
 """What a recurrent cell is, and the registry of all that exist."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusedrnn.cells import vocabulary
 
-REGISTRY: dict[str, Cell] = {}
+REGISTRY: dict[str, "Cell"] = {}
 
 
 @dataclass(frozen=True)
