@@ -382,12 +382,13 @@ def check_weights(cell, weights, hidden_size, layers, bias, proj_size, D) -> Non
                 f"{cell}: weights[{index}]: expected a Tensor, got {type(weight).__name__}"
             )
     input_size = weights[0].shape[-1] if len(weights) and weights[0].dim() else 0
-    shapes = weight_shapes(cell, input_size, hidden_size, layers, bias, proj_size, D)
-    if len(weights) != len(shapes):
+    count = layers * len(weight_shapes(cell, input_size, hidden_size, 1, bias, proj_size, D))
+    if len(weights) != count:
         raise RuntimeError(
-            f"{cell}: weights: expected {len(shapes)} tensors for {layers} layer(s) and "
+            f"{cell}: weights: expected {count} tensors for {layers} layer(s) and "
             f"direction(s) with bias={bias} and proj_size={proj_size}, got {len(weights)}"
         )
+    shapes = weight_shapes(cell, input_size, hidden_size, layers, bias, proj_size, D)
     first, autocast = weights[0], torch._C._is_any_autocast_enabled()
     for index, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
         if weight.shape != shape:

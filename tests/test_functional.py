@@ -3,6 +3,8 @@
 Tensors that do not fit each other must not reach a kernel, which would read beyond their end.
 """
 
+import tracemalloc
+
 import pytest
 import torch
 
@@ -158,6 +160,15 @@ def test_misuse(name, backend):
     call, message = MISUSE[name]
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         call(backend=backend)
+
+
+def test_a_wrong_number_of_layers_costs_no_memory():
+    tracemalloc.start()
+    with pytest.raises(RuntimeError, match="expected 400000 tensors for 100000 layer"):
+        functional.lstm(X, None, LSTM, num_layers=100_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_an_unknown_backend():
