@@ -98,7 +98,8 @@ def run_aten(
     options = (config.bias, num_layers, dropout, training, config.bidirectional)
     if sequence.batch_sizes is not None:
         return function(input, sequence.batch_sizes, hx, list(weights), *options)
-    if sequence.lengths is None:
+    # On the meta device there is no length to look at; the shapes are those of full rows.
+    if sequence.lengths is None or input.device.type == "meta":
         return function(input, hx, list(weights), *options, config.batch_first)
     return _run_aten_padded(function, config, input, state, weights, sequence.lengths, options)
 

@@ -220,6 +220,21 @@ def test_misuse_with_a_packed_sequence():
         module(packed, lengths=torch.tensor([7, 6, 4, 2, 1]))
 
 
+@each_module
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_shapes_on_the_meta_device(name, backend, device):
+    module, x, _ = make(name, "batch_first", backend)
+    lengths = torch.tensor([3, 7, 0, 5, 2])
+    real = module(x, lengths=lengths)
+    result = module.to("meta")(x.to("meta"), lengths=lengths.to(device))
+    for one, other in zip((result[0], *states(result)), (real[0], *states(real)), strict=True):
+        assert one.device.type == "meta"
+        assert one.shape == other.shape
+    result[0].sum().backward()
+    assert module.weight_hh_l0.grad.shape == module.weight_hh_l0.shape
+
+
 def test_values_are_not_read_under_compile():
     module, x, _ = make("lstm", "2x2", None)
     lengths = torch.tensor([3, 0, 1, 5, 2])
