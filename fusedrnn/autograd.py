@@ -338,6 +338,9 @@ def layer_op(
         cell, bias, bidirectional, projection, batch_first, backend, save, autocast, clip
     )  # fmt: skip
     sequence = Sequence(lengths, batch_sizes, reset, h_mask, zoneout)
+    # Here, since a compiler looks at no values; on another device it would mean waiting.
+    if lengths is not None and lengths.device.type == "cpu":
+        packing.check_length_values(lengths, input.shape[1 if batch_first else 0])
     if backend == "triton":
         return _triton_forward(config, input, tuple(state), tuple(weights), sequence)
     outputs = run_plain(config, input, tuple(state), tuple(weights), sequence)

@@ -87,12 +87,11 @@ def rows_of(
             both = both.pin_memory().to(device, non_blocking=True)
         B, T = int(batch_sizes[0]), batch_sizes.numel()
         return Rows(T, B, 0, 1, lengths=both[:B], offsets=both[start:])
-    if lengths is not None:
-        lengths = lengths.to(device=device, dtype=torch.int64)
+    T, B = input.shape[:2][::-1] if batch_first else input.shape[:2]
+    if lengths is not None:  # on a GPU nobody has looked at them, and they become addresses
+        lengths = lengths.to(device=device, dtype=torch.int64).clamp(0, T)
     if batch_first:
-        B, T = input.shape[:2]
         return Rows(T, B, 1, T, lengths=lengths)
-    T, B = input.shape[:2]
     return Rows(T, B, B, 1, lengths=lengths)
 
 

@@ -12,6 +12,7 @@ from tolerances import GRADIENTS32, VALUES32
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
+from fusedrnn import packing
 
 T, B, I, H = 7, 5, 3, 4
 LENGTHS = {
@@ -235,7 +236,38 @@ def test_shapes_on_the_meta_device(name, backend, device):
     assert module.weight_hh_l0.grad.shape == module.weight_hh_l0.shape
 
 
-def test_values_are_not_read_under_compile():
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("layout", ["plain", "batch_first"])
+def test_misuse_of_what_was_compiled(layout, backend):
+    module, x, _ = make("gru", layout, backend)
+    good = {"lengths": torch.tensor([3, 7, 0, 5, 2])}
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(module, (x,), good).module()
+    for run in (compiled, exported):
+        torch.testing.assert_close(run(x, **good), module(x, **good))
+        for wrong, message in (
+            ([8, 1, 1, 1, 1], "T=7, got values from 1 to 8"),
+            ([3, -1, 1, 1, 1], "T=7, got values from -1 to 3"),
+        ):
+            with pytest.raises(ValueError, match=f"lengths: .*{message}"):
+                run(x, lengths=torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_no_row_ends_outside_the_tensor(batch_first):
+    """On a GPU the values are not looked at, and become addresses."""
+    shape = (B, T, I) if batch_first else (T, B, I)
+    lengths = torch.tensor([3, 9, -2, 0, 7], dtype=torch.int32)
+    rows = packing.rows_of(torch.zeros(shape), batch_first, lengths, None)
+    assert (rows.T, rows.B) == (T, B)
+    assert rows.lengths.tolist() == [3, 7, 0, 0, 7]
+    h = torch.randn(T * B, 2, H)
+    within = packing.rows_of(torch.zeros(shape), batch_first, lengths.clamp(0, T), None)
+    h_0 = torch.zeros(2, B, H)
+    assert torch.equal(packing.previous_h(h, h_0, rows), packing.previous_h(h, h_0, within))
+
+
+def test_values_break_no_graph():
     module, x, _ = make("lstm", "2x2", None)
     lengths = torch.tensor([3, 0, 1, 5, 2])
     compiled = torch.compile(module, fullgraph=True, backend="eager")
