@@ -455,9 +455,11 @@ def check_input(
         )
     autocast = torch._C._is_any_autocast_enabled()
     if input.dtype != dtype and not (autocast and input.is_floating_point()):
+        or_model = f", or convert model: model.to({input.dtype})"
         raise ValueError(
-            f"{name}: input: expected dtype {dtype}, that of the weights, got "
-            f"{input.dtype}; use input.to({dtype}) or module.to({input.dtype})"
+            f"{name}: input: RNN input dtype ({input.dtype}) does not match weight dtype "
+            f"({dtype}). Convert input: input.to({dtype})"
+            + (or_model if input.is_floating_point() else "")
         )
     if input.shape[-1] != input_size:
         raise RuntimeError(

@@ -70,8 +70,14 @@ MISUSE = {
     "features": (lambda **o: functional.lstm(X[..., 1:], None, LSTM, **o), "input_size=6, got"),
     "4-D": (lambda **o: functional.lstm(X[None], None, LSTM, **o), "input: expected 2-D or 3-D"),
     "no steps": (lambda **o: functional.lstm(X[:0], None, LSTM, **o), "at least one time step"),
-    "integers": (lambda **o: functional.lstm(X.long(), None, LSTM, **o), "expected dtype"),
-    "float64": (lambda **o: functional.lstm(X.double(), None, LSTM, **o), "expected dtype"),
+    "integers": (
+        lambda **o: functional.lstm(X.long(), None, LSTM, **o),
+        r"\(torch.int64\) does not match .*\.to\(torch.float32\)$",
+    ),
+    "float64": (
+        lambda **o: functional.lstm(X.double(), None, LSTM, **o),
+        "float64.* does not match .*float32",
+    ),
     "batch of hx": (
         lambda **o: functional.lstm(X, (HX[:, :1],) * 2, LSTM, **o),
         r"hx \(h_0\): expected shape \(1, 3, 5\) .* got \(1, 1, 5\)",

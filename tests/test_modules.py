@@ -431,6 +431,18 @@ def test_functionals(kind):
             function(input, None, list(ours.parameters()), nonlinearity="sin")
 
 
+@every_kind
+def test_another_dtype_is_refused_in_torchs_words(kind):
+    for module in pair(kind, 3, 5):
+        with pytest.raises(ValueError) as refusal:
+            module(sample(kind).double())
+        words = (
+            "RNN input dtype (torch.float64) does not match weight dtype (torch.float32). "
+            "Convert input: input.to(torch.float32), or convert model: model.to(torch.float64)"
+        )
+        assert words in str(refusal.value)
+
+
 # Other ways to run a module
 
 
