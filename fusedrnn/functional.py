@@ -446,6 +446,11 @@ def check_input(
         raise TypeError(
             f"{name}: input: expected a Tensor or PackedSequence, got {type(input).__name__}"
         )
+    if input.is_nested:
+        raise TypeError(
+            f"{name}: input: expected a padded Tensor with lengths=, or a PackedSequence, got a "
+            "nested tensor (torch.nested.to_padded_tensor pads it)"
+        )
     dims = (2, 3) if batch_sizes is None else (2,)
     if input.dim() not in dims:
         kind = ValueError if batch_sizes is None else RuntimeError

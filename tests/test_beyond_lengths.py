@@ -214,6 +214,18 @@ def test_misuse(lengths, error, message):
         module(x, lengths=lengths)
 
 
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_sent_to_lengths(layout):
+    module, *_ = make("gru", "batch_first", None)
+    parts = [torch.randn(n, I) for n in (3, 7, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    with pytest.raises(TypeError, match=r"input: .* lengths=, or a PackedSequence, got a nested"):
+        module(nested)
+    padded = torch.nested.to_padded_tensor(nested, 0.0)
+    assert module(padded, lengths=torch.tensor([3, 7, 5]))[0].shape == (3, 7, 2 * H)
+
+
 def test_misuse_with_a_packed_sequence():
     module, x, _ = make("lstm", "plain", None)
     packed = pack_padded_sequence(x, torch.tensor([7, 6, 4, 2, 1]))
