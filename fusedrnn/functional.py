@@ -75,6 +75,8 @@ def recurrent(
     save = options.get("save", "gates")
     if save not in SAVE:
         raise ValueError(f"save: expected one of {SAVE}, got {save!r}")
+    if proj_size and cell != "lstm":
+        raise ValueError(f"proj_size: only lstm has projections, got {proj_size} for {cell!r}")
     weights, D = list(weights), 2 if bidirectional else 1
     layers = num_layers * D
     check_weights(cell, weights, hidden_size, layers, bias, proj_size, D)

@@ -153,6 +153,12 @@ MISUSE = {
         ),
         r"batch_sizes: .* got shape \(0,\)",
     ),
+    "projection of gru": (
+        lambda **o: functional.gru(
+            X, None, [GRU[0], GRU[1][:, :2], *GRU[2:], torch.zeros(2, H)], proj_size=2, **o
+        ),
+        "proj_size: only lstm has projections, got 2 for 'gru'",
+    ),
     "cell": (
         lambda **o: functional.recurrent("elman", X, None, LSTM, hidden_size=H, **o),
         "cell must be one of",
