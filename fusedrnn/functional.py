@@ -8,6 +8,7 @@ themselves, call `run`.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -72,12 +73,18 @@ def recurrent(
     Numerics: accumulates in float32; states are stored in the input's dtype. Under autocast as
         torch.nn's modules.
     """
+    if unknown := set(options) - OPTIONS:
+        raise TypeError(f"{cell}: unexpected options {sorted(unknown)}, may be {sorted(OPTIONS)}")
+    layout = {"bias": bias, "bidirectional": bidirectional, "batch_first": batch_first}
+    for option, value in layout.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{cell}: {option}: expected a bool, got {value!r}")
     save = options.get("save", "gates")
     if save not in SAVE:
         raise ValueError(f"save: expected one of {SAVE}, got {save!r}")
     if proj_size and cell != "lstm":
         raise ValueError(f"proj_size: only lstm has projections, got {proj_size} for {cell!r}")
-    weights, D = list(weights), 2 if bidirectional else 1
+    weights, D = _listed(weights), 2 if bidirectional else 1
     layers = num_layers * D
     check_weights(cell, weights, hidden_size, layers, bias, proj_size, D)
     if batch_sizes is not None:
@@ -158,6 +165,9 @@ def run(
             inside = ("reset", "reset_state") if fresh else ("reset",)
             hx = (*hx, *fresh)
     if regularizers is not None:
+        if not isinstance(regularizers, Regularizers):
+            kind = type(regularizers).__name__
+            raise TypeError(f"regularizers: expected fusedrnn.Regularizers or None, got {kind}")
         inside += regularizers.inside_loop(training=training)
         if proj_size and "zoneout" in inside:
             raise ValueError(f"zoneout: expected no projection, got proj_size={proj_size}")
@@ -212,6 +222,10 @@ def run(
         output = output.squeeze(0 if batch_first else 1)
         final = tuple(f.squeeze(1) for f in final)
     return output, tuple(final)
+
+
+# Of `recurrent`, which hands them on.
+OPTIONS = frozenset(inspect.signature(run).parameters) - {*inspect.signature(recurrent).parameters}
 
 
 def _aten_at_once(name, input, hx, weights, batch_sizes, unbatched, batch_first, options):
@@ -610,7 +624,14 @@ def rnn(
     return output, final[0]
 
 
+def _listed(weights) -> list[Tensor]:
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights: expected an iterable of Tensors, got {type(weights).__name__}")
+    return list(weights)
+
+
 def _with_size(weights: Iterable[Tensor], gates: int, options: dict) -> dict:
-    weights = list(weights)
-    rows = weights[0].shape[0] if weights and weights[0].dim() else 0
+    weights = _listed(weights)
+    first = weights[0] if weights else None  # what is wrong with it, check_weights says
+    rows = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
     return {"weights": weights, "hidden_size": rows // gates, **options}

@@ -70,9 +70,13 @@ class RecurrentModule(ScriptableSequence):
             raise ValueError(f"save must be one of {functional.SAVE}, got {save!r}")
         own = regularizers.make(kwargs)
         super().__init__(mode, *args, **kwargs)
+        if not isinstance(self.bidirectional, bool):
+            raise TypeError(f"bidirectional should be of type bool, got: {self.bidirectional!r}")
         if own is not None:
             self.regularizers = own
             own.zoneout_rates(len(cells.get(self.mode.lower()).states))
+            if self.proj_size and "zoneout" in own.inside_loop(training=True):
+                raise ValueError(f"zoneout: expected no projection, got proj_size={self.proj_size}")
         _set_backend(self, backend)
         if save != "gates":
             self.save = save

@@ -5,6 +5,7 @@ backward pass, a second derivative, activation checkpointing and every backend s
 """
 
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -59,16 +60,17 @@ class Regularizers:
 
     def __post_init__(self) -> None:
         for name in ("input_dropout", "recurrent_dropout", "weight_drop"):
-            _check_probability(name, getattr(self, name))
+            object.__setattr__(self, name, _probability(name, getattr(self, name)))
         if isinstance(self.zoneout, (tuple, list)):
-            object.__setattr__(self, "zoneout", tuple(self.zoneout))
-            for p in self.zoneout:  # pyright: ignore[reportGeneralTypeIssues]
-                _check_probability("zoneout", p)
+            zoneout = tuple(_probability("zoneout", p) for p in self.zoneout)
         else:
-            _check_probability("zoneout", self.zoneout)
+            zoneout = _probability("zoneout", self.zoneout)
+        object.__setattr__(self, "zoneout", zoneout)
         clip = self.clip_gradient
         if clip is not None and not (_is_number(clip) and clip > 0):
             raise ValueError(f"clip_gradient: expected a positive number or None, got {clip!r}")
+        if clip is not None:
+            object.__setattr__(self, "clip_gradient", float(clip))
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(
                 f"generator: expected a torch.Generator, got {type(self.generator).__name__}"
@@ -117,12 +119,13 @@ class Regularizers:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)  # NumPy's too
 
 
-def _check_probability(name: str, p) -> None:
+def _probability(name: str, p) -> float:
     if not _is_number(p) or not 0 <= p < 1:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {p!r}")
+    return float(p)
 
 
 def make(given: dict) -> Regularizers | None:

@@ -185,6 +185,10 @@ class Stream:
             )
         if module.bidirectional:
             raise ValueError(f"{type(module).__name__}.stream: {needs_one_direction}")
+        parts = state if isinstance(state, (tuple, list)) else (state,)
+        if state is not None and not all(isinstance(part, Tensor) for part in parts):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(f"state: expected the Tensors of hx or None, got {kinds}")
         self.module = module
         self.detach = detach
         self.state = state

@@ -7,6 +7,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -385,9 +386,24 @@ def test_misuse(arguments, error, message):
 
 
 def test_misuse_of_zoneout_with_a_projection():
-    module = fusedrnn.LSTM(I, H, proj_size=2, zoneout=0.1)
+    fusedrnn.LSTM(I, H, proj_size=2, zoneout=0.0, clip_gradient=1.0)
+    with pytest.raises(ValueError, match="zoneout: expected no projection, got proj_size=2"):
+        fusedrnn.LSTM(I, H, proj_size=2, zoneout=0.1)
+    module = fusedrnn.LSTM(I, H, proj_size=2)
+    module.regularizers = Regularizers(zoneout=0.1)
     with pytest.raises(ValueError, match="zoneout: expected no projection, got proj_size=2"):
         module(torch.randn(T, B, I))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numbers_of_numpy(dtype):
+    p = dtype(0.25)
+    own = Regularizers(p, p, p, zoneout=(p, p), clip_gradient=p)
+    assert own == Regularizers(0.25, 0.25, 0.25, zoneout=(0.25, 0.25), clip_gradient=0.25)
+    assert str(own).count("0.25") == 6
+    assert "np." not in str(own)
+    module = fusedrnn.LSTM(I, H, zoneout=p, recurrent_dropout=p, clip_gradient=p)
+    torch.compile(module, backend="eager")(torch.randn(T, B, I))[0].sum().backward()
 
 
 def test_recurrent_dropout_with_a_projection_drops_projected_units():

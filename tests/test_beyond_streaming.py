@@ -316,6 +316,11 @@ def test_memory_of_past_chunks_is_freed():
             r"GRU.stream: expected a unidirectional",
         ),
         (
+            lambda: fusedrnn.GRU(I, H).stream(True),  # meant for detach
+            TypeError,
+            r"state: expected the Tensors of hx or None, got bool",
+        ),
+        (
             lambda: fusedrnn.GRU(I, H).step(torch.randn(T, B, I)),
             ValueError,
             r"step: x: expected \[B, I\] or \[I\], got shape \(12, 3, 4\)",

@@ -153,6 +153,26 @@ MISUSE = {
         ),
         r"batch_sizes: .* got shape \(0,\)",
     ),
+    "bidirectional": (
+        lambda **o: functional.lstm(X, None, LSTM * 2, bidirectional=2, **o),
+        "lstm: bidirectional: expected a bool, got 2",
+    ),
+    "an option": (
+        lambda **o: functional.lstm(X, None, LSTM, bogus=1, **o),
+        r"lstm: unexpected options \['bogus'\], may be \['backend', 'dropout'",
+    ),
+    "weights": (
+        lambda **o: functional.lstm(X, None, None, **o),
+        "weights: expected an iterable of Tensors, got NoneType",
+    ),
+    "no tensors": (
+        lambda **o: functional.lstm(X, None, [3, 4], **o),
+        r"weights\[0\]: expected a Tensor, got int",
+    ),
+    "regularizers": (
+        lambda **o: functional.lstm(X, None, LSTM, regularizers={"zoneout": 0.1}, **o),
+        "regularizers: expected fusedrnn.Regularizers or None, got dict",
+    ),
     "projection of gru": (
         lambda **o: functional.gru(
             X, None, [GRU[0], GRU[1][:, :2], *GRU[2:], torch.zeros(2, H)], proj_size=2, **o

@@ -82,6 +82,13 @@ def test_only_lstm_has_projections(kind):
 
 
 @every_kind
+def test_bidirectional_is_a_bool(kind):
+    for wrong in (2, 1, None):
+        with pytest.raises(TypeError, match=f"bidirectional should be of type bool, got: {wrong}"):
+            getattr(fusedrnn, kind)(3, 5, bidirectional=wrong)
+
+
+@every_kind
 def test_dropout_in_one_layer_warns_as_torch(kind):
     for module in (nn, fusedrnn):
         with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
