@@ -17,6 +17,11 @@ OURS := $(VENV)/.made-by-fusedrnn
 STAMP := $(VENV)/.fusedrnn
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINS = $$(test -e $(OURS) && echo "-c constraints.txt")
+# The fusedrnn that somebody's own environment has from elsewhere, if any. It stays: the demo runs
+# it and says so, and what works on this checkout stops. (-I looks past this folder.)
+THEIRS = $$(test -e $(OURS) || $(BIN)/python -I -c "import importlib.util, os; \
+  s = importlib.util.find_spec('fusedrnn'); \
+  s and not os.path.samefile(s.origin, 'fusedrnn/__init__.py') and print(s.origin)")
 PROJECT := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
@@ -107,12 +112,22 @@ $(BIN)/python:
 $(STAMP)-base: $(PROJECT) | $(BIN)/python
 	@test ! -e $(OURS) && $(BIN)/python -c "import torch" 2>/dev/null \
 	  || { echo "installing torch"; $(PIP) torch==2.13.0; }
-	@echo "installing triton and fusedrnn"
-	@$(PIP) $(PINS) "setuptools>=77" wheel
-	@$(PIP) $(PINS) --no-build-isolation -e ".[triton]"
-	@touch $@
+	@theirs=$(THEIRS); if test -n "$$theirs"; then \
+	  echo "$(VENV) has a fusedrnn, which stays and which the demo runs: $$theirs"; \
+	else \
+	  echo "installing triton and fusedrnn"; \
+	  $(PIP) $(PINS) "setuptools>=77" wheel && \
+	  $(PIP) $(PINS) --no-build-isolation -e ".[triton]" && \
+	  touch $@; \
+	fi
 
 $(STAMP)-%: $(STAMP)-base
 	@echo "installing what '$*' needs"
-	@$(PIP) $(PINS) --no-build-isolation -e ".[$*]"
-	@touch $@
+	@theirs=$(THEIRS); if test -z "$$theirs"; then \
+	  $(PIP) $(PINS) --no-build-isolation -e ".[$*]" && touch $@; \
+	elif test $* = demo; then \
+	  $(PIP) "fusedrnn[demo]"; \
+	else \
+	  echo "$(VENV) has another fusedrnn, $$theirs: uninstall it there, or take another VENV" >&2; \
+	  exit 1; \
+	fi

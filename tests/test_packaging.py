@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
+import venv
 import zipfile
 from pathlib import Path
 
@@ -131,6 +133,45 @@ def test_torch_package_interns_it(tmp_path):
         TRITON_INTERPRET="1",
     )
     assert ran.returncode == 0, ran.stderr
+
+
+# ------------------------------------------------------------------- an environment of one's own
+
+
+def test_make_keeps_an_installed_fusedrnn(wheel, tmp_path):
+    """`make demo VENV=path` runs the fusedrnn that is there, and says so; nothing else runs the
+    checkout's tests with somebody else's code."""
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site / "torch_and_the_rest.pth").write_text(sysconfig.get_path("purelib"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    before = {file: file.stat().st_mtime_ns for file in site.rglob("*.py")}
+    for name in ("fusedrnn", "kernels", "examples"):
+        shutil.copytree(ROOT / name, tmp_path / "checkout" / name)
+    for name in ("Makefile", "constraints.txt", "setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / "checkout")
+
+    def make(target: str) -> subprocess.CompletedProcess:
+        arguments = f"--text examples/char_lm.py --hidden 8 --steps 2 --sample 5 --out {tmp_path}"
+        return subprocess.run(
+            ["make", target, f"VENV={tmp_path / 'venv'}", f"ARGS={arguments}"],
+            cwd=tmp_path / "checkout",
+            env={**os.environ, "PIP_NO_INDEX": "1", "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    demo = make("demo")
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    origin = str(site / "fusedrnn" / "__init__.py")
+    assert f"has a fusedrnn, which stays and which the demo runs: {origin}" in demo.stdout
+    test = make("test")
+    assert test.returncode != 0
+    assert f"has another fusedrnn, {origin}: uninstall it there" in test.stderr
+    after = {file: file.stat().st_mtime_ns for file in site.rglob("*.py")}
+    assert after == before
 
 
 # -------------------------------------------------------------------------------- without triton
