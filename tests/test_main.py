@@ -31,6 +31,19 @@ def test_it_runs():
     assert "unavailable" in line
 
 
+def test_a_reader_that_stops():
+    """`python -m fusedrnn | head -1`"""
+    program = [sys.executable, "-u", "-m", "fusedrnn"]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout.readline().split() == ["fusedrnn", fusedrnn.__version__]
+        running.stdout.close()
+        errors = running.stderr.read()
+    assert "BrokenPipeError" not in errors
+    assert running.returncode == 1
+
+
 def test_json(capsys):
     assert program.main(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
