@@ -1,6 +1,7 @@
 """replace_modules and restore_modules: what is swapped, what is kept, what is left and why."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 
 import fusedrnn
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 
 
@@ -164,6 +166,18 @@ def test_tools_that_look_for_torchs_classes():
         torch.fx.symbolic_trace(model)
     fusedrnn.restore_modules(model)
     assert torch.equal(torch.fx.symbolic_trace(model)(input)[0], expected)
+
+
+def test_an_initialiser_asks_for_the_class_that_all_share():
+    """README: model.apply with isinstance(m, torch.nn.LSTM) skips ours; RNNBase does not."""
+    for name in ("LSTM", "GRU", "RNN"):
+        for kind, found in ((getattr(nn, name), []), (nn.RNNBase, [f"0.{name}"])):
+            module = nn.Sequential(getattr(fusedrnn, name)(3, 4))
+            reached = [
+                f"{n}.{type(m).__name__}" for n, m in module.named_modules() if isinstance(m, kind)
+            ]
+            assert reached == found
+    assert "isinstance(m, torch.nn.RNNBase)" in (ROOT / "README.md").read_text()
 
 
 def test_parametrized_after_the_swap():
