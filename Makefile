@@ -46,6 +46,8 @@ test: $(STAMP)-test  ## The tests that need no GPU
 gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
+# On a CPU one thread's CPU time, which other programs disturb least; ARGS="--threads N" takes the
+# wall time of N threads.
 bench: $(STAMP)-bench  ## A quick measurement of this machine, with table and pictures, in out/bench/
 	$(BIN)/python -m bench.run --quick --budget 120 --out out/bench/quick/quick.json $(ARGS)
 	$(BIN)/python -m bench.report --results out/bench --out out/bench --show

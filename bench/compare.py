@@ -3,8 +3,9 @@
     python -m bench.compare A.json B.json
     python -m bench.compare A.json B.json --by ratio --threshold 1.1
 
-Exit status 1 where something did: its median grew by more than the threshold, and its fastest
-calls in B (p10) are slower than the slowest in A (p90), which noise alone seldom does.
+Exit status 1 where something did: its time grew by more than the threshold, and beyond noise. Its
+fast calls in B (p10) are slower than the slow ones in A (p90); by ratio, the intervals in A and B
+have nothing in common.
 """
 
 from __future__ import annotations
@@ -48,15 +49,16 @@ def changes(a: dict, b: dict, by: str = "ms") -> list[Change]:
         old = before.get(row_key(new))
         if old is None or not new["ms"]:
             continue
-        apart = new["ms_p10"] > old["ms_p90"]
         if by == "ms":
             factor, values = new["ms"] / old["ms"], (old["ms"], new["ms"])
+            beyond = new["ms"] > old["ms_p90"]
         else:
             if new["backend"] == "torch_nn" or not (old["ratio"] and new["ratio"]):
                 continue
             factor, values = old["ratio"] / new["ratio"], (old["ratio"], new["ratio"])
+            beyond = new["ratio_high"] < old["ratio_low"]
         what = f"{describe(of_row(new))}, {new['pass']}"
-        found.append(Change(what, new["backend"], factor, *values, by == "ratio" or apart))
+        found.append(Change(what, new["backend"], factor, *values, beyond))
     return sorted(found, key=lambda c: -c.factor)
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from bench.device import ROOT
+from bench.noise import verdict
 from bench.results import FOLDER, load_folder, newest_rows
 from bench.shapes import of_row
 from fusedrnn import measured
@@ -49,7 +50,8 @@ def table(found: dict[str, list[dict]]) -> dict:
             points = kinds.setdefault(name, {})
             at = (s.T, s.B, s.H)
             # Kinds leave out I and the exact number of layers: of two such points, the worse.
-            points[at] = min(row["ratio"], points.get(at, row["ratio"]))
+            ratio = 1.0 if verdict(row) == "cannot be told apart" else row["ratio"]
+            points[at] = min(ratio, points.get(at, ratio))
         lossy = {
             name: [[*at, ratio] for at, ratio in sorted(points.items())]
             for name, points in sorted(kinds.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import torch
 from bench import backends
 from bench.backends import Runner
 from bench.device import Device, is_sticky
+from bench.noise import STRETCHES, Samples, against, round_to, statistics_of
 from bench.problem import Problem, set_precision
 from bench.shapes import Point
 
@@ -27,6 +28,10 @@ FLOOR = {"fp32-exact": 1e-5, "fp32-tf32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2}
 
 # Calls that take longer are not called a dozen times more to see how long the host is busy.
 SLOW_MS = 20.0
+# Seconds between two readings of the clock, at least: shorter calls are timed a few at a time. A
+# hundred times what reading the slowest clock costs (a thread's CPU time, a microsecond) and what
+# CUDA events resolve (half a microsecond).
+LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,7 @@ class Effort:
     """How long to measure a backend in one pass."""
 
     seconds: float = 0.2  # of calls, per backend and pass
-    fewest: int = 3
-    most: int = 200
-    rounds: int = 5
+    most: int = 200  # timings; at least one in each stretch
     sets: int = 3  # input sets in rotation
     memory: bool = True
 
@@ -136,16 +139,22 @@ def measure(
     by_name = {row["backend"]: row for row in rows}
 
     def failed(name: str, failure: Exception) -> None:
-        by_name[name] |= {"error": describe(failure), "ms": None}
+        by_name[name] |= {**dict.fromkeys(TIMES), "error": describe(failure)}
         _stop_if_broken(failure, rows)
 
-    samples = take_turns(runners, device, effort, failed)
+    samples, calls = take_turns(runners, device, effort, failed)
+    torch_nn = samples.get("torch_nn")
     for name, times in samples.items():
+        row = by_name[name]
+        row |= {**statistics_of(times), "calls": calls[name], "cache": device.cache}
+        if torch_nn is not None:
+            row["ms_torch_nn"] = statistics_of(torch_nn)["ms"]
+            row |= against(torch_nn, times)
+        if floor_seconds is not None:
+            row["floor_ms"] = round_to(floor_seconds * 1e3, 4)
+            row["floor_ratio"] = round_to(row["ms"] / row["floor_ms"], 4)
+    for name in samples:
         row, runner = by_name[name], runners[name]
-        row |= statistics_of([time for turn in times.values() for time in turn])
-        row["ratio_p25"], row["ratio_p75"] = quartiles(samples.get("torch_nn", {}), times)
-        row["floor_ms"] = None if floor_seconds is None else round_to(floor_seconds * 1e3, 4)
-        row["cache"] = device.cache
         sets = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
         try:
             host = device.host_seconds(sets * (4 if row["ms"] < SLOW_MS else 1))
@@ -154,15 +163,17 @@ def measure(
                 row["peak_bytes"] = device.peak_bytes(sets[0])
         except Exception as failure:
             failed(name, failure)
-    add_ratios(rows)
     return rows, left_out
 
 
 # Of every row, besides the shape, the pass and the backend.
+TIMES = (
+    "ms", "ms_p50", "ms_p90", "calls", "ms_torch_nn", "ratio", "ratio_low", "ratio_high",
+    "overhead_us", "overhead_us_low", "overhead_us_high", "floor_ms", "floor_ratio", "host_us",
+)  # fmt: skip
 FIELDS = (
-    "ran_on", "ms", "ms_p10", "ms_p90", "calls", "ms_torch_nn", "ratio", "ratio_p25", "ratio_p75",
-    "floor_ms", "floor_ratio", "host_us", "first_call_s", "peak_bytes", "cache", "deviation",
-    "deviation_limit", "error",
+    "ran_on", *TIMES, "first_call_s", "peak_bytes", "cache", "deviation", "deviation_limit",
+    "error",
 )  # fmt: skip
 
 
@@ -171,91 +182,65 @@ def take_turns(
     device: Device,
     effort: Effort,
     failed: Callable[[str, Exception], None],
-) -> dict[str, dict[int, list[float]]]:
-    """Seconds of calls, by backend and turn.
+) -> tuple[dict[str, Samples], dict[str, int]]:
+    """Seconds of a call, by backend, stretch and turn; and how many calls each backend had.
 
-    The backends alternate, so that a drift of the machine meets them all. One that raises is told
-    to `failed` and drops out; the others go on.
+    In a turn every backend computes the same set of inputs, in an order drawn anew: once, or a
+    few times where the fastest takes less than LEAST. A slow backend takes only the first turns
+    of a stretch. One that raises is told to `failed` and drops out; the others go on.
     """
-    share = {}
-    for name, runner in runners.items():  # warm-up, and an estimate
+    estimates = {}
+    for name, runner in runners.items():  # warm-up, too
         calls = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
         try:
-            estimate = statistics.median(device.time_calls(calls))
+            estimates[name] = max(min(device.time_calls(calls)), 1e-6)
         except Exception as failure:
             failed(name, failure)
-            continue
-        wanted = effort.seconds / max(estimate, 1e-7)
-        count = min(max(wanted, effort.fewest), effort.most)
-        share[name] = math.ceil(count / effort.rounds)
-    turns: dict[str, dict[int, list[float]]] = {name: {} for name in share}
-    done, spent = dict.fromkeys(share, 0), dict.fromkeys(share, 0.0)
-    names = list(share)
-    for turn in range(effort.rounds):
-        first = turn % len(names) if names else 0
-        for name in names[first:] + names[:first]:
-            if name not in turns:
-                continue
-            # A slow backend is not called again once it has its fewest and its time is spent.
-            if done[name] >= effort.fewest and spent[name] > effort.seconds:
-                continue
-            run = runners[name].run
-            sets = [(done[name] + k) % effort.sets for k in range(share[name])]
-            try:
-                times = device.time_calls([lambda run=run, i=i: run(i) for i in sets])
+    together = math.ceil(LEAST / min(estimates.values(), default=1.0))
+    turns = {
+        name: max(1, round(min(effort.seconds / (together * seconds), effort.most) / STRETCHES))
+        for name, seconds in estimates.items()
+    }
+    most = max(turns.values(), default=0)
+    samples: dict[str, Samples] = {name: [] for name in turns}
+    order, running = random.Random(0), ""
+
+    def timing(name: str, number: int) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal running
+            running = name
+            for _ in range(together):
+                runners[name].run(number % effort.sets)
+
+        return call
+
+    for stretch in range(STRETCHES):
+        done = False
+        while turns and not done:
+            names = []
+            for turn in range(most):
+                taking = [name for name in turns if turn < turns[name]]
+                order.shuffle(taking)
+                names += [(name, stretch * most + turn) for name in taking]
+            running = names[0][0]
+            try:  # in one go: a GPU's queue is not emptied in between
+                times = device.time_calls([timing(*name) for name in names])
             except Exception as failure:
-                failed(name, failure)
-                del turns[name]
+                failed(running, failure)
+                del turns[running], samples[running]
                 continue
-            turns[name][turn] = times
-            done[name] += len(times)
-            spent[name] += sum(times)
-    return turns
+            for name in turns:
+                samples[name].append(
+                    [t / together for t, (n, _) in zip(times, names, strict=True) if n == name]
+                )
+            done = True
+    return samples, {name: STRETCHES * turns[name] * together for name in turns}
 
 
 def _raise_time_outs(device: Device) -> None:
     from fusedrnn import kernels
 
     kernels.check(device.torch)
-
-
-def quartiles(
-    torch_nn: dict[int, list[float]], own: dict[int, list[float]]
-) -> tuple[float | None, float | None]:
-    """Of torch.nn's time over ours, turn by turn: what the ratio owes to noise.
-
-    None where there are fewer than four turns that both took.
-    """
-    both = torch_nn.keys() & own.keys()
-    ratios = [statistics.median(torch_nn[t]) / statistics.median(own[t]) for t in both]
-    if len(ratios) < 4:
-        return None, None
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return round_to(low, 4), round_to(high, 4)
-
-
-def statistics_of(times: list[float]) -> dict:
-    """Median and quantiles, in milliseconds."""
-    ordered = sorted(times)
-    at = lambda q: ordered[min(int(q * len(ordered)), len(ordered) - 1)]  # noqa: E731
-    return {
-        "ms": round_to(statistics.median(ordered) * 1e3, 5),
-        "ms_p10": round_to(at(0.1) * 1e3, 5),
-        "ms_p90": round_to(at(0.9) * 1e3, 5),
-        "calls": len(ordered),
-    }
-
-
-def add_ratios(rows: list[dict]) -> None:
-    """`ratio` = ms_torch_nn / ms of rows measured together, `floor_ratio` = ms / floor_ms."""
-    torch_nn = next((r["ms"] for r in rows if r["backend"] == "torch_nn"), None)
-    for row in rows:
-        if row["ms"] is None:
-            continue
-        row["ms_torch_nn"] = torch_nn
-        row["ratio"] = None if torch_nn is None else round_to(torch_nn / row["ms"], 4)
-        if row["floor_ms"]:
-            row["floor_ratio"] = round_to(row["ms"] / row["floor_ms"], 4)
 
 
 def describe(failure: Exception) -> str:
@@ -270,12 +255,6 @@ def _stop_if_broken(failure: Exception, rows: list[dict]) -> None:
         for row in rows:
             if row["ms"] is None:
                 row["error"] = row["error"] or describe(failure)
-        add_ratios(rows)
         broken = BrokenDevice(describe(failure))
         broken.rows = rows  # pyright: ignore[reportAttributeAccessIssue]
         raise broken from failure
-
-
-def round_to(value: float, digits: int) -> float | None:
-    """`value` with that many significant digits; None where it is no finite number."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

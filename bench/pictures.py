@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
@@ -81,8 +82,9 @@ def heat_map(
     xs: list,
     ys: list,
     values: dict[tuple, float],
+    unclear: Collection[tuple] = (),
 ) -> str:
-    """Speed-ups by (x, y); a cell without a value says so."""
+    """Speed-ups by (x, y); a cell without a value says so, one of `unclear` has no colour."""
     cell_w, cell_h, left, top = 58, 30, 70, 62
     width = max(left + cell_w * len(xs) + 20, 28 + 9 * len(title))
     svg = Svg(width, top + cell_h * len(ys) + 48)
@@ -94,9 +96,10 @@ def heat_map(
         for column, x in enumerate(xs):
             value = values.get((x, y))
             at_x, at_y = left + cell_w * column, top + cell_h * row
-            fill = MISSING if value is None else ratio_colour(value)
+            coloured = value is not None and (x, y) not in unclear
+            fill = MISSING if value is None else ratio_colour(value if coloured else 1.0)
             svg.rect(at_x + 1, at_y + 1, cell_w - 2, cell_h - 2, fill)
-            dark = value is not None and (value > 2.4 or value < 0.6)
+            dark = coloured and (value > 2.4 or value < 0.6)
             shown = "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
             svg.text(at_x + cell_w / 2, at_y + 20, shown, fill="#ffffff" if dark else INK)
     for column, x in enumerate(xs):

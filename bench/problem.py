@@ -132,7 +132,8 @@ class Problem:
         leaf = normal(shape.T, shape.B, shape.I)
         rows: tuple[int, ...] = (shape.T, shape.B)
         if shape.lengths:
-            lengths = torch.tensor(length_list(shape.lengths, shape.T, shape.B, n))
+            # The same in every set: a low quantile would be that of the set with the fewest steps.
+            lengths = torch.tensor(length_list(shape.lengths, shape.T, shape.B))
             packed = pack_padded_sequence(leaf, lengths)
             leaf = packed.data.clone().requires_grad_()
             input = packed._replace(data=leaf)

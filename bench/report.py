@@ -18,6 +18,7 @@ from pathlib import Path
 from bench import pictures, shapes
 from bench.backends import WHAT
 from bench.device import ROOT, slug
+from bench.noise import figure, microseconds, overhead_is_clear, same_kernels, verdict
 from bench.pictures import Panel
 from bench.results import FOLDER, load_folder, newest_rows
 from bench.shapes import Shape, in_grid, of_row
@@ -66,24 +67,68 @@ GROUPS: Groups = [
 ]
 
 
+def split(rows: Iterable[dict]) -> tuple[list[dict], list[dict]]:
+    """Our rows that ran other kernels than torch.nn, and those that ran the same."""
+    found = ours(rows)
+    return [r for r in found if not same_kernels(r)], [r for r in found if same_kernels(r)]
+
+
+def count(rows: list[dict], said: str) -> int:
+    return sum(verdict(r) == said for r in rows)
+
+
 def summary(rows: list[dict]) -> list[str]:
-    """Geometric means by group and pass."""
+    """Geometric means by group and pass, where other kernels than torch's ran at all.
+
+    A point that ran torch's own kernels counts as 1 in a mean.
+    """
     lines = [
-        "| | pass | points | geometric mean | slowest | points below 1.0 | of these beyond noise |",
-        "|---|---|---|---|---|---|---|",
+        "| | pass | points | torch's own kernels | geometric mean | faster | slower | "
+        "cannot be told apart | slowest |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for title, belongs in GROUPS:
         for which in shapes.PASSES:
-            group = [r for r in ours(rows) if r["pass"] == which and belongs(of_row(r))]
-            if group:
-                ratios = [r["ratio"] for r in group]
-                below = [r for r in group if r["ratio"] < 1]
-                sure = sum((r["ratio_p75"] or r["ratio"]) < 1 for r in below)
-                lines.append(
-                    f"| {title} | {PASS_NAMES[which]} | {len(ratios)} | "
-                    f"**{geometric_mean(ratios):.2f}x** | {min(ratios):.2f}x | {len(below)} | "
-                    f"{sure} |"
+            group = [r for r in rows if r["pass"] == which and belongs(of_row(r))]
+            apart, same = split(group)
+            if apart:
+                mean = geometric_mean([r["ratio"] for r in apart] + [1.0] * len(same))
+                slowest = min(apart, key=lambda r: r["ratio"])
+                counts = " | ".join(
+                    str(count(apart, said)) for said in ("faster", "slower", "cannot be told apart")
                 )
+                lines.append(
+                    f"| {title} | {PASS_NAMES[which]} | {len(apart) + len(same)} | {len(same)} | "
+                    f"**{mean:.2f}x** | {counts} | {figure(slowest)} |"
+                )
+    return lines if len(lines) > 2 else ["Nothing but torch's own kernels ran."]
+
+
+def told(rows: list[dict]) -> list[str]:
+    """What could be told apart and what not, in a few sentences."""
+    apart, same = split(rows)
+    lines = []
+    if apart:
+        unclear = [r for r in apart if verdict(r) == "cannot be told apart"]
+        lines.append(
+            f"- At {len(apart)} points other kernels ran than in torch.nn: faster at "
+            f"{count(apart, 'faster')}, slower at {count(apart, 'slower')}; "
+            f"{len(unclear)} cannot be told apart."
+        )
+        lines += [
+            f"  - cannot be told apart: {r['name'] or describe(of_row(r))}, {r['pass']}"
+            for r in unclear[:10]
+        ]
+    if same:
+        clear = [r["overhead_us"] for r in same if overhead_is_clear(r)]
+        hidden = [r["overhead_us_high"] for r in same if not overhead_is_clear(r)]
+        lines.append(
+            f"- At {len(same)} points both ran the same kernels of torch: no speed-up, but an "
+            f"overhead of the module. It can be told from none at {len(clear)} points"
+            + (f" ({microseconds(min(clear))} to {microseconds(max(clear))} us)" if clear else "")
+            + f", and is less than the noise at {len(hidden)}"
+            + (f" (at most {microseconds(min(hidden))} us at the quietest)." if hidden else ".")
+        )
     return lines
 
 
@@ -108,28 +153,21 @@ def times(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}x"
 
 
-def _with_noise(row: dict) -> str:
-    """The speed-up and its quartiles over the turns."""
-    if row["ratio_p25"] is None:
-        return times(row["ratio"])
-    return f"{times(row['ratio'])} ({row['ratio_p25']:.2f} to {row['ratio_p75']:.2f})"
-
-
 def row_table(rows: list[dict]) -> list[str]:
     """One line a row, as it comes."""
     lines = [
-        "| shape | pass | ran on | ms (p10 to p90) | torch.nn ms | speed-up | floor ms | "
+        "| shape | pass | ran on | ms (p50, p90) | torch.nn ms | speed-up or overhead | floor ms | "
         "over the floor | first call s | peak MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         shape = of_row(row)
         name = f"**{shape.name}**: " if shape.name else ""
-        spread = f"{milliseconds(row['ms_p10'])} to {milliseconds(row['ms_p90'])}"
+        spread = f"{milliseconds(row['ms_p50'])}, {milliseconds(row['ms_p90'])}"
         lines.append(
             f"| {name}{describe(shape)} | {row['pass']} | {row['ran_on']} | "
             f"{milliseconds(row['ms'])} ({spread}) | {milliseconds(row['ms_torch_nn'])} | "
-            f"{_with_noise(row)} | {milliseconds(row['floor_ms'])} | "
+            f"{figure(row)} | {milliseconds(row['floor_ms'])} | "
             f"{times(row['floor_ratio'], 1)} | {row['first_call_s']:.2f} | "
             f"{megabytes(row['peak_bytes'])} |"
         )
@@ -172,22 +210,30 @@ def _host(row: dict) -> str:
 
 
 def planes(rows: list[dict]) -> dict[str, str]:
-    """Heat maps of the speed-up, H x B, wherever most of a plane was measured."""
+    """Heat maps of the speed-up, H x B, wherever most of a plane was measured.
+
+    Points that ran torch's own kernels have none; those that cannot be told apart stay white.
+    """
     found: dict[tuple, dict[tuple, float]] = {}
-    for row in ours(rows):
+    unclear: dict[tuple, set[tuple]] = {}
+    for row in split(rows)[0]:
         s = of_row(row)
         plain = s.layers == 1 and not (s.bidirectional or s.lengths or s.resets or s.name)
         if plain and in_grid(replace(s, T=shapes.PLANE_T)):
-            found.setdefault((s.cell, s.dtype, row["pass"], s.T), {})[s.B, s.H] = row["ratio"]
+            key = s.cell, s.dtype, row["pass"], s.T
+            found.setdefault(key, {})[s.B, s.H] = row["ratio"]
+            if verdict(row) == "cannot be told apart":
+                unclear.setdefault(key, set()).add((s.B, s.H))
     drawn = {}
     for (cell, dtype, which, T), values in sorted(found.items()):
         xs, ys = sorted({b for b, _ in values}), sorted({h for _, h in values})
         if len(values) < max(6, 0.6 * len(xs) * len(ys)):
             continue
-        note = "speed-up over torch.nn; blue: faster"
+        note = "speed-up over torch.nn; blue: faster, white: cannot be told apart"
         drawn[f"map-{cell}-{dtype}-{which}-T{T}"] = pictures.heat_map(
-            f"{cell} {dtype}, T={T}, {which}", note, "B", "H", xs, ys, values
-        )
+            f"{cell} {dtype}, T={T}, {which}", note, "B", "H", xs, ys, values,
+            unclear.get((cell, dtype, which, T), set()),
+        )  # fmt: skip
     return drawn
 
 
@@ -267,8 +313,10 @@ def device_section(device: str, runs: list[dict], folder: str) -> tuple[list[str
     """A device's part of the report, and its pictures by file name."""
     rows = newest_rows(runs)
     prefix = slug(device)
-    ranked = sorted(ours(rows), key=lambda r: (r["ratio"], of_row(r).key, r["pass"]))
-    losses = [r for r in ranked if r["ratio"] < 1]
+    place = lambda r: (of_row(r).key, r["pass"])  # noqa: E731
+    apart, same = split(rows)
+    apart = sorted(apart, key=lambda r: (r["ratio"], *place(r)))
+    same = sorted(same, key=lambda r: (-r["overhead_us"], *place(r)))
     failed = [r for r in rows if r["error"]]
     lines = [f"## {device}", ""]
     for run in runs:
@@ -281,14 +329,20 @@ def device_section(device: str, runs: list[dict], folder: str) -> tuple[list[str
             f"{run['conditions']['clock']}, caches {run['conditions']['cache']}.{stopped}"
         )
     lines += ["", "What the machine can do:", "", *limits_table(runs[-1]["limits"])]
-    lines += ["", "### Against torch.nn", "", *summary(rows)]
-    lines += ["", "### Slowest first", ""]
-    lines.append(
-        f"{len(losses)} of {len(ranked)} points are below 1.0. The {min(len(ranked), 40)} slowest:"
-    )
-    lines += ["", *row_table(ranked[:40])]
-    named = [r for r in ranked if r["name"]]
-    if named:
+    lines += ["", "### Against torch.nn", "", *told(rows), "", *summary(rows)]
+    if apart:
+        lines += ["", "### Slowest first", ""]
+        lines.append(
+            f"Of {len(apart)} points, {count(apart, 'slower')} are slower than torch.nn beyond "
+            f"noise, and {count(apart, 'cannot be told apart')} cannot be told apart. The "
+            f"{min(len(apart), 40)} slowest:"
+        )
+        lines += ["", *row_table(apart[:40])]
+    if same:
+        lines += ["", "### The same kernels of torch: overhead of the module", ""]
+        lines += [f"The {min(len(same), 40)} largest of {len(same)}:", "", *row_table(same[:40])]
+    named = [r for r in (*apart, *same) if r["name"]]
+    if named and len(rows) > 500:  # else they stand above
         lines += ["", "### Named workloads", "", *row_table(named)]
     if any(r["tier"] in ("headline", "loops") for r in rows):
         present = {r["backend"] for r in rows}
@@ -327,11 +381,17 @@ Generated by `make report` from the files under `bench/results/`; edit nothing h
 - A call is one call of a public module, the input product included; `training` is forward and
   backward, with gradients for the input and every parameter; `forward` keeps what backward would
   need; `inference` is under `no_grad`.
-- *Speed-up* is torch.nn's median time over ours, from calls that alternated in one run. Above 1,
-  fusedrnn is faster. In brackets are the quartiles of the ratio of neighbouring calls: where they
-  lie on both sides of 1, the machine was too noisy to tell. Tables begin with the slowest.
-  Where `ran on` says aten, both ran the same kernels of torch, and the ratio is the cost of the
-  module around them (and the noise of the machine).
+- Times are the tenth part of the calls (a low quantile: what else runs on a machine only adds);
+  their median and ninth tenth show the noise.
+- *Speed-up* is torch.nn's time over ours. Above 1, fusedrnn is faster. Both took turns, call by
+  call in random order. A run is 20 stretches, the figure is the median of their ratios of low
+  quantiles, and in brackets is the third smallest and the third largest of them. Were both the
+  same program, one point in 2,500 would have all of that interval on one side of 1
+  (`bench/noise.py` derives it). Only such points count as faster or slower; the others cannot be
+  told apart. Tables begin with the slowest.
+- Where `ran on` says aten, both ran the same kernels of torch. There is no speed-up then, but the
+  *overhead* of our module around them in microseconds, ours less torch.nn's, with its interval.
+  Such a point counts as 1 in a geometric mean.
 - *Floor* is what the machine's measured limits allow (`bench/limits.py` states the model).
 - *Peak MB* is the most that one call held at once, beyond inputs and weights.
 - Every time belongs to a result that was compared with float64 first: torch.nn within a fixed
@@ -416,14 +476,18 @@ def main(arguments: list[str] | None = None) -> int:
     own = options.results.resolve() == FOLDER.resolve()
     readme = ROOT / "README.md" if own and not options.no_readme else None
     changed = write(options.results, options.out, readme)
-    for path in changed:
-        print(f"wrote {path}")
     if not changed:
         print("nothing changed")
+    drawn = [path for path in changed if path.suffix == ".svg"]
+    for path in changed:
+        if path not in drawn:
+            print(f"wrote {path}")
+    if drawn:
+        print(f"wrote {len(drawn)} pictures in {drawn[0].parent}")
     if options.show:
         for device, runs in load_folder(options.results).items():
             print(f"\n{device}")
-            print("\n".join(summary(newest_rows(runs))))
+            print("\n".join([*summary(newest_rows(runs)), "", *told(newest_rows(runs))]))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Results files: what they hold, and how they are read and written.
 
     {
-      "schema": 1,
+      "schema": 2,
       "environment": {"device", "kind", "commit", "dirty", "date", "torch", "triton", ...},
       "conditions": {"effort": {...}, "cache": "warm", "clock": ..., ...},
       "limits": {...},              # bench/limits.py: what the machine can do
@@ -15,9 +15,12 @@ A row has the fields of a shape (`cell, dtype, T, B, I, H, layers, bidirectional
 lengths, resets, name`), then `tier, pass, backend`, then
 
     ran_on           the backend that fusedrnn took
-    ms, ms_p10, ms_p90, calls    median and quantiles of that many calls
-    ms_torch_nn, ratio           torch.nn's median in the same minutes; ms_torch_nn / ms
-    ratio_p25, ratio_p75         quartiles of that ratio over the turns that both took
+    ms, ms_p50, ms_p90, calls    the tenth part (a low quantile), the median and the ninth tenth
+                     of that many calls
+    ms_torch_nn      torch.nn's `ms` in the same turns
+    ratio, ratio_low, ratio_high     torch.nn's time over ours, and the interval of it
+    overhead_us, overhead_us_low, overhead_us_high     our time less torch.nn's, likewise; see
+                     bench/noise.py for both
     floor_ms, floor_ratio        what the machine's limits allow; ms / floor_ms
     host_us          how long a call keeps the host busy (GPU only)
     first_call_s     building and running it for the first time in this process; what is compiled
@@ -38,11 +41,12 @@ from pathlib import Path
 from bench.device import ROOT, slug
 from bench.shapes import of_row
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = ROOT / "bench" / "results"
 REQUIRED = (
     "cell", "dtype", "T", "B", "I", "H", "layers", "bidirectional", "packed", "pass", "backend",
-    "ms", "ms_torch_nn", "ratio", "floor_ms", "peak_bytes", "error",
+    "ran_on", "ms", "ms_p50", "ms_p90", "ms_torch_nn", "ratio", "ratio_low", "ratio_high",
+    "overhead_us", "overhead_us_low", "overhead_us_high", "floor_ms", "peak_bytes", "error",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Measures, within a time budget, into one results file.
 
     python -m bench.run --budget 540                 what this machine's plan begins with
-    python -m bench.run --quick                      a CPU's two minutes
+    python -m bench.run --quick                      a CPU's two minutes, as its one thread's time
     python -m bench.run --resume FILE --budget 540   goes on where FILE stopped
     python -m bench.run --only 'gru bf16' --tiers planes --backends torch_nn,auto
 
@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from bench import limits as limits_module
+from bench import noise, shapes
 from bench import results as results_module
-from bench import shapes
 from bench.device import Device, pick_device
 from bench.limits import Limits, call_floor
 from bench.measure import BrokenDevice, Effort, measure
@@ -70,7 +70,8 @@ def run(
             "effort": asdict(effort),
             "cache": device.cache,
             "clock": device.clock,
-            "order": "backends alternate within a point",
+            "order": "backends alternate call by call, in random order",
+            "stretches": noise.STRETCHES,
             "budget_s": budget,
             "precompiled": precompiled,
         },
@@ -153,20 +154,25 @@ def _go_on(results: dict, before: dict) -> None:
     results["left_out"] = dict(before["left_out"])
 
 
+COLUMNS = "{:46} {:9} {:>11} {:>9}  {}"
+HEAD = COLUMNS.format("", "pass", "torch.nn ms", "ms", "speed-up over torch.nn, or overhead")
+
+
 def line_of(rows: list[dict]) -> str:
-    """One point in one line, for people who watch."""
-    first = rows[0]
-    what = first["name"] or shapes.of_row(first).key
-    cells = []
+    """One point and pass, for people who watch: a line for each backend."""
+    lines = []
     for row in rows:
+        name = row["backend"]
+        if name == "torch_nn" and not row["error"] and len(rows) > 1:
+            continue
+        what = (row["name"] or shapes.of_row(row).key) if not lines else ""
+        what += "" if name == "auto" else f" ({name})"
         if row["error"]:
-            cells.append(f"{row['backend']} FAILED ({row['error']})")
-        elif row["backend"] == "torch_nn":
-            cells.append(f"torch_nn {row['ms']:.4g} ms")
-        else:
-            ratio = f" {row['ratio']:.2f}x" if row["ratio"] else ""
-            cells.append(f"{row['backend']} {row['ms']:.4g} ms{ratio}")
-    return f"{what} [{first['dtype']}], {first['pass']}: " + ", ".join(cells)
+            lines.append(COLUMNS.format(what, row["pass"], "-", "-", f"FAILED: {row['error']}"))
+            continue
+        theirs, ms = ("-" if t is None else f"{t:.4g}" for t in (row["ms_torch_nn"], row["ms"]))
+        lines.append(COLUMNS.format(what, row["pass"], theirs, ms, noise.figure(row)))
+    return "\n".join(lines)
 
 
 def select(
@@ -219,13 +225,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", type=Path, help="go on with this file's run")
     parser.add_argument("--device", default="", help="cpu or cuda")
     parser.add_argument("--plan", choices=("cpu", "gpu", "tiny"), help="default: the device's")
-    parser.add_argument("--quick", action="store_true", help="less time for each point")
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="less time for each point; on a CPU, one thread's CPU time unless --threads is given",
+    )  # fmt: skip
     parser.add_argument("--only", default="", help="regular expression on a shape's key or name")
     parser.add_argument("--tiers", default="", help="headline,sample,workloads,loops,planes,...")
     parser.add_argument("--backends", default="", help="comma-separated, instead of the plan's")
     parser.add_argument("--passes", default="", help="forward,training,inference")
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads, by wall time (default: torch's)"
+    )
     parser.add_argument(
         "--cpu-time", action="store_true", help="time one thread's CPU time (on a busy machine)"
     )
@@ -237,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limits", type=Path, help="take the limits from this results file")
     options = parser.parse_args(arguments)
 
+    on_gpu = torch.cuda.is_available() if not options.device else options.device == "cuda"
+    options.cpu_time |= options.quick and not on_gpu and not options.threads
     if options.threads or options.cpu_time:
         torch.set_num_threads(options.threads or 1)
     # What was compiled before must not serve: first calls are measured.
@@ -285,23 +298,22 @@ def main(arguments: list[str] | None = None) -> int:
     # What lives until the end is not looked through by every collection of garbage.
     gc.collect()
     gc.freeze()
-    if options.quick:
-        effort = Effort(seconds=0.12, fewest=5, most=60, rounds=20)
-    elif cuda:
-        effort = Effort()
-    else:  # a CPU's clock drifts more, so more turns
-        effort = Effort(seconds=0.5, fewest=9, rounds=20)
+    if cuda:
+        effort = Effort(seconds=0.12 if options.quick else 0.2)
+    else:  # a CPU's clock drifts more, so more calls
+        effort = Effort(seconds=0.6 if options.quick else 2.0, most=5000)
     path = options.out or options.resume or results_module.default_path(device.environment())
 
     signal.signal(signal.SIGTERM, _interrupt)
     bar = _progress(len(points))
+    bar[0](HEAD)
     results = run(
         points, device, path=path, budget=budget - (time.monotonic() - started), effort=effort,
         limits=limits, before=before, show=bar[0], progress=bar[1], precompiled=precompiled,
     )  # fmt: skip
     failed = [row for row in results["rows"] if row["error"]]
     measured = results["points"]["measured"]
-    print(f"{measured} of {len(points)} points, {len(results['rows'])} rows, in {path}")
+    print(f"\n{measured} of {len(points)} points, {len(results['rows'])} rows, in {path}")
     if results["stopped"]:
         print(f"stopped: {results['stopped']}")
     for row in failed[:20]:

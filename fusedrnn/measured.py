@@ -7,7 +7,8 @@ points at which both were timed:
     {"schema": 1, "sources": [...],
      "devices": {"NVIDIA H200": {"lstm fp16 training": [[T, B, H, speed-up], ...]}}}
 
-and only those kinds that have a speed-up below 1 somewhere: a kind that is not there is ours.
+and only those kinds that have a speed-up below 1 somewhere: a kind that is not there is ours. A
+speed-up that noise could be all of stands there as 1.
 """
 
 from __future__ import annotations

@@ -1,27 +1,37 @@
 """Results that nobody measured, for tests of what is made from results."""
 
-from bench.measure import FIELDS, add_ratios
+from bench import noise
+from bench.measure import FIELDS
+from bench.noise import STRETCHES
 
 
-def rows_of(shape, which="training", tier="planes", **milliseconds):
+def rows_of(shape, which="training", tier="planes", **times):
+    """A row for each backend: of its milliseconds, alike in every call, of its samples in seconds,
+    or (None) of a wrong result."""
+    samples = {
+        name: [[1e-3 * t]] * STRETCHES if isinstance(t, int | float) else t
+        for name, t in times.items()
+    }
     rows = []
-    for backend, ms in milliseconds.items():
+    for backend, own in samples.items():
         row = {**shape.fields(), "tier": tier, "pass": which, "backend": backend}
         row |= dict.fromkeys(FIELDS)
         row |= {"ran_on": "triton" if backend == "auto" else backend, "first_call_s": 0.5}
-        if ms is None:
+        if own is None:
             row["error"] = "wrong: output is off by 1"
         else:
-            row |= {"ms": ms, "ms_p10": 0.9 * ms, "ms_p90": 1.1 * ms, "calls": 9,
-                    "floor_ms": 0.1, "peak_bytes": 10**7}  # fmt: skip
+            row |= {**noise.statistics_of(own), "calls": 20, "floor_ms": 0.1, "peak_bytes": 10**7}
+            row |= {"ms_p90": 1.2 * row["ms"], "floor_ratio": row["ms"] / 0.1}
+            if samples.get("torch_nn"):
+                row["ms_torch_nn"] = noise.statistics_of(samples["torch_nn"])["ms"]
+                row |= noise.against(samples["torch_nn"], own)
         rows.append(row)
-    add_ratios(rows)
     return rows
 
 
 def results_of(rows, kind="cuda", device="Some GPU", date="2026-01-02T03:04:05Z"):
     return {
-        "schema": 1,
+        "schema": 2,
         "environment": {"device": device, "kind": kind, "commit": "abc", "dirty": False,
                         "date": date, "torch": "2", "triton": "3", "cudnn": 9},
         "conditions": {"clock": "CUDA events", "cache": "warm"},

@@ -33,6 +33,11 @@ def test_noise_is_no_regression():
     )
     assert compare.changes(a, b)[0].factor == pytest.approx(1.15)
     assert not compare.report(a, b, "ms", 1.05)[1]  # p10 of B is below p90 of A
+    noisy = [[1e-3]] * 3 + [[2e-3]] * 17  # its ratio's interval reaches from 1 to 2
+    a, b = files(({"torch_nn": 2, "auto": 1.0}, {"torch_nn": 4, "auto": 2}),
+                 ({"torch_nn": 2, "auto": noisy}, {"torch_nn": 4, "auto": 2}))  # fmt: skip
+    assert compare.changes(a, b, "ratio")[0].factor == pytest.approx(2)
+    assert not compare.report(a, b, "ratio", 1.05)[1]
 
 
 def test_by_ratio_a_slower_machine_is_no_regression():

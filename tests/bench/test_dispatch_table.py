@@ -29,6 +29,11 @@ def test_only_kinds_with_a_loss_are_listed(tmp_path):
     assert table["sources"] == ["gpu/a.json"]
 
 
+def test_a_loss_that_noise_could_be_is_none(tmp_path):
+    noisy = [[1e-3]] * 3 + [[2e-3]] * 17
+    assert table_of(tmp_path, *rows_of(SHAPE, torch_nn=1.0, auto=noisy))["devices"] == {}
+
+
 def test_rows_that_torch_ran_say_nothing_about_our_kernels(tmp_path):
     rows = rows_of(SHAPE, torch_nn=1.0, auto=1.1, triton=2.0)
     rows[1]["ran_on"] = "aten"

@@ -7,6 +7,7 @@ import torch
 from bench import backends, measure
 from bench.backends import Runner
 from bench.measure import BrokenDevice, Effort, deviation
+from bench.noise import STRETCHES
 from bench.shapes import Point, Shape
 
 SHAPE = Shape("lstm", "fp32-exact", 4, 2, 3, 5)
@@ -42,15 +43,16 @@ def test_a_good_point(gpu, which):
     assert list(rows) == ["torch_nn", "auto", "reference"]
     for row in rows.values():
         assert row["error"] is None
-        assert row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+        assert row["ms"] <= row["ms_p50"] <= row["ms_p90"]
         assert row["ms_torch_nn"] == rows["torch_nn"]["ms"]
-        assert row["ratio"] == pytest.approx(row["ms_torch_nn"] / row["ms"], rel=1e-3)
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["overhead_us_low"] <= row["overhead_us"] <= row["overhead_us_high"]
         assert row["floor_ms"] == 1.0
         assert row["floor_ratio"] == pytest.approx(row["ms"], rel=1e-3)
         assert row["peak_bytes"] == 1 << 20
         assert row["host_us"] == 50
         assert row["first_call_s"] > 0
-        assert row["calls"] >= 3
+        assert row["calls"] == STRETCHES  # the fewest: a call takes 10 ms, the effort is 0.2 s
         assert row["cache"] == "warm"
         assert row["deviation"] <= row["deviation_limit"]
     assert rows["auto"]["ran_on"] == "aten"
@@ -130,7 +132,8 @@ def test_what_was_timed_before_the_device_broke_has_its_ratio(gpu, monkeypatch):
     rows = by_backend(caught.value.rows)
     assert rows["torch_nn"]["ratio"] == 1
     assert rows["auto"]["error"]
-    assert rows["reference"]["error"]
+    assert rows["auto"]["ratio"] is None
+    assert rows["reference"]["ratio"] > 0
 
 
 def test_what_is_left_out_is_said(gpu):
@@ -162,7 +165,7 @@ def test_who_fails_late_does_not_take_the_others_along(gpu, spoil, call, monkeyp
     monkeypatch.setattr(
         type(gpu), "host_seconds", lambda self, calls: [c() for c in calls] and 5e-5
     )
-    gpu.time_calls = lambda calls: [c() and gpu.seconds for c in calls]
+    gpu.time_calls = lambda calls: [(c(), gpu.seconds)[1] for c in calls]
     spoil("auto", fail_at_last)
     rows = by_backend(measure.measure(POINT, "inference", gpu, Effort())[0])
     assert rows["auto"]["error"] == "RuntimeError: tired"
@@ -210,46 +213,65 @@ def test_a_time_out_is_the_row_s_that_caused_it(gpu, monkeypatch):
     assert rows["reference"]["ms"] is not None
 
 
-def test_backends_take_turns(gpu):
-    order = []
-    runners = {
-        name: Runner(lambda i, name=name: order.append((name, i)), ()) for name in ("a", "b")
-    }
-    effort = Effort(seconds=0.06, rounds=3, sets=2)
-    samples = measure.take_turns(runners, gpu, effort, no_failure)
-    assert len(samples["a"]) == len(samples["b"]) == 3
-    names = [name for name, _ in order[2:]]
-    assert names == ["a", "b", "b", "a", "a", "b"]
+class Clock:
+    """A device whose calls are run, and take what `seconds` says of their name."""
+
+    def __init__(self, **seconds):
+        self.seconds, self.order, self.asked = seconds, [], 0
+
+    def runner(self, name):
+        return Runner(lambda i: self.order.append((name, i)), ())
+
+    def time_calls(self, calls):
+        self.asked += 1
+        times = []
+        for call in calls:
+            before = len(self.order)
+            call()
+            times.append(sum(self.seconds[name] for name, _ in self.order[before:]))
+        return times
 
 
-def test_inputs_rotate():
-    from bench.device import Device
-
-    seen = []
-    runners = {"a": Runner(lambda i: seen.append(i), ())}
-    measure.take_turns(
-        runners, Device(), Effort(seconds=0.0, fewest=9, rounds=3, sets=3), no_failure
-    )
-    assert seen[3:12] == [0, 1, 2] * 3
+def turns(effort, **seconds):
+    clock = Clock(**seconds)
+    runners = {name: clock.runner(name) for name in seconds}
+    samples, calls = measure.take_turns(runners, clock, effort, no_failure)
+    return clock, samples, calls
 
 
-def test_a_slow_backend_is_called_no_more_than_needed(gpu):
-    gpu.seconds = 10.0
-    runners = {"slow": Runner(lambda i: None, ())}
-    samples = measure.take_turns(runners, gpu, Effort(), no_failure)
-    assert sum(map(len, samples["slow"].values())) == Effort().fewest
+def test_backends_take_turns_call_by_call_in_an_order_drawn_anew():
+    clock, samples, calls = turns(Effort(seconds=0.6, sets=3), a=0.01, b=0.01)
+    assert {len(s) for s in samples["a"]} == {len(s) for s in samples["b"]} == {3}
+    assert len(samples["a"]) == len(samples["b"]) == STRETCHES
+    assert calls == {"a": 60, "b": 60}
+    timed = clock.order[6:]  # after the warm-up
+    pairs = list(zip(timed[::2], timed[1::2], strict=True))
+    assert all({first[0], second[0]} == {"a", "b"} for first, second in pairs)
+    first = [pair[0][0] for pair in pairs].count("a")
+    assert 15 < first < 45  # 4 standard deviations about 30; by turns it would be all or half
+    assert len({pair[0][0] for pair in pairs[::2]}) == 2
+    assert clock.asked == 2 + STRETCHES  # a stretch goes into a GPU's queue as one
 
 
-def test_quartiles_pair_the_turns():
-    theirs = {t: [2.0 * (t + 1)] for t in range(5)}
-    own = {t: [1.0 * (t + 1), 1.0 * (t + 1)] for t in range(1, 5)}
-    assert measure.quartiles(theirs, own) == (2.0, 2.0)  # a drift meets both
-    assert measure.quartiles(theirs, {0: [1.0]}) == (None, None)
+def test_both_sides_of_a_turn_have_the_same_inputs_and_these_rotate():
+    clock, _, _ = turns(Effort(seconds=0.6, sets=3), a=0.01, b=0.01)
+    timed = clock.order[6:]
+    assert [i for _, i in timed[::2]] == [i for _, i in timed[1::2]] == [0, 1, 2] * 20
 
 
-def test_statistics():
-    got = measure.statistics_of([0.001 * n for n in range(1, 12)])
-    assert got == {"ms": 6.0, "ms_p10": 2.0, "ms_p90": 10.0, "calls": 11}
+def test_short_calls_are_timed_together_as_many_of_either_side():
+    clock, samples, calls = turns(Effort(seconds=0.01, sets=1), short=3e-5, longer=9e-5)
+    assert calls["short"] % 4 == calls["longer"] % 4 == 0  # 4 of 30 us are over 100 us
+    assert all(t == pytest.approx(3e-5) for stretch in samples["short"] for t in stretch)
+    assert all(t == pytest.approx(9e-5) for stretch in samples["longer"] for t in stretch)
+    assert clock.order[2:6] in ([("short", 0)] * 4, [("longer", 0)] * 4)
+
+
+def test_a_slow_backend_is_called_no_more_than_needed():
+    _, samples, calls = turns(Effort(seconds=0.2), slow=10.0, fast=0.001)
+    assert calls == {"slow": STRETCHES, "fast": 200}
+    assert {len(s) for s in samples["slow"]} == {1}
+    assert {len(s) for s in samples["fast"]} == {10}
 
 
 def test_deviation_is_relative_and_names_the_worst():

@@ -26,8 +26,8 @@ def folder(tmp_path):
 def test_losses_come_first(folder):
     text, _ = report.build(folder)
     table = text.split("### Slowest first")[1].split("###")[0]
-    assert "1 of 70 points are below 1.0" in table
-    speedups = [float(x) for x in re.findall(r"\| (\d+\.\d\d)x \| \d", table)]
+    assert "Of 70 points, 1 are slower than torch.nn beyond noise, and 0 cannot be" in table
+    speedups = [float(x) for x in re.findall(r"\| (\d+\.\d\d)x \(", table)]
     assert speedups[0] == 0.80
     assert speedups == sorted(speedups)
 
@@ -80,6 +80,36 @@ def test_every_picture_is_named_and_parses(folder):
             for key in ("y", "cy"):
                 if element.get(key):
                     assert 0 <= float(element.get(key)) <= height
+
+
+def test_a_loss_that_noise_could_be_is_none(tmp_path):
+    """Every stretch but three says slower: its interval contains 1."""
+    noisy = [[1e-3]] * 3 + [[2e-3]] * 17
+    rows = rows_of(shapes.hardest(), torch_nn=1.0, auto=noisy)
+    assert rows[1]["ratio"] == 0.5
+    results.save(results_of(rows), tmp_path / "some-gpu" / "a.json")
+    text, _ = report.build(tmp_path)
+    assert "Of 1 points, 0 are slower than torch.nn beyond noise, and 1 cannot be told" in text
+    assert "0.50x (0.50 to 1.00), cannot be told apart" in text
+
+
+def test_the_same_kernels_have_an_overhead_and_no_speed_up(folder):
+    rows = rows_of(replace(shapes.hardest(), T=32), torch_nn=1.0, auto=1.004)
+    rows[1]["ran_on"] = "aten"
+    results.save(results_of(rows, date="2026-02-02T03:04:05Z"), folder / "some-gpu" / "b.json")
+    text, _ = report.build(folder)
+    assert "Of 70 points" in text
+    table = text.split("### The same kernels of torch")[1].split("###")[0]
+    assert "+4.0 us (+4.0 to +4.0)" in table
+    assert "x (" not in table
+    assert "At 1 points both ran the same kernels of torch" in text
+
+
+def test_a_heat_map_has_no_colour_for_what_cannot_be_told_apart():
+    draw = lambda unclear: pictures.heat_map("t", "", "B", "H", [1], [64], {(1, 64): 0.5}, unclear)  # noqa: E731
+    assert pictures.ratio_colour(0.5) in draw(())
+    assert pictures.ratio_colour(0.5) not in draw({(1, 64)})
+    assert ">0.50<" in draw({(1, 64)})
 
 
 def test_a_heat_map_shows_what_is_missing():
