@@ -92,7 +92,11 @@ lint: $(STAMP)-lint $(STAMP)-test  ## ruff (rules and format) and pyright (types
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types
 	cp -r fusedrnn build/types/ && cp -r kernels build/types/fusedrnn/
-	$(BIN)/pyright --pythonpath $(BIN)/python | sed -E 's,build/types/(fusedrnn/(kernels/))?,\2,'
+	cp tests/typed_program.py build/types/
+	$(BIN)/pyright --pythonpath $(BIN)/python | \
+	  sed -E 's,build/types/typed,tests/typed,; s,build/types/(fusedrnn/(kernels/))?,\2,'
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=build/types \
+	  pyright --verifytypes fusedrnn --ignoreexternal | grep -E "error:|score"
 
 format: $(STAMP)-lint  ## Rewrite the source as ruff formats it
 	$(BIN)/ruff check --fix .

@@ -4,9 +4,19 @@ import fusedrnn
 
 rnn = fusedrnn.LSTM(128, 256, num_layers=2, bidirectional=True)     # as torch.nn.LSTM
 fusedrnn.replace_modules(model)                                     # or a finished model
+
+LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell    the modules
+replace_modules, restore_modules              swap those of a finished model, and back
+use_backend, BACKENDS, explain                which backend runs a call
+Regularizers                                  dropout of several kinds, zoneout, clipping
+Stream                                        carries the state from one chunk to the next
+functional, gradient_flow, types              the same as functions; pictures; for annotations
+fusedrnn.onnx, fusedrnn.cells                 to import: export to ONNX; cells of one's own
+
+help(fusedrnn.LSTM) and the like say more.
 """
 
-from fusedrnn import functional, gradient_flow
+from fusedrnn import functional, gradient_flow, types
 from fusedrnn.dispatch import BACKENDS, use_backend
 from fusedrnn.explain import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -31,5 +41,6 @@ __all__ = [
     "gradient_flow",
     "replace_modules",
     "restore_modules",
+    "types",
     "use_backend",
 ]

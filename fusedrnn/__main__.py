@@ -49,7 +49,7 @@ def _line(result: selfcheck.Check) -> str:
 
 if __name__ == "__main__":
     try:
-        status = main()
+        status: int = main()
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head -1`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import cells, packing, reference
+from fusedrnn import cells, onnx, packing, reference
 from fusedrnn.dispatch import fp32_precision
 from fusedrnn.reference import Weights, split_weights
 
@@ -54,31 +54,39 @@ def run_reference(
     state: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
     sequence: Sequence,
-    record: list | None = None,
+    record: list[list[tuple[Tensor, ...]]] | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """A layer in differentiable torch operators: (output, *final states)."""
+    """A layer in differentiable torch operators: (output, *final states). `record`, and `given`
+    in the layout of the output, as `reference.layer` takes them."""
     cell = cells.get(config.cell)
     directions = split_weights(cell, weights, bias=config.bias, projection=config.projection)
     lengths, batch_sizes, reset, h_mask, zoneout = sequence
     noise = None if zoneout is None or zoneout.dim() == 1 else zoneout
+    input = by_time(config, input, sequence)
+    given = None if given is None else by_time(config, given, sequence)
+    zoneout = zoneout if noise is None else by_time(config, noise, sequence)
     if batch_sizes is not None:
-        input = packing.pad(input, batch_sizes)
-        zoneout = zoneout if noise is None else packing.pad(noise, batch_sizes)
         lengths = packing.lengths_of(batch_sizes).to(input.device)
-    elif config.batch_first:
-        input = input.transpose(0, 1)
-        reset = None if reset is None else reset.transpose(0, 1)
-        zoneout = zoneout if noise is None else noise.transpose(0, 1)
+    elif config.batch_first and reset is not None:
+        reset = reset.transpose(0, 1)
     lengths = None if lengths is None else lengths.to(input.device)
     output, final = reference.layer(
         cell, input, state, directions, lengths=lengths, reset=reset, h_mask=h_mask,
-        zoneout=zoneout, clip=config.clip, record=record,
+        zoneout=zoneout, clip=config.clip, record=record, given=given,
     )  # fmt: skip
     if batch_sizes is not None:
         output = packing.unpad(output, batch_sizes)
     elif config.batch_first:
         output = output.transpose(0, 1)
     return output, *final
+
+
+def by_time(config: Config, tensor: Tensor, sequence: Sequence) -> Tensor:
+    """[T, B, *] from a layer's layout: [T, B, *], [B, T, *] or packed [N, *]."""
+    if sequence.batch_sizes is not None:
+        return packing.pad(tensor, sequence.batch_sizes)
+    return tensor.transpose(0, 1) if config.batch_first else tensor
 
 
 def run_aten(
@@ -141,7 +149,7 @@ def _run_aten_padded(function, config, input, state, weights, lengths, options):
     return output, *final
 
 
-def run_plain(config: Config, *args) -> tuple[Tensor, ...]:
+def run_plain(config: Config, *args: Any) -> tuple[Tensor, ...]:
     """The layer by the backend whose operators autograd sees through: aten or reference."""
     run = run_aten if config.backend == "aten" else run_reference
     if not config.autocast:
@@ -242,6 +250,11 @@ def _triton_backward(
         h_prev = packing.started_over(h_prev, extras.reset, extras.fresh[:1], rows)
     if extras.h_mask is not None:
         h_prev *= packing.by_row(extras.h_mask, rows, h_prev.shape[0])
+    if sequence.lengths is not None:
+        # The gradients of steps that do not exist are 0, but 0 * inf is NaN in the products.
+        over = packing.rows_over(rows, sequence.lengths.to(input.device))
+        input_ni = input_ni.masked_fill(over[:, None], 0)
+        h_prev.masked_fill_(over[:, None, None], 0)
     state = state[: len(cell.states)]
     saved, values = list(saved), None
     with matmul_precision(input, precision):
@@ -338,6 +351,8 @@ def layer_op(
         cell, bias, bidirectional, projection, batch_first, backend, save, autocast, clip
     )  # fmt: skip
     sequence = Sequence(lengths, batch_sizes, reset, h_mask, zoneout)
+    if batch_sizes is not None:
+        packing.check_batch_sizes(batch_sizes, input)
     # Here, since a compiler looks at no values; on another device it would mean waiting.
     if lengths is not None and lengths.device.type == "cpu":
         packing.check_length_values(lengths, input.shape[1 if batch_first else 0])
@@ -352,6 +367,10 @@ def _(
     input, state, weights, lengths, batch_sizes, reset, cell, bias, bidirectional, projection,
     batch_first, backend, save, autocast, clip=0.0, h_mask=None, zoneout=None,
 ):  # fmt: skip
+    if onnx.plain_export():
+        # Every way of torch.onnx.export to our operator leads here; its own error names nobody.
+        lacking = onnx.lacks(cell, projection, batch_sizes, reset, h_mask, zoneout)
+        raise NotImplementedError(lacking or onnx.USE_EXPORT)
     D = 2 if bidirectional else 1
     state = state[: len(cells.get(cell).states)]
     wide = state[0].shape[-1]
@@ -471,11 +490,13 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, config: Config, n_state: int, lengths, batch_sizes, reset, h_mask, zoneout, input,
-        *tensors,
-    ):  # fmt: skip
+        ctx: Any, config: Config, n_state: int, return_states: bool, lengths: Tensor | None,
+        batch_sizes: Tensor | None, reset: Tensor | None, h_mask: Tensor | None,
+        zoneout: Tensor | None, input: Tensor, *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         state, weights = tensors[:n_state], tensors[n_state:]
-        outputs = torch.ops.fusedrnn.layer(
+        # torch keeps the next line in an exported program, and shows it where loading fails.
+        outputs = torch.ops.fusedrnn.layer(  # `import fusedrnn` registers this operator
             input, state, weights, lengths, batch_sizes, reset, *config,
             h_mask=h_mask, zoneout=zoneout,
         )  # fmt: skip
@@ -484,15 +505,20 @@ class Layer(torch.autograd.Function):
         sequence = (lengths, batch_sizes, reset, h_mask, zoneout)
         ctx.save_for_backward(*sequence, input, *tensors, output, *saved)
         ctx.config, ctx.n_state, ctx.n_weights = config, n_state, len(weights)
-        return output, *final
+        if not return_states:
+            return output, *final
+        ctx.mark_non_differentiable(saved[-1])  # the states but h: see `with_states`
+        return output, *final, saved[-1]
 
     @staticmethod
-    def backward(ctx, *d_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        S = len(cells.get(ctx.config.cell).states)
+        d_outputs = d_outputs[: 1 + S]
         lengths, batch_sizes, reset, h_mask, zoneout, input, *rest = ctx.saved_tensors
         n_state, config = ctx.n_state, ctx.config
         state, weights = rest[:n_state], rest[n_state : n_state + ctx.n_weights]
         output, *saved = rest[n_state + ctx.n_weights :]
-        input_wanted = ctx.needs_input_grad[7]
+        input_wanted = ctx.needs_input_grad[8]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = differentiable_backward(
                 config, d_outputs, input, state, weights,
@@ -505,10 +531,17 @@ class Layer(torch.autograd.Function):
             )  # fmt: skip
             if not input_wanted:
                 gradients = [None, *gradients[1:]]
-        return *(None,) * 7, *gradients
+        return *(None,) * 8, *gradients
 
 
-def differentiable_backward(config, d_outputs, input, state, weights, sequence):
+def differentiable_backward(
+    config: Config,
+    d_outputs: tuple[Tensor, ...],
+    input: Tensor,
+    state: list[Tensor],
+    weights: list[Tensor],
+    sequence: Sequence,
+) -> list[Tensor | None]:
     """The gradients of a layer with a graph of their own, by autograd through the reference.
 
     Each input enters as a view of itself: a tensor that stands in two places (shared weights)
@@ -534,7 +567,9 @@ class AtenStack(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run: Callable, again: Callable, *tensors):
+    def forward(
+        ctx: Any, run: Callable[..., Any], again: Callable[..., Any], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
             outputs = run(*inputs)
@@ -544,7 +579,7 @@ class AtenStack(torch.autograd.Function):
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
-    def backward(ctx, *d_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         n = len(ctx.needs_input_grad) - 2
         tensors, inputs = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n]
         outputs = ctx.saved_tensors[2 * n :]
@@ -562,6 +597,35 @@ class AtenStack(torch.autograd.Function):
         return None, None, *(next(found) if t.requires_grad else None for t in inputs)
 
 
+class StoredStates(torch.autograd.Function):
+    """What a kernel stored of the states, with the gradient of `again`, which computes the same
+    from `tensors` in differentiable operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, again: Callable[..., Any], n: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.again = again
+        ctx.save_for_backward(*tensors[n:])
+        return tuple(t.view_as(t) for t in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *d_states: Tensor) -> tuple[Tensor | None, ...]:
+        create_graph, n = torch.is_grad_enabled(), len(d_states)
+        wanted = ctx.needs_input_grad[2 + n :]
+        with torch.enable_grad():
+            inputs = [
+                t.view_as(t) if create_graph else t.detach().requires_grad_(w)
+                for t, w in zip(ctx.saved_tensors, wanted, strict=True)
+            ]
+            found = torch.autograd.grad(
+                ctx.again(*inputs), [t for t, w in zip(inputs, wanted, strict=True) if w], d_states,
+                create_graph=create_graph, materialize_grads=True,
+            )  # fmt: skip
+        found = iter(found)
+        return None, None, *(None,) * n, *(next(found) if w else None for w in wanted)
+
+
 def run_layer(
     config: Config,
     input: Tensor,
@@ -570,4 +634,65 @@ def run_layer(
     sequence: Sequence,
 ) -> tuple[Tensor, ...]:
     """A layer through the custom ops: (output, *final states)."""
-    return Layer.apply(config, len(state), *sequence, input, *state, *weights)
+    return Layer.apply(config, len(state), False, *sequence, input, *state, *weights)
+
+
+def with_states(
+    run: Callable,
+    config: Config,
+    input: Tensor,
+    state: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    sequence: Sequence,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A layer by `run`: (output, *final states), and each of its S states at all steps,
+    [D, T, B, H], which are 0 where a row is over.
+
+    h is the output. The others, the reference computes anyway; the kernels store them, for
+    backward; torch's operators return no other, and for these the reference's loop computes them
+    again, as it does for a gradient through what the kernels stored.
+    """
+    S, D = len(cells.get(config.cell).states), 2 if config.bidirectional else 1
+    n = len(state)
+
+    def again(output, input, *tensors):
+        steps: list = []
+        with torch.autocast(input.device.type, enabled=False):
+            run_reference(
+                config._replace(clip=0.0), input, tensors[:n], tensors[n:], sequence, steps, output
+            )
+        return _stack_steps(config, steps, sequence, output.dtype)
+
+    if S == 1:
+        outputs, others = run(config, input, state, weights, sequence), ()
+    elif run is run_reference:
+        steps: list = []
+        outputs = run(config, input, state, weights, sequence, steps)
+        others = _stack_steps(config, steps, sequence, outputs[0].dtype)
+    elif config.backend == "triton":
+        *outputs, stored = Layer.apply(config, n, True, *sequence, input, *state, *weights)
+        planes = stored.view(*input.shape[:-1], D, S - 1, -1)
+        planes = by_time(config, planes, sequence).permute(3, 2, 0, 1, 4).unbind()
+        given = (outputs[0], input, *state, *weights)
+        others = StoredStates.apply(again, S - 1, *planes, *given)
+    else:
+        outputs = run(config, input, state, weights, sequence)
+        others = again(outputs[0], input, *state, *weights)
+    h = by_time(config, outputs[0], sequence).unflatten(-1, (D, -1)).permute(2, 0, 1, 3)
+    return tuple(outputs), (h, *others)
+
+
+def _stack_steps(config: Config, steps: list, sequence: Sequence, dtype) -> tuple[Tensor, ...]:
+    """The states but h, each [D, T, B, H], from what `reference.layer` recorded."""
+    planes = [
+        torch.stack([torch.stack([step[s] for step in direction]) for direction in steps])
+        for s in range(1, len(steps[0][0]))
+    ]
+    lengths = sequence.lengths
+    if sequence.batch_sizes is not None:
+        lengths = packing.lengths_of(sequence.batch_sizes)
+    if lengths is not None:
+        lengths = lengths.to(planes[0].device)
+        active = reference.active_rows(lengths, planes[0].shape[1])[:, :, None]
+        planes = [torch.where(active, p, torch.zeros_like(p)) for p in planes]
+    return tuple(p.to(dtype) for p in planes)

@@ -26,19 +26,23 @@ import importlib.util
 import logging
 import operator
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 
 from fusedrnn import cells, measured
+from fusedrnn.types import Backend
 
-logger = logging.getLogger("fusedrnn")
+logger: logging.Logger = logging.getLogger("fusedrnn")
 
-BACKENDS = ("triton", "aten", "reference")
+BACKENDS: tuple[Backend, ...] = ("triton", "aten", "reference")
 OLDEST_TRITON = (3, 6)
-# What a time loop may have to do besides the cell: `Call.inside`.
+# What a time loop may have to do besides the cell: in `Call.inside`.
 INSIDE = {
     "reset": "resets inside a sequence",
     "reset_state": "resets to a given state",
@@ -46,6 +50,8 @@ INSIDE = {
     "zoneout": "zoneout",
     "clip_gradient": "gradient clipping inside the loop",
 }
+# "states", all of them at all steps, is had in other ways beside every backend's loop.
+STATES_COMPILED = "torch.compile sees the states of all steps only in plain torch operators"
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,13 +62,27 @@ def check_name(backend: str, source: str) -> str:
     return backend
 
 
-# A plain global, not a context variable: torch.compile can read it, and guards on it.
-_in_force = check_name(os.environ.get("FUSEDRNN_BACKEND") or "auto", "FUSEDRNN_BACKEND")
+_default = check_name(os.environ.get("FUSEDRNN_BACKEND") or "auto", "FUSEDRNN_BACKEND")
+_of_block: ContextVar[str | None] = ContextVar("fusedrnn_backend", default=None)
+# torch.compile cannot read a context variable. It reads, and guards on, this plain global: the
+# name given to the newest of the blocks that are open in the process, or else the default.
+_in_force = _default
+_open_blocks: list[list[str]] = []  # each a list of its own, so that equal names stay apart
+_blocks_lock = threading.Lock()
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Forces a backend for every module that has none of its own, in the whole process.
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Forces a backend for every module that has none of its own, in this thread or asyncio task.
+
+    Other threads and tasks do not see it, and nothing of it is left when it ends, whatever the
+    order in which blocks end. A thread that starts inside the block begins without it: those of
+    torch.nn.DataParallel, and autograd's for a GPU, in which checkpoints run again, among them.
+    Give such a module its own `backend=`.
+
+    torch.compile cannot tell threads apart: a compiled function runs, or compiles again, for the
+    newest block that is open in the process. That is the caller's own block, unless several
+    threads use compiled functions in blocks of different names at one time.
 
     Args:
         backend: "auto", "triton", "aten" or "reference".
@@ -70,12 +90,30 @@ def use_backend(backend: str) -> Iterator[None]:
         ValueError: another name.
     """
     global _in_force
-    before = _in_force
-    _in_force = check_name(backend, "use_backend(backend)")
+    check_name(backend, "use_backend(backend)")
+    if torch.compiler.is_compiling():  # a block inside a compiled function
+        before, _in_force = _in_force, backend
+        try:
+            yield
+        finally:
+            _in_force = before
+        return
+    outer, block = _of_block.get(), [backend]
+    _of_block.set(backend)
+    _open_or_close(block)
     try:
         yield
     finally:
-        _in_force = before
+        _of_block.set(outer)
+        _open_or_close(block)
+
+
+def _open_or_close(block: list[str]) -> None:
+    global _in_force
+    with _blocks_lock:
+        others = [other for other in _open_blocks if other is not block]
+        _open_blocks[:] = [*others, block] if len(others) == len(_open_blocks) else others
+        _in_force = _open_blocks[-1][0] if _open_blocks else _default
 
 
 class Call(NamedTuple):
@@ -98,6 +136,7 @@ class Call(NamedTuple):
     transformed: bool = False
     device_index: int | None = None
     inside: tuple[str, ...] = ()
+    autocast: bool = False  # float32 tensors, of which autocast makes `dtype`
 
 
 class Explanation(NamedTuple):
@@ -170,6 +209,8 @@ def triton_refuses(call: Call) -> str | None:
         return f"the kernels compute float32, bfloat16 and float16, not {call.dtype}"
     if call.proj_size:
         return f"projections are not fused (proj_size={call.proj_size})"
+    if "states" in call.inside and torch.compiler.is_compiling():
+        return STATES_COMPILED
     if call.B == 0 or call.T == 0:
         return f"there is nothing to launch (T={call.T}, B={call.B})"
     if call.device == "cuda":
@@ -178,7 +219,6 @@ def triton_refuses(call: Call) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _no_plan(cell: str, dtype: torch.dtype, H: int, D: int, index: int) -> str | None:
     """Why the kernels cannot run such a layer on that CUDA device, or None."""
     if torch.version.hip:
@@ -186,6 +226,45 @@ def _no_plan(cell: str, dtype: torch.dtype, H: int, D: int, index: int) -> str |
     from fusedrnn.kernels import refusal
 
     return refusal(cells.get(cell), dtype, H, D, torch.device("cuda", index))
+
+
+def lstm_autocast_failure(dtype: torch.dtype, *, training: bool) -> str | None:
+    """What torch's LSTM says on this processor to float32 tensors under autocast to `dtype`, or
+    None where it computes.
+
+    It takes oneDNN for float32, and finds out too late that autocast has made it a dtype for
+    which oneDNN has no kernel here. No query tells beforehand, so one time step is tried.
+    """
+    return _try_lstm(dtype, training, torch._C._get_mkldnn_enabled())
+
+
+# torch.compile calls these and takes the answer for a constant, as with the decorator
+# torch.compiler.assume_constant_result, which would import all of torch._dynamo to set this.
+_no_plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+lstm_autocast_failure._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@functools.cache
+def _try_lstm(dtype: torch.dtype, training: bool, onednn: bool) -> str | None:
+    # In a thread of its own: what the caller is in (a trace, a mode, hooks of a checkpoint) would
+    # take part in it, and all that is a thread's.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_failure_of_lstm, dtype, training).result()
+
+
+def _failure_of_lstm(dtype: torch.dtype, training: bool) -> str | None:
+    like = {"device": "cpu", "dtype": torch.float32}
+    x = torch.zeros(1, 1, 1, **like, requires_grad=training)
+    weights = [torch.zeros(4, 1, **like) for _ in range(2)]
+    state = [torch.zeros(1, 1, 1, **like) for _ in range(2)]
+    with torch.set_grad_enabled(training), torch.autocast("cpu", dtype=dtype):
+        try:
+            output, *_ = torch.lstm(x, state, weights, False, 1, 0.0, training, False, False)
+            if training:
+                torch.autograd.grad(output.sum(), x)
+        except RuntimeError as error:
+            return str(error).split(". ")[0]
+    return None
 
 
 def fp32_precision() -> str:
@@ -218,10 +297,19 @@ def measured_slower(call: Call) -> str | None:
 def aten_refuses(call: Call) -> str | None:
     if cells.get(call.cell).aten is None:
         return f"torch has no {call.cell}"
-    if call.inside:
-        return f"torch's kernels do not have {' and '.join(INSIDE[n] for n in call.inside)}"
+    inside = [INSIDE[name] for name in call.inside if name in INSIDE]
+    if inside:
+        return f"torch's kernels do not have {' and '.join(inside)}"
+    if "states" in call.inside and torch.compiler.is_compiling():
+        return STATES_COMPILED
     if call.transformed:
         return "torch.func transforms and forward-mode AD need plain torch operators"
+    # Of torch's loops only the LSTM over plain rows is oneDNN's.
+    plain = not (call.packed or call.lengths or call.proj_size)
+    if call.cell == "lstm" and call.autocast and call.device == "cpu" and plain:
+        failure = lstm_autocast_failure(call.dtype, training=call.needs_grad)
+        if failure:
+            return f"torch's LSTM fails under autocast to {call.dtype} on this processor: {failure}"
     return None
 
 
@@ -239,8 +327,10 @@ BECAUSE = {
 
 
 def forced_backend(backend: str | None) -> str:
-    """The name in force: the module's own, else the context's, else the environment's."""
-    return _in_force if backend is None else check_name(backend, "backend")
+    """The name in force: the module's own, else the block's, else the environment's."""
+    if backend is not None:
+        return check_name(backend, "backend")
+    return _in_force if torch.compiler.is_compiling() else _of_block.get() or _default
 
 
 def select(call: Call, backend: str | None = None) -> str:

@@ -7,23 +7,74 @@ themselves, call `run`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypedDict, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
-from fusedrnn import cells, dispatch, packing
+from fusedrnn import cells, dispatch, onnx, packing
 from fusedrnn import regularizers as regularizers_
-from fusedrnn.autograd import AtenStack, Config, Sequence, run_aten, run_layer, run_reference
+from fusedrnn.autograd import (
+    AtenStack,
+    Config,
+    Sequence,
+    run_aten,
+    run_layer,
+    run_reference,
+    with_states,
+)
 from fusedrnn.dispatch import Call
 from fusedrnn.regularizers import Regularizers
+from fusedrnn.types import Backend, Lengths, Nonlinearity, Save
 
-SAVE = ("gates", "states")
+SAVE: tuple[Save, ...] = ("gates", "states")
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments that `lstm`, `gru` and `rnn` share; see `recurrent`."""
+
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    proj_size: int
+    batch_sizes: Tensor | None
+    lengths: Lengths | None
+    reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None
+    backend: Backend | None
+    save: Save
+    regularizers: Regularizers | None
+
+
+@overload
+def recurrent(
+    cell: str,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Iterable[Tensor],
+    *,
+    hidden_size: int,
+    return_states: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+@overload
+def recurrent(
+    cell: str,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Iterable[Tensor],
+    *,
+    hidden_size: int,
+    return_states: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]: ...
 def recurrent(
     cell: str,
     input: Tensor,
@@ -33,12 +84,19 @@ def recurrent(
     hidden_size: int,
     bias: bool = True,
     num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
     proj_size: int = 0,
     batch_sizes: Tensor | None = None,
-    **options,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    lengths: Lengths | None = None,
+    reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None = None,
+    backend: Backend | None = None,
+    save: Save = "gates",
+    regularizers: Regularizers | None = None,
+    return_states: bool = False,
+) -> Any:
     """Any registered cell over a whole sequence.
 
     Args:
@@ -54,17 +112,17 @@ def recurrent(
         proj_size: P; h has this size instead of H.
         batch_sizes: [T] int64 on the CPU: rows of each time step of packed input.
         dropout: probability, between layers, while `training`.
-        lengths: [B] integers on any device: time steps of each row of padded input. Later
-            outputs are 0, final states are those at the row's own end, and the reverse
-            direction starts there. A row of length 0 keeps its state. On a GPU, where looking
-            would mean waiting, a length beyond T counts as T and a negative one as 0.
+        lengths: [B] integers on any device, or a list or NumPy array of them: time steps of each
+            row of padded input; or a bool mask [T, B] ([B, T] with batch_first), true where a step
+            is real, which means waiting where it lies on a GPU. Later outputs are 0, final states
+            are those at the row's own end, and the reverse direction starts there. A row of
+            length 0 keeps its state. On a GPU, where looking would mean waiting, a length beyond T
+            counts as T and a negative one as 0.
         reset: bool [T, B] ([B, T] with batch_first): sets a row's state to 0 before that step.
             Or (mask, states): sets it to these, each [L * D, B or 1, H].
         backend: "auto", "triton", "aten", "reference" or None (see `fusedrnn.dispatch`).
         save: what the fused backward reads: "gates" (fast) or "states" (less memory).
         regularizers: see `fusedrnn.Regularizers`.
-        record: takes the states of every layer, direction and step, as nodes of the graph, for
-            `fusedrnn.gradient_flow`; the reference then runs the call.
     Returns:
         output [T, B, D * H] in the layout of the input; the S final states [L * D, B, H].
     Raises:
@@ -73,13 +131,10 @@ def recurrent(
     Numerics: accumulates in float32; states are stored in the input's dtype. Under autocast as
         torch.nn's modules.
     """
-    if unknown := set(options) - OPTIONS:
-        raise TypeError(f"{cell}: unexpected options {sorted(unknown)}, may be {sorted(OPTIONS)}")
     layout = {"bias": bias, "bidirectional": bidirectional, "batch_first": batch_first}
     for option, value in layout.items():
         if not isinstance(value, bool):
             raise TypeError(f"{cell}: {option}: expected a bool, got {value!r}")
-    save = options.get("save", "gates")
     if save not in SAVE:
         raise ValueError(f"save: expected one of {SAVE}, got {save!r}")
     if proj_size and cell != "lstm":
@@ -88,15 +143,17 @@ def recurrent(
     layers = num_layers * D
     check_weights(cell, weights, hidden_size, layers, bias, proj_size, D)
     if batch_sizes is not None:
-        check_batch_sizes(batch_sizes, input)
+        packing.check_batch_sizes(batch_sizes, input)
     check_input(
         cell, cell, input, hx, batch_sizes, weights[0].dtype, weights[0].shape[1], hidden_size,
         layers, batch_first, proj_size,
     )  # fmt: skip
     return run(
         cell, input, hx, weights, hidden_size=hidden_size, bias=bias, num_layers=num_layers,
-        bidirectional=bidirectional, batch_first=batch_first, proj_size=proj_size,
-        batch_sizes=batch_sizes, **options,
+        dropout=dropout, training=training, bidirectional=bidirectional, batch_first=batch_first,
+        proj_size=proj_size, batch_sizes=batch_sizes, lengths=lengths, reset=reset,
+        backend=backend, save=save, regularizers=regularizers,
+        return_states=return_states,
     )  # fmt: skip
 
 
@@ -115,47 +172,137 @@ def run(
     batch_first: bool = False,
     proj_size: int = 0,
     batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Lengths | None = None,
     reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None = None,
-    backend: str | None = None,
-    save: str = "gates",
+    backend: Backend | None = None,
+    save: Save = "gates",
     regularizers: Regularizers | None = None,
-    record: list | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`recurrent`, for callers whose tensors are known to fit."""
-    D = 2 if bidirectional else 1
-    unbatched = batch_sizes is None and input.dim() == 2
-    if unbatched:
-        input = input.unsqueeze(0 if batch_first else 1)
-        hx = None if hx is None else tuple(h.unsqueeze(1) for h in hx)
-    if batch_sizes is not None:
-        T, B = batch_sizes.numel(), int(batch_sizes[0])
-    elif batch_first:
-        B, T = input.shape[0], input.shape[1]
-    else:
-        T, B = input.shape[0], input.shape[1]
+    return_states: bool = False,
+    nodes: list[list[tuple[Tensor, ...]]] | None = None,
+) -> tuple[Any, ...]:
+    """`recurrent`, for callers whose tensors are known to fit.
 
-    kind = cells.get(cell)
-    if hx is None:
-        rows, like = (num_layers * D, B), {"dtype": input.dtype, "device": input.device}
-        h_0 = torch.zeros(*rows, proj_size or hidden_size, **like)
-        hx = (h_0, *(torch.zeros(*rows, hidden_size, **like) for _ in kind.states[1:]))
-    device = input.device
+    Args:
+        return_states: whether to return, third, the states of all layers and steps, by name,
+            [L * D, T, B, H] ([L * D, B, T, H] with batch_first), 0 where a row is over.
+        nodes: takes, for each layer and direction, the list over time of the states, as nodes of
+            the graph from which the output is computed; the reference then runs the call.
+    """
     compiling = torch.compiler.is_compiling()
-    if (
-        device.type == "cpu"
-        and lengths is reset is regularizers is record is None
-        and not compiling
-        and kind.aten is not None
-        and dispatch.forced_backend(backend) in ("auto", "aten")
-        and not transformed()
-    ):
+    to_onnx = (compiling or is_tracing()) and onnx.plain_export()
+    at_once = cells.get(cell).aten is not None and not return_states
+    at_once = at_once and lengths is reset is nodes is None
+    if at_once and to_onnx:
+        # The exporters know torch's operator; a graph has no backend that one could force.
+        at_once = regularizers is None or not regularizers.changes_output(training=training)
+    elif at_once:
         # What `dispatch.select` says to such a call, and all that it comes to. The general way
         # below would cost a small layer a tenth of its time.
+        at_once = (
+            input.device.type == "cpu"
+            and regularizers is None
+            and not compiling
+            and dispatch.forced_backend(backend) in ("auto", "aten")
+            and autocast_dtype(input) is None
+            and not transformed()
+        )
+    if at_once:
+        D = 2 if bidirectional else 1
+        batched, hx, _, _ = _batched(
+            cell, input, hx, num_layers * D, hidden_size, proj_size, batch_first, batch_sizes
+        )
         return _aten_at_once(
-            kind.aten, input, hx, weights, batch_sizes, unbatched, batch_first,
+            cells.get(cell).aten, batched, hx, weights, batch_sizes, input.dim() == 2, batch_first,
             (bias, num_layers, dropout, training, bidirectional),
         )  # fmt: skip
+    if to_onnx and lengths is not None and not compiling:
+        raise NotImplementedError(onnx.USE_EXPORT)
+    unbatched = batch_sizes is None and input.dim() == 2
+    call, input, hx, sequence = prepare(
+        cell, input, hx, weights, hidden_size=hidden_size, num_layers=num_layers,
+        training=training, bidirectional=bidirectional, batch_first=batch_first,
+        proj_size=proj_size, batch_sizes=batch_sizes, lengths=lengths, reset=reset,
+        regularizers=regularizers, return_states=return_states,
+    )  # fmt: skip
+    chosen = "reference" if nodes is not None or to_onnx else dispatch.select(call, backend)
+    autocast = call.dtype if autocast_dtype(input) is not None else None
+    own = Regularizers() if regularizers is None else regularizers
+    noise = regularizers_.Noise(own, input)
+    if own.weight_drop and training:
+        weights = _drop_weights(weights, len(weights) // (num_layers * call.directions), noise)
+    # With a generator of its own, dropout between layers is ours to draw.
+    layerwise = return_states or (training and (own.input_dropout or own.generator is not None))
+    if chosen == "aten" and not compiling and not layerwise:
+        config = Config(cell, bias, bidirectional, proj_size > 0, batch_first, "aten", "", "")
+        output, *final = _aten(
+            config, input, hx, weights, sequence, num_layers, dropout, training, call.needs_grad
+        )
+    else:
+        cast = autocast is not None and chosen != "aten"
+        if cast:
+            input, *rest = (_cast(t, call.dtype) for t in (input, *hx, *weights))
+            hx, weights = tuple(rest[: len(hx)]), rest[len(hx) :]
+            autocast = None
+        # With zoneout the stored states are not what the cell computed: that is redone.
+        save = "states" if "zoneout" in call.inside else save
+        config = Config(
+            cell, bias, bidirectional, proj_size > 0, batch_first, chosen,
+            save if call.needs_grad else "states" if return_states else "",
+            "" if autocast is None else str(autocast).removeprefix("torch."),
+            own.clip_gradient or 0.0,
+        )  # fmt: skip
+        run = run_layer
+        if chosen == "reference" and (not compiling or call.transformed or "states" in call.inside):
+            run = run_reference
+        elif not compiling and chosen == "aten":
+            run = functools.partial(_aten, num_layers=1, dropout=0.0, needs_grad=call.needs_grad)
+        if nodes is not None:
+            run = functools.partial(run_reference, record=nodes)
+        # What is cast already is computed as elsewhere, in float32 inside the loop.
+        off = torch.autocast(call.device, enabled=False) if cast else contextlib.nullcontext()
+        with off:
+            output, final, states = _layers(
+                config, input, hx, weights, sequence, num_layers, dropout if training else 0.0,
+                run, noise, training, return_states,
+            )  # fmt: skip
+    if unbatched:
+        output = output.squeeze(0 if batch_first else 1)
+        final = tuple(f.squeeze(1) for f in final)
+    if not return_states:
+        return output, tuple(final)
+    if unbatched:
+        states = {name: s.squeeze(2) for name, s in states.items()}
+    elif batch_first and batch_sizes is None:
+        states = {name: s.transpose(1, 2) for name, s in states.items()}
+    return output, tuple(final), states
+
+
+def prepare(
+    cell: str,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: list[Tensor],
+    *,
+    hidden_size: int,
+    num_layers: int = 1,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    proj_size: int = 0,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths | None = None,
+    reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None = None,
+    regularizers: Regularizers | None = None,
+    return_states: bool = False,
+    **_unused: Any,
+) -> tuple[Call, Tensor, tuple[Tensor, ...], Sequence]:
+    """What a call of `run` is before a backend is chosen: what `dispatch` must know of it, the
+    input with a batch dimension, all initial states, then those that resets set, and the rest."""
+    D = 2 if bidirectional else 1
+    unbatched = batch_sizes is None and input.dim() == 2
+    input, hx, T, B = _batched(
+        cell, input, hx, num_layers * D, hidden_size, proj_size, batch_first, batch_sizes
+    )
     inside: tuple[str, ...] = ()
     if lengths is not None or reset is not None:
         lengths, reset, fresh = _check_sequence(
@@ -171,9 +318,8 @@ def run(
         inside += regularizers.inside_loop(training=training)
         if proj_size and "zoneout" in inside:
             raise ValueError(f"zoneout: expected no projection, got proj_size={proj_size}")
-        if regularizers.weight_drop and training:
-            weights = _drop_weights(weights, len(weights) // (num_layers * D), regularizers)
-
+    if return_states and len(cells.get(cell).states) > 1:
+        inside += ("states",)
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad
         or any(w.requires_grad for w in weights)
@@ -181,51 +327,32 @@ def run(
     )
     autocast = autocast_dtype(input)
     call = Call(
-        cell, device.type, autocast or input.dtype, T, B, input.shape[-1], hidden_size, num_layers,
-        D, proj_size, batch_sizes is not None, lengths is not None, reset is not None, needs_grad,
-        transformed(), device.index, inside,
+        cell, input.device.type, autocast or input.dtype, T, B, input.shape[-1], hidden_size,
+        num_layers, D, proj_size, batch_sizes is not None, lengths is not None, reset is not None,
+        needs_grad, transformed(), input.device.index, inside,
+        autocast is not None and input.dtype == torch.float32,
     )  # fmt: skip
-    chosen = "reference" if record is not None else dispatch.select(call, backend)
-    sequence = Sequence(lengths, batch_sizes, reset)
-    projection = proj_size > 0
+    return call, input, hx, Sequence(lengths, batch_sizes, reset)
 
-    layerwise = regularizers is not None and regularizers.input_dropout > 0 and training
-    if chosen == "aten" and not compiling and not layerwise:
-        config = Config(cell, bias, bidirectional, projection, batch_first, "aten", "", "")
-        output, *final = _aten(
-            config, input, hx, weights, sequence, num_layers, dropout, training, needs_grad
-        )
+
+def _batched(cell, input, hx, layers, hidden_size, proj_size, batch_first, batch_sizes):
+    """The input and the initial states, zeros if there are none, with a batch dimension; T, B."""
+    if batch_sizes is not None:
+        T, B = batch_sizes.numel(), batch_sizes[0]
+        B = B if is_tracing() else int(B)  # an int would be a constant of the trace
     else:
-        if autocast is not None and chosen != "aten":
-            input, *rest = (_cast(t, autocast) for t in (input, *hx, *weights))
-            hx, weights = tuple(rest[: len(hx)]), rest[len(hx) :]
-            autocast = None
-        config = Config(
-            cell, bias, bidirectional, projection, batch_first, chosen,
-            # With zoneout the stored states are not what the cell computed: that is redone.
-            ("states" if "zoneout" in inside else save) if needs_grad else "",
-            "" if autocast is None else str(autocast).removeprefix("torch."),
-            (regularizers and regularizers.clip_gradient) or 0.0,
-        )  # fmt: skip
-        run = run_layer
-        if chosen == "reference" and (not compiling or call.transformed):
-            run = run_reference
-            if record is not None:
-                run = functools.partial(run_reference, record=record)
-        elif not compiling and chosen == "aten":
-            run = functools.partial(_aten, num_layers=1, dropout=0.0, needs_grad=needs_grad)
-        output, final = _layers(
-            config, input, hx, weights, sequence, num_layers, dropout if training else 0.0, run,
-            regularizers, training,
-        )  # fmt: skip
-    if unbatched:
-        output = output.squeeze(0 if batch_first else 1)
-        final = tuple(f.squeeze(1) for f in final)
-    return output, tuple(final)
-
-
-# Of `recurrent`, which hands them on.
-OPTIONS = frozenset(inspect.signature(run).parameters) - {*inspect.signature(recurrent).parameters}
+        if input.dim() == 2:
+            input = input.unsqueeze(0 if batch_first else 1)
+            hx = None if hx is None else tuple(h.unsqueeze(1) for h in hx)
+        T, B = input.shape[:2]
+        if batch_first:
+            T, B = B, T
+    if hx is None:
+        like = {"dtype": input.dtype, "device": input.device}
+        h_0 = torch.zeros(layers, B, proj_size or hidden_size, **like)
+        others = cells.get(cell).states[1:]
+        hx = (h_0, *(torch.zeros(layers, B, hidden_size, **like) for _ in others))
+    return input, hx, T, B
 
 
 def _aten_at_once(name, input, hx, weights, batch_sizes, unbatched, batch_first, options):
@@ -242,36 +369,47 @@ def _aten_at_once(name, input, hx, weights, batch_sizes, unbatched, batch_first,
 
 
 def _layers(
-    config, input, hx, weights, sequence, num_layers, dropout, run, own=None, training=False
+    config, input, hx, weights, sequence, num_layers, dropout, run, noise, training, return_states
 ):
-    """The stack, layer by layer, with dropout between, and what `own` (Regularizers) adds."""
+    """The stack, layer by layer, with dropout between, and what the regularisers add.
+
+    Returns:
+        output, final states, and, if asked for, the cell's states by name, [L * D, T, B, H].
+    """
     D = 2 if config.bidirectional else 1
-    S = len(cells.get(config.cell).states)
+    names = cells.get(config.cell).states
+    S = len(names)
     per_layer = len(weights) // num_layers
-    finals = []
+    finals, planes = [], []
     for layer in range(num_layers):
         state = tuple(s[layer * D : (layer + 1) * D] for s in hx)
-        if own is not None:
-            if training and own.input_dropout:
-                input = input * regularizers_.draw_input_mask(
-                    own, input, sequence.batch_sizes, config.batch_first
-                )
-            inside = own.inside_loop(training=training)
-            if "recurrent_dropout" in inside:
-                sequence = sequence._replace(h_mask=regularizers_.draw_h_mask(own, state[0]))
-            if "zoneout" in inside:
-                zoneout = regularizers_.zoneout_of(
-                    own, input.shape[:-1], state[:S], training=training
-                )
-                sequence = sequence._replace(zoneout=zoneout)
+        if training and noise.own.input_dropout:
+            input = input * regularizers_.draw_input_mask(
+                noise, input, sequence.batch_sizes, config.batch_first
+            )
+        inside = noise.own.inside_loop(training=training)
+        if "recurrent_dropout" in inside:
+            sequence = sequence._replace(h_mask=regularizers_.draw_h_mask(noise, state[0]))
+        if "zoneout" in inside:
+            zoneout = regularizers_.zoneout_of(
+                noise, input.shape[:-1], state[:S], training=training
+            )
+            sequence = sequence._replace(zoneout=zoneout)
         mine = tuple(weights[layer * per_layer : (layer + 1) * per_layer])
-        input, *final = run(config, input, state, mine, sequence)
+        if return_states:
+            (input, *final), states = with_states(run, config, input, state, mine, sequence)
+            planes.append(states)
+        else:
+            input, *final = run(config, input, state, mine, sequence)
         finals.append(final)
         if dropout and layer + 1 < num_layers:
-            input = F.dropout(input, dropout, training=True)
+            input = regularizers_.dropout(noise, input, dropout)
     if num_layers == 1:
-        return input, tuple(finals[0])
-    return input, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+        final = tuple(finals[0])
+    else:
+        final = tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+    columns = zip(names, zip(*planes, strict=True), strict=False)
+    return input, final, {name: torch.cat(layers) for name, layers in columns}
 
 
 def _aten(
@@ -299,9 +437,10 @@ def _aten(
                 "a second derivative through cuDNN with dropout cannot repeat the dropout mask; "
                 "use backend='triton' or backend='reference'"
             )
-        output, final = _layers(
-            config, input, tensors[:S], tensors[S:], sequence, num_layers, 0.0, run_reference
-        )
+        output, final, _ = _layers(
+            config, input, tensors[:S], tensors[S:], sequence, num_layers, 0.0, run_reference,
+            regularizers_.Noise(Regularizers()), False, False,
+        )  # fmt: skip
         return output, *final
 
     return AtenStack.apply(run, again, input, *hx, *weights)
@@ -314,10 +453,7 @@ def _check_sequence(lengths, reset, hx, batch_sizes, T, B, batch_first, unbatche
         name = "lengths" if lengths is not None else "reset"
         raise ValueError(f"{name}: a PackedSequence has its own lengths; pass padded input instead")
     if lengths is not None:
-        if unbatched and isinstance(lengths, Tensor) and lengths.dim() == 0:
-            lengths = lengths.reshape(1)
-        packing.check_lengths(lengths, B)
-        lengths = lengths.to(torch.int64)
+        lengths = packing.as_lengths(lengths, T, B, batch_first=batch_first, unbatched=unbatched)
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
             packing.check_length_values(lengths, T)
     fresh = ()
@@ -339,7 +475,9 @@ def _check_sequence(lengths, reset, hx, batch_sizes, T, B, batch_first, unbatche
     return lengths, reset, fresh
 
 
-def check_fresh(fresh, hx, unbatched) -> tuple[Tensor, ...]:
+def check_fresh(
+    fresh: Tensor | tuple[Tensor, ...], hx: tuple[Tensor, ...], unbatched: bool
+) -> tuple[Tensor, ...]:
     """The states that a reset sets, in the shapes of hx."""
     states = tuple(fresh) if isinstance(fresh, (tuple, list)) else (fresh,)
     if len(states) != len(hx):
@@ -366,10 +504,10 @@ def check_fresh(fresh, hx, unbatched) -> tuple[Tensor, ...]:
     return tuple(expanded)
 
 
-def _drop_weights(weights, per_direction: int, own: Regularizers) -> list[Tensor]:
+def _drop_weights(weights, per_direction: int, noise) -> list[Tensor]:
     """Every W_hh, the second of its layer and direction, with elements dropped."""
     return [
-        regularizers_.drop_weight(w, own) if i % per_direction == 1 else w
+        regularizers_.dropout(noise, w, noise.own.weight_drop) if i % per_direction == 1 else w
         for i, w in enumerate(weights)
     ]
 
@@ -389,7 +527,15 @@ def weight_shapes(
     return shapes
 
 
-def check_weights(cell, weights, hidden_size, layers, bias, proj_size, D) -> None:
+def check_weights(
+    cell: str,
+    weights: list[Tensor],
+    hidden_size: int,
+    layers: int,
+    bias: bool,
+    proj_size: int,
+    D: int,
+) -> None:
     """Raises for weights that are not those of `layers` layers and directions, D of them at once:
     kernels read as far as the shapes say, whatever lies there."""
     for index, weight in enumerate(weights):
@@ -424,31 +570,12 @@ def check_weights(cell, weights, hidden_size, layers, bias, proj_size, D) -> Non
             )
 
 
-def check_batch_sizes(batch_sizes, input) -> None:
-    """Raises for batch_sizes that do not describe the packed rows `input`."""
-    name = "batch_sizes: expected a tensor [T] of int64 on the CPU"
-    if not isinstance(batch_sizes, Tensor):
-        raise TypeError(f"{name}, got {type(batch_sizes).__name__}")
-    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-        raise TypeError(f"{name}, got {batch_sizes.dtype} on {batch_sizes.device}")
-    if batch_sizes.dim() != 1 or batch_sizes.numel() == 0:
-        raise RuntimeError(f"{name} with T >= 1, got shape {tuple(batch_sizes.shape)}")
-    if torch.compiler.is_compiling():
-        return
-    steps = batch_sizes.tolist()
-    if steps != sorted(steps, reverse=True) or steps[-1] < 1 or sum(steps) != len(input):
-        raise ValueError(
-            f"batch_sizes: expected rows of each time step, at least 1, never increasing, "
-            f"{len(input)} in all, got {batch_sizes}"
-        )
-
-
 def check_input(
     name: str,
     cell: str,
-    input,
-    hx,
-    batch_sizes,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    batch_sizes: Tensor | None,
     dtype: torch.dtype,
     input_size: int,
     hidden_size: int,
@@ -474,14 +601,7 @@ def check_input(
             f"{name}: input: expected {' or '.join(f'{d}-D' for d in dims)}, "
             f"got {input.dim()}-D of shape {tuple(input.shape)}"
         )
-    autocast = torch._C._is_any_autocast_enabled()
-    if input.dtype != dtype and not (autocast and input.is_floating_point()):
-        or_model = f", or convert model: model.to({input.dtype})"
-        raise ValueError(
-            f"{name}: input: RNN input dtype ({input.dtype}) does not match weight dtype "
-            f"({dtype}). Convert input: input.to({dtype})"
-            + (or_model if input.is_floating_point() else "")
-        )
+    check_dtype(f"{name}: input", input, dtype)
     if input.shape[-1] != input_size:
         raise RuntimeError(
             f"{name}: input: expected size(-1) to be input_size={input_size}, "
@@ -507,22 +627,82 @@ def check_input(
     else:
         shape = (layers, input.shape[0] if batch_first else input.shape[1])
     for state_name, state in zip(names, hx, strict=True):
-        if not isinstance(state, Tensor):
-            raise TypeError(
-                f"{name}: hx ({state_name}_0): expected a Tensor, got {type(state).__name__}"
-            )
         width = proj_size if proj_size and state_name == "h" else hidden_size
-        if state.shape != (*shape, width):
-            raise RuntimeError(
-                f"{name}: hx ({state_name}_0): expected shape {(*shape, width)} for "
-                f"{'unbatched ' if unbatched else ''}input {tuple(input.shape)}, "
-                f"got {tuple(state.shape)}"
-            )
-        if state.device != input.device or (state.dtype != input.dtype and not autocast):
-            raise RuntimeError(
-                f"{name}: hx ({state_name}_0): expected {input.dtype} on {input.device} as the "
-                f"input, got {state.dtype} on {state.device}"
-            )
+        check_shape(f"{name}: hx ({state_name}_0)", state, (*shape, width), input)
+        check_kind(f"{name}: hx ({state_name}_0)", state, input)
+
+
+def check_step(
+    name: str,
+    cell: str,
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    arguments: tuple[str, str],
+    dtype: torch.dtype,
+    input_size: int,
+    widths: tuple[int, int],
+    leading: tuple[int, ...] = (),
+) -> None:
+    """Raises for an input x, [B, I] or [I], and states, [*leading, B, H] or [*leading, H], that do
+    not fit a step of weights of `dtype`; `widths` are those of h and of the other states, and
+    `arguments` is what the caller calls x and the states."""
+    of_x, of_states = (f"{name}: {argument}" for argument in arguments)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{of_x}: expected a Tensor [B, I] or [I], got {type(x).__name__}")
+    if x.dim() not in (1, 2):
+        raise ValueError(f"{of_x}: expected [B, I] or [I], got shape {tuple(x.shape)}")
+    if x.shape[-1] != input_size:
+        raise RuntimeError(
+            f"{of_x}: expected size(-1) to be input_size={input_size}, got shape {tuple(x.shape)}"
+        )
+    names = cells.get(cell).states
+    if states is not None and len(states) != len(names):
+        raise TypeError(
+            f"{of_states}: expected the {len(names)} tensors {names}, got {len(states)}"
+        )
+    for n, state in enumerate(states or ()):
+        if not leading and isinstance(state, Tensor) and state.dim() not in (1, 2):
+            raise ValueError(
+                f"{of_states} ({names[n]}): expected 1-D or 2-D, got {state.dim()}-D"
+            )  # as torch.nn's cells
+        shape = (*leading, *x.shape[:-1], widths[min(n, 1)])
+        check_shape(f"{of_states} ({names[n]})", state, shape, x)
+    check_dtype(of_x, x, dtype)
+    for n, state in enumerate(states or ()):
+        check_kind(f"{of_states} ({names[n]})", state, x)
+
+
+def check_dtype(name: str, input: Tensor, dtype: torch.dtype) -> None:
+    """Raises for an input whose dtype is not that of the weights, nor made so by autocast."""
+    autocast = torch._C._is_any_autocast_enabled()
+    if input.dtype != dtype and not (autocast and input.is_floating_point()):
+        or_model = f", or convert model: model.to({input.dtype})"
+        raise ValueError(
+            f"{name}: expected {dtype}, got {input.dtype}: RNN input dtype ({input.dtype}) does "
+            f"not match weight dtype ({dtype}). Convert input: input.to({dtype})"
+            + (or_model if input.is_floating_point() else "")
+        )
+
+
+def check_shape(name: str, state: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    """Raises for a state that has not that shape."""
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(state).__name__}")
+    if state.shape != shape:
+        raise RuntimeError(
+            f"{name}: expected shape {shape} for input {tuple(input.shape)}, "
+            f"got {tuple(state.shape)}"
+        )
+
+
+def check_kind(name: str, state: Tensor, input: Tensor) -> None:
+    """Raises for a state that has not the dtype and device of the input."""
+    autocast = torch._C._is_any_autocast_enabled()
+    if state.device != input.device or (state.dtype != input.dtype and not autocast):
+        raise RuntimeError(
+            f"{name}: expected {input.dtype} on {input.device} as the input, "
+            f"got {state.dtype} on {state.device}"
+        )
 
 
 def transformed() -> bool:
@@ -545,7 +725,25 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def lstm(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Iterable[Tensor], **options):
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Iterable[Tensor],
+    *,
+    return_states: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Iterable[Tensor],
+    *,
+    return_states: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]: ...
+def lstm(input: Tensor, hx: Any, weights: Iterable[Tensor], **options: Any) -> Any:
     """Long short-term memory over a sequence, any layers and directions.
 
         c_t = f_t * c_{t-1} + i_t * g_t        h_t = o_t * tanh(c_t)
@@ -563,10 +761,28 @@ def lstm(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Iterable[Tens
     Numerics: accumulates in float32; states are stored in the input's dtype.
     Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735; gate order i, f, g, o.
     """
-    return recurrent("lstm", input, hx, **_with_size(weights, 4, options))
+    return recurrent("lstm", input, hx, **_with_size("lstm", weights, 4, options))
 
 
-def gru(input: Tensor, hx: Tensor | None, weights: Iterable[Tensor], **options):
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Iterable[Tensor],
+    *,
+    return_states: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Iterable[Tensor],
+    *,
+    return_states: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+def gru(input: Tensor, hx: Tensor | None, weights: Iterable[Tensor], **options: Any) -> Any:
     """Gated recurrent unit over a sequence, any layers and directions.
 
         h_t = (1 - z_t) * n_t + z_t * h_{t-1}
@@ -585,18 +801,40 @@ def gru(input: Tensor, hx: Tensor | None, weights: Iterable[Tensor], **options):
     Source: Cho et al. 2014, arXiv:1406.1078, reset after the product; gate order r, z, n.
     """
     state = None if hx is None else (hx,)
-    output, final = recurrent("gru", input, state, **_with_size(weights, 3, options))
-    return output, final[0]
+    output, (h_n,), *states = recurrent(
+        "gru", input, state, **_with_size("gru", weights, 3, options)
+    )
+    return output, h_n, *states
 
 
+@overload
 def rnn(
     input: Tensor,
     hx: Tensor | None,
     weights: Iterable[Tensor],
     *,
-    nonlinearity: str = "tanh",
-    **options,
-):
+    nonlinearity: Nonlinearity = "tanh",
+    return_states: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Iterable[Tensor],
+    *,
+    nonlinearity: Nonlinearity = "tanh",
+    return_states: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Iterable[Tensor],
+    *,
+    nonlinearity: Nonlinearity = "tanh",
+    **options: Any,
+) -> Any:
     """Simple recurrent network over a sequence, any layers and directions.
 
         h_t = tanh(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)        or relu
@@ -618,19 +856,25 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     state = None if hx is None else (hx,)
-    output, final = recurrent(
-        f"rnn_{nonlinearity}", input, state, **_with_size(weights, 1, options)
+    output, (h_n,), *states = recurrent(
+        f"rnn_{nonlinearity}", input, state, **_with_size("rnn", weights, 1, options)
     )
-    return output, final[0]
+    return output, h_n, *states
 
 
-def _listed(weights) -> list[Tensor]:
+def _listed(weights: Iterable[Tensor]) -> list[Tensor]:
     if not isinstance(weights, Iterable):
         raise TypeError(f"weights: expected an iterable of Tensors, got {type(weights).__name__}")
     return list(weights)
 
 
-def _with_size(weights: Iterable[Tensor], gates: int, options: dict) -> dict:
+def _with_size(
+    name: str, weights: Iterable[Tensor], gates: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """`options` and hidden_size; an option that there is not is refused in the caller's name."""
+    known = {*Options.__annotations__, "hidden_size", "return_states"}
+    if unknown := set(options) - known:
+        raise TypeError(f"{name}: unexpected options {sorted(unknown)}, may be {sorted(known)}")
     weights = _listed(weights)
     first = weights[0] if weights else None  # what is wrong with it, check_weights says
     rows = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0

@@ -10,22 +10,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, func
 
 from fusedrnn import cells, functional
 from fusedrnn.modules import RecurrentModule
+from fusedrnn.types import Lengths, Reset, State
 
 
 def sensitivity(
-    module: RecurrentModule,
+    module: RecurrentModule[State],
     input: Tensor,
-    hx=None,
+    hx: State | None = None,
     *,
-    lengths: Tensor | None = None,
-    reset=None,
+    lengths: Lengths | None = None,
+    reset: Reset[State] | None = None,
     at: list[int] | None = None,
     chunk: int = 512,
 ) -> Tensor:
@@ -104,13 +105,13 @@ class StateGradients(NamedTuple):
 
 
 def state_gradients(
-    module: RecurrentModule,
+    module: RecurrentModule[State],
     input: Tensor,
     loss: Callable[[Tensor], Tensor],
-    hx=None,
+    hx: State | None = None,
     *,
-    lengths: Tensor | None = None,
-    reset=None,
+    lengths: Lengths | None = None,
+    reset: Reset[State] | None = None,
 ) -> StateGradients:
     """|d loss / d h_t| of every layer, direction and time step: does the gradient vanish, or
     explode, on its way back?
@@ -125,40 +126,23 @@ def state_gradients(
         TypeError: a module that is not fusedrnn's, packed input, or a loss that is no scalar.
     """
     _check("state_gradients", module, input)
-    recorded: list[list[tuple[Tensor, ...]]] = []  # one list for each layer and direction
-    mode = module.mode.lower()
-    names = cells.get(mode).states
     for key, hook in list(module._forward_pre_hooks.items()):
         with torch.no_grad():  # pruning and weight_norm compute the weights in one
             kwargs = ({},) if key in module._forward_pre_hooks_with_kwargs else ()
             hook(module, (input, hx), *kwargs)
-    weights = [getattr(module, name) for name in module._flat_weights_names]
+    nodes: list[list[tuple[Tensor, ...]]] = []  # one list for each layer and direction
     with torch.enable_grad():
-        output, _ = functional.run(
-            mode,
-            input.detach().requires_grad_(),
-            module._check(input, hx, None, weights[0]),
-            weights,
-            hidden_size=module.hidden_size,
-            bias=module.bias,
-            num_layers=module.num_layers,
-            dropout=module.dropout,
-            training=module.training,
-            bidirectional=module.bidirectional,
-            batch_first=module.batch_first,
-            proj_size=module.proj_size,
-            lengths=lengths,
-            reset=reset,
-            regularizers=module.regularizers,
-            record=recorded,
-        )
+        leaf = input.detach().requires_grad_()
+        arguments = module._arguments(leaf, hx, lengths, reset)
+        output, _ = functional.run(**arguments, nodes=nodes)
         value = loss(output)
         if not isinstance(value, Tensor) or value.dim():
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"loss: expected a function to a scalar tensor, got {got}")
-        states = [s for steps in recorded for step in steps for s in step]
+        states = [s for steps in nodes for step in steps for s in step]
         gradients = torch.autograd.grad(value, states, allow_unused=True, materialize_grads=True)
-    shape = (module.num_layers, -1, len(recorded[0]), len(names))
+    names = cells.get(arguments["cell"]).states
+    shape = (module.num_layers, -1, len(nodes[0]), len(names))
     norms = torch.stack([g.norm(dim=-1) for g in gradients]).unflatten(0, shape)
     if input.dim() == 2:
         norms = norms.squeeze(-1)
@@ -166,8 +150,12 @@ def state_gradients(
 
 
 def plot_sensitivity(
-    norms: Tensor, axes=None, *, title: str = "", limits: tuple[float, float] | None = None
-):
+    norms: Tensor,
+    axes: Any = None,
+    *,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+) -> Any:
     """Draws a sensitivity as a picture: output steps down, input steps across, colour by log10.
 
     Args:
@@ -190,7 +178,7 @@ def plot_sensitivity(
     return axes
 
 
-def plot_state_gradients(norms: Tensor, axes=None, *, label: str = "", **style):
+def plot_state_gradients(norms: Tensor, axes: Any = None, *, label: str = "", **style: Any) -> Any:
     """Draws |d loss / d state_t| over t, one line for each layer and direction, on a log scale.
 
     Args:

@@ -39,7 +39,7 @@ def kind(
     return " ".join(words)
 
 
-def dtype_name(dtype, precision: str) -> str:
+def dtype_name(dtype: object, precision: str) -> str:
     """A torch dtype as `kind` wants it; `precision`, of float32, is "tf32" or "ieee"."""
     fp32 = "fp32-tf32" if precision == "tf32" else "fp32-exact"
     return DTYPES.get(str(dtype), fp32)

@@ -8,16 +8,21 @@ parametrizations and re-assigned parameters need no further care.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+import math
+import numbers
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
+from torch.utils._pytree import tree_map
 
-from fusedrnn import cells, dispatch, functional, regularizers, streaming
+from fusedrnn import cells, dispatch, functional, opacus, packing, regularizers, streaming
 from fusedrnn.regularizers import Regularizers
 from fusedrnn.scripting import Scriptable, ScriptableLSTM, ScriptableSequence, forward_of
+from fusedrnn.types import Backend, Lengths, Nonlinearity, Reset, Save, State
 
 # torch's own classes, kept here: a program may put ours in their place in torch.nn.
 TORCH_CLASSES: dict[str, type[nn.Module]] = {
@@ -25,31 +30,15 @@ TORCH_CLASSES: dict[str, type[nn.Module]] = {
 }
 
 
-def _shown_as(**differences) -> Callable:
-    """Gives an `__init__(self, *args, **kwargs)` the signature that it documents.
+if TYPE_CHECKING:
+    _Function = TypeVar("_Function")
 
-    `help` reads it, and torch.nn.utils.skip_init, which looks for `device`. It is RNNBase's
-    with `differences`: a name with None is left out, one with a value follows num_layers.
-    """
-    own = inspect.signature(nn.RNNBase.__init__).parameters.values()
-    shown = []
-    for parameter in own:
-        if parameter.name != "mode" and differences.get(parameter.name, "") is not None:
-            shown.append(parameter)
-        if parameter.name == "num_layers":
-            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            added = [(name, value) for name, value in differences.items() if value is not None]
-            shown += [inspect.Parameter(name, kind, default=value) for name, value in added]
-    shown.append(inspect.Parameter("ours", inspect.Parameter.VAR_KEYWORD))
-
-    def decorate(init):
-        init.__signature__ = inspect.Signature(shown)
-        return init
-
-    return decorate
+    def _typed_as(function: _Function) -> Callable[[Callable[..., Any]], _Function]:
+        """What is decorated has the type of `function`, with all its overloads."""
+        ...
 
 
-class RecurrentModule(ScriptableSequence):
+class RecurrentModule(ScriptableSequence, Generic[State]):
     """What LSTM, GRU and RNN share. `backend` and `save` are ours; all else is torch's.
 
     Attributes:
@@ -61,11 +50,18 @@ class RecurrentModule(ScriptableSequence):
     """
 
     # Class attributes, so that modules pickled by torch, or turned into ours, have them too.
-    backend: str | None = None
-    save: str = "gates"
+    backend: Backend | None = None
+    save: Save = "gates"
     regularizers: Regularizers | None = None
 
-    def __init__(self, mode: str, *args, backend: str | None = None, save: str = "gates", **kwargs):
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        backend: Backend | None = None,
+        save: Save = "gates",
+        **kwargs: Any,
+    ) -> None:
         if save not in functional.SAVE:
             raise ValueError(f"save must be one of {functional.SAVE}, got {save!r}")
         own = regularizers.make(kwargs)
@@ -81,71 +77,128 @@ class RecurrentModule(ScriptableSequence):
         if save != "gates":
             self.save = save
 
-    def forward(self, input, hx=None, *, lengths=None, reset=None):
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        lengths: Lengths | None = None,
+        reset: Reset[State] | None = None,
+        return_states: Literal[False] = False,
+    ) -> tuple[Tensor, State]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        lengths: Lengths | None = None,
+        reset: Reset[State] | None = None,
+        *,
+        return_states: Literal[True],
+    ) -> tuple[Tensor, State, dict[str, Tensor]]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        return_states: Literal[False] = False,
+    ) -> tuple[PackedSequence, State]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: State | None = None, *, return_states: Literal[True]
+    ) -> tuple[PackedSequence, State, dict[str, Tensor]]: ...
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        lengths: Any = None,
+        reset: Any = None,
+        return_states: bool = False,
+    ) -> Any:
         """Runs the layers over a whole sequence.
 
         Args:
             input: [T, B, I], or [B, T, I] with batch_first, or [T, I], or a PackedSequence.
             hx: the initial state as torch.nn takes it, or None for zeros.
-            lengths: [B] integers on any device: time steps of each row of padded input.
+            lengths: [B] integers on any device, or a list or NumPy array of them: time steps of
+                each row of padded input; or a bool mask [T, B] ([B, T] with batch_first), true
+                where a step is real.
             reset: bool [T, B] ([B, T] with batch_first): zero the row's state before that step,
                 in the reverse direction on the way back from it. Or (mask, hx): set it to hx,
                 in which 1 may stand for B.
+            return_states: also return the states of all layers and time steps.
         Returns:
-            output and final state, as torch.nn returns them.
+            output and final state, as torch.nn returns them. With return_states, third, a
+            dictionary from "h" (and "c") to tensors [L * D, T, B, H] ([L * D, B, T, H] with
+            batch_first; [L * D, T, H] unbatched; [L * D, T, B, H] for a PackedSequence, in the
+            order of its batch), 0 where a row is over. They are part of the graph.
         Raises:
             RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
         """
-        packed = isinstance(input, PackedSequence)
-        if packed:
-            data, batch_sizes, sorted_indices, unsorted_indices = input
-        else:
-            data, batch_sizes, sorted_indices, unsorted_indices = input, None, None, None
+        output, final, *states = functional.run(
+            **self._arguments(input, hx, lengths, reset), return_states=return_states
+        )
+        final = final[0] if len(final) == 1 else final
+        if not isinstance(input, PackedSequence):
+            return (output, final, *states)
+        if input.unsorted_indices is not None:
+            order = input.unsorted_indices
+            final = tree_map(lambda f: f.index_select(1, order), final)
+            states = tree_map(lambda s: s.index_select(2, order), states)
+        return (input._replace(data=output), final, *states)
+
+    if TYPE_CHECKING:
+        # torch.nn.Module declares a call as Callable[..., Any]. It takes what forward takes.
+        @_typed_as(forward)
+        def __call__(self) -> None: ...
+
+    def _arguments(self, input, hx, lengths=None, reset=None) -> dict[str, Any]:
+        """What `functional.run` takes, checked. Raises what torch.nn raises."""
+        batch_sizes = None
         own = self._parameters  # by far the fastest way to most of them
         weights: list[Any] = [
             own[name] if name in own else getattr(self, name) for name in self._flat_weights_names
         ]
-        states = self._check(data, hx, batch_sizes, weights[0])
-        if sorted_indices is not None and states is not None:
-            states = tuple(s.index_select(1, sorted_indices) for s in states)
-        output, final = functional.run(
-            self.mode.lower(),
-            data,
-            states,
-            weights,
-            hidden_size=self.hidden_size,
-            bias=self.bias,
-            num_layers=self.num_layers,
-            dropout=self.dropout,
-            training=self.training,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            proj_size=self.proj_size,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            reset=reset,
-            backend=self.backend,
-            save=self.save,
-            regularizers=self.regularizers,
-        )
-        if unsorted_indices is not None:
-            final = tuple(f.index_select(1, unsorted_indices) for f in final)
-        if packed:
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return output, final[0] if len(final) == 1 else final
-
-    def _check(self, data, hx, batch_sizes, weight) -> tuple[Tensor, ...] | None:
-        """Raises what torch.nn raises; returns hx as a tuple of states."""
-        if hx is not None and len(cells.get(self.mode.lower()).states) == 1:
+        cell = self.mode.lower()
+        if hx is not None and len(cells.get(cell).states) == 1:
             hx = (hx,)
+        order = None
+        if isinstance(input, PackedSequence):
+            input, batch_sizes, order, _ = input
+            packing.check_batch_sizes(batch_sizes, input)
         functional.check_input(
-            type(self).__name__, self.mode.lower(), data, hx, batch_sizes, weight.dtype,
+            type(self).__name__, cell, input, hx, batch_sizes, weights[0].dtype,
             self.input_size, self.hidden_size, self.num_layers * (2 if self.bidirectional else 1),
             self.batch_first, self.proj_size,
         )  # fmt: skip
-        return None if hx is None else tuple(hx)
+        if hx is not None:
+            hx = tuple(hx)
+            if order is not None:
+                packing.check_order("sorted_indices", order, hx[0])
+                hx = tuple(s.index_select(1, order) for s in hx)
+        return {
+            "cell": cell,
+            "input": input,
+            "hx": hx,
+            "weights": weights,
+            "hidden_size": self.hidden_size,
+            "bias": self.bias,
+            "num_layers": self.num_layers,
+            "dropout": self.dropout,
+            "training": self.training,
+            "bidirectional": self.bidirectional,
+            "batch_first": self.batch_first,
+            "proj_size": self.proj_size,
+            "batch_sizes": batch_sizes,
+            "lengths": lengths,
+            "reset": reset,
+            "backend": self.backend,
+            "save": self.save,
+            "regularizers": self.regularizers,
+        }
 
-    def step(self, x: Tensor, state=None):
+    def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One time step, for decoding and rollouts: output, state = module.step(x, state).
 
         Args:
@@ -158,16 +211,21 @@ class RecurrentModule(ScriptableSequence):
         """
         return streaming.step(self, x, state)
 
-    def stream(self, state=None, *, detach: bool = True) -> streaming.Stream:
+    def stream(self, state: State | None = None, *, detach: bool = True) -> streaming.Stream[State]:
         """A `fusedrnn.Stream`, which carries the state from one chunk to the next."""
         return streaming.Stream(self, state, detach=detach)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As torch.nn.Module's. Tools that look at each module call it first: Opacus is told."""
+        opacus.tell({ours: TORCH_CLASSES[ours.__name__] for ours in (LSTM, GRU, RNN)})
+        return super().parameters(recurse)
 
     def extra_repr(self) -> str:
         own = self.regularizers
         return super().extra_repr() + (f", {own}" if own is not None else "")
 
 
-class LSTM(ScriptableLSTM, RecurrentModule):
+class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
     r"""Long short-term memory over a sequence; replaces torch.nn.LSTM.
 
         i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
@@ -187,21 +245,36 @@ class LSTM(ScriptableLSTM, RecurrentModule):
         bidirectional: D = 2 directions instead of 1. Default: False.
         proj_size: P > 0 projects h_t to P features. Default: 0.
         device, dtype: of the parameters.
+        forget_bias: where the forget gate's part of every b_ih starts; 1 or 2 helps to learn long
+            dependencies. b_hh, which adds to it, starts as ever, within +-1/sqrt(H). Default:
+            None, as torch.nn.LSTM.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
-        input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
-            fusedrnn.Regularizers. By keyword; off by default.
+        input_dropout: probability, of the features of each layer's input, the same for all time
+            steps. Default: 0.
+        recurrent_dropout: probability, of the units of h_{t-1} where it enters the gates, the
+            same for all time steps. Default: 0.
+        weight_drop: probability, of the elements of W_hh. Default: 0.
+        zoneout: probability that a unit keeps its previous state, or a pair, for h and for c.
+            Default: 0.
+        clip_gradient: the gradient of h_t is clipped to +- this in every step of the backward
+            loop. Default: None.
+        generator: a torch.Generator for the noise of these. Default: None, torch's global one.
+        (Exactly, with their sources: fusedrnn.Regularizers.)
 
-    Inputs: input, (h_0, c_0), and by keyword lengths, reset
+    Inputs: input, (h_0, c_0), lengths, reset, return_states
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
         h_0: [L * D, B, P or H], c_0: [L * D, B, H]; without B for unbatched input; zeros if
             left out.
-        lengths: [B] integers on any device; rows end there.
+        lengths: [B] integers on any device, a list, or a bool mask; rows end there.
         reset: bool [T, B]; True zeroes the row's state before that time step; or (mask, hx).
+        return_states: return also a dictionary of the states of all layers and steps.
+        (All of them in detail: forward.)
 
     Outputs: output, (h_n, c_n)
         output: [T, B, D * (P or H)], in the input's layout.
-        h_n, c_n: as h_0, c_0, at the end of each row.
+        h_n, c_n: as h_0, c_0, at the end of each row. With both directions, those of layer l are
+            h_n[2 * l] and h_n[2 * l + 1]: h_n.unflatten(0, (L, 2)) is [L, 2, B, P or H].
 
     Attributes:
         weight_ih_l[k]: [4 * H, I], for k > 0 [4 * H, D * (P or H)]; rows i, f, g, o.
@@ -216,7 +289,9 @@ class LSTM(ScriptableLSTM, RecurrentModule):
     Numerics: accumulates in float32; states are stored in the input's dtype.
 
     Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735; projection: Sak,
-    Senior & Beaufays 2014, arXiv:1402.1128; gate order as torch.nn.LSTM.
+    Senior & Beaufays 2014, arXiv:1402.1128; forget_bias: Gers, Schmidhuber & Cummins 2000,
+    doi:10.1162/089976600300015015, and Jozefowicz, Zaremba & Sutskever 2015; gate order as
+    torch.nn.LSTM.
 
     Example::
 
@@ -224,17 +299,68 @@ class LSTM(ScriptableLSTM, RecurrentModule):
         >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
     """
 
-    @_shown_as()
-    def __init__(self, *args, **kwargs):
-        super().__init__("LSTM", *args, **kwargs)
+    forget_bias: float | None = None  # for modules of torch's, too
 
-    # nn.LSTM has these two, and code that subclasses it calls them.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args  # pyright: ignore
-    permute_hidden = nn.LSTM.permute_hidden  # pyright: ignore
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        forget_bias: float | None = None,
+        backend: Backend | None = None,
+        save: Save = "gates",
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        clip_gradient: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if forget_bias is not None:
+            if isinstance(forget_bias, bool) or not isinstance(forget_bias, numbers.Real):
+                got = type(forget_bias).__name__
+                raise TypeError(f"forget_bias: expected a number or None, got {got}")
+            if not math.isfinite(forget_bias):
+                raise ValueError(f"forget_bias: expected a finite number, got {forget_bias}")
+            if not bias:
+                raise ValueError(f"forget_bias: expected bias=True beside it, got bias={bias}")
+            self.forget_bias = float(forget_bias)  # before torch's constructor initialises
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype, backend=backend, save=save, input_dropout=input_dropout,
+            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, zoneout=zoneout,
+            clip_gradient=clip_gradient, generator=generator,
+        )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters as torch.nn.LSTM does, then b_ih by `forget_bias`."""
+        super().reset_parameters()
+        if self.forget_bias is not None:
+            for name in self._flat_weights_names:
+                if name.startswith("bias_ih"):
+                    forget = getattr(self, name)[self.hidden_size : 2 * self.hidden_size]
+                    nn.init.constant_(forget, self.forget_bias)
+
+    def extra_repr(self) -> str:
+        """What repr shows of the module."""
+        own = "" if self.forget_bias is None else f", forget_bias={self.forget_bias}"
+        return super().extra_repr() + own
+
+    # nn.LSTM has these, and code that subclasses it calls them.
+    get_expected_cell_size: Callable[..., tuple[int, int, int]] = nn.LSTM.get_expected_cell_size
+    check_forward_args: Callable[..., None] = nn.LSTM.check_forward_args
+    permute_hidden: Callable[..., tuple[Tensor, Tensor]] = nn.LSTM.permute_hidden
 
 
-class GRU(RecurrentModule):
+class GRU(RecurrentModule[Tensor]):
     r"""Gated recurrent unit over a sequence; replaces torch.nn.GRU.
 
         r_t = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
@@ -250,21 +376,33 @@ class GRU(RecurrentModule):
         batch_first: [B, T, I] instead of [T, B, I]. Default: False.
         dropout: probability of dropout after each layer but the last, in training. Default: 0.
         bidirectional: D = 2 directions instead of 1. Default: False.
+        proj_size: 0, which torch.nn takes by position; only LSTM has projections.
         device, dtype: of the parameters.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
-        input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
-            fusedrnn.Regularizers. By keyword; off by default.
+        input_dropout: probability, of the features of each layer's input, the same for all time
+            steps. Default: 0.
+        recurrent_dropout: probability, of the units of h_{t-1} where it enters the gates, the
+            same for all time steps. Default: 0.
+        weight_drop: probability, of the elements of W_hh. Default: 0.
+        zoneout: probability that a unit keeps its previous state. Default: 0.
+        clip_gradient: the gradient of h_t is clipped to +- this in every step of the backward
+            loop. Default: None.
+        generator: a torch.Generator for the noise of these. Default: None, torch's global one.
+        (Exactly, with their sources: fusedrnn.Regularizers.)
 
-    Inputs: input, h_0, and by keyword lengths, reset
+    Inputs: input, h_0, lengths, reset, return_states
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
         h_0: [L * D, B, H]; without B for unbatched input; zeros if left out.
-        lengths: [B] integers on any device; rows end there.
+        lengths: [B] integers on any device, a list, or a bool mask; rows end there.
         reset: bool [T, B]; True zeroes the row's state before that time step; or (mask, hx).
+        return_states: return also a dictionary of the states of all layers and steps.
+        (All of them in detail: forward.)
 
     Outputs: output, h_n
         output: [T, B, D * H], in the input's layout.
-        h_n: as h_0, at the end of each row.
+        h_n: as h_0, at the end of each row. With both directions, those of layer l are h_n[2 * l]
+            and h_n[2 * l + 1]: h_n.unflatten(0, (L, 2)) is [L, 2, B, H].
 
     Attributes:
         weight_ih_l[k]: [3 * H, I], for k > 0 [3 * H, D * H]; rows r, z, n.
@@ -285,14 +423,38 @@ class GRU(RecurrentModule):
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
     """
 
-    @_shown_as(proj_size=None)
-    def __init__(self, *args, **kwargs):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size: only LSTM has projections, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: Literal[0] = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend | None = None,
+        save: Save = "gates",
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        zoneout: float = 0.0,
+        clip_gradient: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        _no_projection(proj_size)
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype, backend=backend, save=save, input_dropout=input_dropout,
+            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, zoneout=zoneout,
+            clip_gradient=clip_gradient, generator=generator,
+        )  # fmt: skip
 
 
-class RNN(RecurrentModule):
+class RNN(RecurrentModule[Tensor]):
     r"""Simple recurrent network over a sequence; replaces torch.nn.RNN.
 
         h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)        or relu
@@ -306,21 +468,33 @@ class RNN(RecurrentModule):
         batch_first: [B, T, I] instead of [T, B, I]. Default: False.
         dropout: probability of dropout after each layer but the last, in training. Default: 0.
         bidirectional: D = 2 directions instead of 1. Default: False.
+        proj_size: 0, which torch.nn takes by position; only LSTM has projections.
         device, dtype: of the parameters.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
-        input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
-            fusedrnn.Regularizers. By keyword; off by default.
+        input_dropout: probability, of the features of each layer's input, the same for all time
+            steps. Default: 0.
+        recurrent_dropout: probability, of the units of h_{t-1} where it enters the gates, the
+            same for all time steps. Default: 0.
+        weight_drop: probability, of the elements of W_hh. Default: 0.
+        zoneout: probability that a unit keeps its previous state. Default: 0.
+        clip_gradient: the gradient of h_t is clipped to +- this in every step of the backward
+            loop. Default: None.
+        generator: a torch.Generator for the noise of these. Default: None, torch's global one.
+        (Exactly, with their sources: fusedrnn.Regularizers.)
 
-    Inputs: input, h_0, and by keyword lengths, reset
+    Inputs: input, h_0, lengths, reset, return_states
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
         h_0: [L * D, B, H]; without B for unbatched input; zeros if left out.
-        lengths: [B] integers on any device; rows end there.
+        lengths: [B] integers on any device, a list, or a bool mask; rows end there.
         reset: bool [T, B]; True zeroes the row's state before that time step; or (mask, hx).
+        return_states: return also a dictionary of the states of all layers and steps.
+        (All of them in detail: forward.)
 
     Outputs: output, h_n
         output: [T, B, D * H], in the input's layout.
-        h_n: as h_0, at the end of each row.
+        h_n: as h_0, at the end of each row. With both directions, those of layer l are h_n[2 * l]
+            and h_n[2 * l + 1]: h_n.unflatten(0, (L, 2)) is [L, 2, B, H].
 
     Attributes:
         weight_ih_l[k]: [H, I], for k > 0 [H, D * H].
@@ -341,47 +515,95 @@ class RNN(RecurrentModule):
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
     """
 
-    @_shown_as(proj_size=None, nonlinearity="tanh")
-    def __init__(self, *args, **kwargs):
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size: only LSTM has projections, not RNN or GRU")
-        if len(args) > 3:
-            self.nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {self.nonlinearity!r}")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: Nonlinearity = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: Literal[0] = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend | None = None,
+        save: Save = "gates",
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        zoneout: float = 0.0,
+        clip_gradient: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        _no_projection(proj_size)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+        self.nonlinearity: Nonlinearity = nonlinearity
+        mode = f"RNN_{nonlinearity.upper()}"
+        super().__init__(
+            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype, backend=backend, save=save, input_dropout=input_dropout,
+            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, zoneout=zoneout,
+            clip_gradient=clip_gradient, generator=generator,
+        )  # fmt: skip
 
 
-class CellModule(Scriptable):
+class CellModule(Scriptable, nn.RNNCellBase, Generic[State]):
     """What LSTMCell, GRUCell and RNNCell put before torch.nn's class of that name.
 
     torch's own cell runs the step, unless a backend of ours is forced or torch.func transforms
     the call, for which torch's has no rule: then it is a sequence of one step.
     """
 
-    backend: str | None = None
+    backend: Backend | None = None
     cell_name: str
-    input_size: int
-    hidden_size: int
 
-    def __init__(self, *args, backend: str | None = None, **kwargs):
+    def __init__(self, *args: Any, backend: Backend | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _set_backend(self, backend)
 
-    def forward(self, input, hx=None):
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
         """One step; see the class."""
         name = dispatch.forced_backend(self.backend)
         if name == "aten" or (name == "auto" and not functional.transformed()):
-            return super().forward(input, hx)  # pyright: ignore[reportAttributeAccessIssue]
-        states = hx if isinstance(hx, (tuple, list)) or hx is None else (hx,)
-        final = _cell_step(self, input, states)
+            return super().forward(input, hx)
+        _output, final = functional.run(**self._arguments(input, hx))
+        final: Any = tuple(f.squeeze(0) for f in final)
         return final[0] if len(final) == 1 else final
 
+    if TYPE_CHECKING:
 
-class LSTMCell(CellModule, nn.LSTMCell):
+        @_typed_as(forward)
+        def __call__(self) -> None: ...
+
+    def _arguments(self, input, hx) -> dict[str, Any]:
+        """One step as a sequence of one step: what `functional.run` takes, checked."""
+        module: Any = self
+        states = None
+        if hx is not None:
+            states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        functional.check_step(
+            type(self).__name__, self.cell_name, input, states, ("input", "hx"),
+            module.weight_ih.dtype, self.input_size, (self.hidden_size, self.hidden_size),
+        )  # fmt: skip
+        weights = [module.weight_ih, module.weight_hh]
+        if module.bias:
+            weights += [module.bias_ih, module.bias_hh]
+        return {
+            "cell": self.cell_name,
+            "input": input.unsqueeze(0),
+            "hx": None if states is None else tuple(s.unsqueeze(0) for s in states),
+            "weights": weights,
+            "hidden_size": self.hidden_size,
+            "bias": module.bias,
+            "backend": self.backend,
+        }
+
+
+class LSTMCell(CellModule[tuple[Tensor, Tensor]], nn.LSTMCell):
     """One step of an LSTM; replaces torch.nn.LSTMCell. Equations as in `fusedrnn.LSTM`.
 
     Args:
@@ -396,15 +618,22 @@ class LSTMCell(CellModule, nn.LSTMCell):
     """
 
     cell_name = "lstm"
-    forward__0 = forward_of(nn.LSTMCell)
+    forward__0: Callable[..., Any] = forward_of(nn.LSTMCell)
 
     def __init__(
-        self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None
-    ):
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend | None = None,
+    ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
 
 
-class GRUCell(CellModule, nn.GRUCell):
+class GRUCell(CellModule[Tensor], nn.GRUCell):
     """One step of a GRU; replaces torch.nn.GRUCell. Equations as in `fusedrnn.GRU`.
 
     Args:
@@ -419,15 +648,22 @@ class GRUCell(CellModule, nn.GRUCell):
     """
 
     cell_name = "gru"
-    forward__0 = forward_of(nn.GRUCell)
+    forward__0: Callable[..., Any] = forward_of(nn.GRUCell)
 
     def __init__(
-        self, input_size, hidden_size, bias=True, device=None, dtype=None, *, backend=None
-    ):
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend | None = None,
+    ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype, backend=backend)
 
 
-class RNNCell(CellModule, nn.RNNCell):
+class RNNCell(CellModule[Tensor], nn.RNNCell):
     """One step of a simple RNN; replaces torch.nn.RNNCell. Equations as in `fusedrnn.RNN`.
 
     Args:
@@ -441,19 +677,19 @@ class RNNCell(CellModule, nn.RNNCell):
     Source: Elman 1990, doi:10.1207/s15516709cog1402_1.
     """
 
-    forward__0 = forward_of(nn.RNNCell)
+    forward__0: Callable[..., Any] = forward_of(nn.RNNCell)
 
     def __init__(
         self,
-        input_size,
-        hidden_size,
-        bias=True,
-        nonlinearity="tanh",
-        device=None,
-        dtype=None,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: Nonlinearity = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
-        backend=None,
-    ):
+        backend: Backend | None = None,
+    ) -> None:
         super().__init__(
             input_size, hidden_size, bias, nonlinearity, device, dtype, backend=backend
         )
@@ -463,35 +699,9 @@ class RNNCell(CellModule, nn.RNNCell):
         return f"rnn_{self.nonlinearity}"
 
 
-def _cell_step(module, input: Tensor, hx) -> tuple[Tensor, ...]:
-    """One step as a sequence of one step: input [B, I] or [I], hx S tensors [B, H] or [H]."""
-    name = type(module).__name__
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: input: expected 1-D or 2-D, got {input.dim()}-D")
-    if input.shape[-1] != module.input_size:
-        raise RuntimeError(
-            f"{name}: input: expected size(-1) to be input_size={module.input_size}, "
-            f"got shape {tuple(input.shape)}"
-        )
-    shape = (*input.shape[:-1], module.hidden_size)
-    for state in hx or ():
-        if state.dim() not in (1, 2):
-            raise ValueError(f"{name}: hx: expected 1-D or 2-D, got {state.dim()}-D")
-        if state.shape != shape:
-            raise RuntimeError(f"{name}: hx: expected shape {shape}, got {tuple(state.shape)}")
-    weights = [module.weight_ih, module.weight_hh]
-    if module.bias:
-        weights += [module.bias_ih, module.bias_hh]
-    _output, final = functional.run(
-        module.cell_name,
-        input.unsqueeze(0),
-        None if hx is None else tuple(s.unsqueeze(0) for s in hx),
-        weights,
-        hidden_size=module.hidden_size,
-        bias=module.bias,
-        backend=module.backend,
-    )
-    return tuple(f.squeeze(0) for f in final)
+def _no_projection(proj_size: int) -> None:
+    if proj_size:
+        raise ValueError(f"proj_size: only LSTM has projections, not RNN or GRU; got {proj_size}")
 
 
 def _set_backend(module, backend: str | None) -> None:

@@ -10,6 +10,37 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from fusedrnn.types import Lengths
+
+
+def check_batch_sizes(batch_sizes: Tensor, input: Tensor) -> None:
+    """Raises for batch_sizes that do not describe the packed rows `input`: kernels, and torch's
+    own packing, read and write as far as they say."""
+    name = "batch_sizes: expected a tensor [T] of int64 on the CPU"
+    if not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"{name}, got {type(batch_sizes).__name__}")
+    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
+        raise TypeError(f"{name}, got {batch_sizes.dtype} on {batch_sizes.device}")
+    if batch_sizes.dim() != 1 or batch_sizes.numel() == 0:
+        raise RuntimeError(f"{name} with T >= 1, got shape {tuple(batch_sizes.shape)}")
+    if torch.compiler.is_compiling():  # the op that is called then looks at the values
+        return
+    steps = batch_sizes.tolist()
+    if steps != sorted(steps, reverse=True) or steps[-1] < 1 or sum(steps) != len(input):
+        raise RuntimeError(
+            f"batch_sizes: expected rows of each time step, at least 1, never increasing, "
+            f"{len(input)} in all, got {batch_sizes}"
+        )
+
+
+def check_order(name: str, order: Tensor, state: Tensor) -> None:
+    """Raises for a permutation `order` that has not one entry for each row of state [L, B, H]."""
+    if order.shape != state.shape[1:2]:
+        raise RuntimeError(
+            f"{name}: expected shape ({state.shape[1]},), an index for each row of the batch, "
+            f"got {tuple(order.shape)}"
+        )
+
 
 def lengths_of(batch_sizes: Tensor) -> Tensor:
     """[B] lengths, longest first, from batch_sizes [T] (both int64, on the CPU)."""
@@ -32,15 +63,54 @@ def unpad(padded: Tensor, batch_sizes: Tensor) -> Tensor:
     return pack_padded_sequence(padded, lengths_of(batch_sizes)).data
 
 
-def check_lengths(lengths: Tensor, B: int) -> None:
-    """Raises for a `lengths` that cannot be [B] integers; looks at no value (that would wait
-    for the device)."""
+def as_lengths(lengths: Lengths, T: int, B: int, *, batch_first: bool, unbatched: bool) -> Tensor:
+    """`lengths` as an integer tensor [B], from what `Lengths` allows.
+
+    Integers on a device are not looked at, which would mean waiting for it; a mask is, wherever
+    it lies, since one with holes would be another computation.
+
+    Raises:
+        TypeError, RuntimeError: no integers, or not [B] of them.
+        ValueError: a mask that is not true from a row's first step on and false from some step on.
+    """
     if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths: expected an integer tensor [{B}], got {type(lengths).__name__}")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths: expected an integer tensor, got {lengths.dtype}")
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"lengths: expected {B} integers or a bool mask, as a tensor, a NumPy array or a "
+                f"list, got {type(lengths).__name__}: {error}"
+            ) from error
+        if lengths.numel() == 0:
+            lengths = lengths.to(torch.int64)  # of an empty list, as of no number, float32
+    if lengths.dtype == torch.bool:
+        return _lengths_of_mask(lengths, T, B, batch_first, unbatched)
+    if unbatched and lengths.dim() == 0:
+        lengths = lengths.reshape(1)
+    if lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(f"lengths: expected integers or a bool mask, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise RuntimeError(f"lengths: expected shape ({B},), got {tuple(lengths.shape)}")
+    return lengths.to(torch.int64)
+
+
+def _lengths_of_mask(mask: Tensor, T: int, B: int, batch_first: bool, unbatched: bool) -> Tensor:
+    shape = (T,) if unbatched else (B, T) if batch_first else (T, B)
+    if mask.shape != shape:
+        raise RuntimeError(
+            f"lengths: expected a bool mask of shape {shape}, true where a step is real, "
+            f"got {tuple(mask.shape)}"
+        )
+    mask = mask.reshape(T, B) if unbatched else mask.T if batch_first else mask
+    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        holes = mask[1:] & ~mask[:-1]
+        if mask.device.type != "meta" and bool(holes.any()):
+            t, b = holes.nonzero()[0].tolist()
+            raise ValueError(
+                f"lengths: expected a mask that is true from the first step of a row to its last "
+                f"real one; in row {b} step {t} is false and step {t + 1} true"
+            )
+    return mask.sum(0)
 
 
 def check_length_values(lengths: Tensor, T: int) -> None:
@@ -98,7 +168,7 @@ def rows_of(
 def previous_h(output_ndh: Tensor, h_0: Tensor, rows: Rows) -> Tensor:
     """[N, D, H]: the h that each step of each direction began from; h_0 is [D, B, H].
 
-    Rows that do not exist hold something finite if the output is; their gradient is 0.
+    Rows that do not exist hold anything; their gradient is 0.
     """
     h_prev = torch.empty_like(output_ndh)
     if rows.offsets is not None and rows.lengths is not None:
@@ -138,6 +208,13 @@ def _packed_time(offsets: Tensor, N: int) -> Tensor:
     """[N]: the time step of every packed row."""
     row = torch.arange(N, device=offsets.device)
     return torch.searchsorted(offsets, row, right=True) - 1
+
+
+def rows_over(rows: Rows, lengths: Tensor) -> Tensor:
+    """[N] bool: whether a padded row lies beyond the length of its element of the batch."""
+    t = torch.arange(rows.T, device=lengths.device)
+    over = t[:, None] >= lengths if rows.stride_b == 1 else t >= lengths[:, None]
+    return over.flatten()
 
 
 def by_row(per_element: Tensor, rows: Rows, N: int) -> Tensor:

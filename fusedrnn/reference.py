@@ -77,6 +77,7 @@ def scan(
     zoneout: Tensor | None = None,
     clip: float = 0.0,
     record: list[tuple[Tensor, ...]] | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer in one direction.
 
@@ -88,7 +89,7 @@ def scan(
         state: S tensors [B, H].
         reverse: run from the last time step to the first.
         active: [T, B] bool; where False, the state is held and the output is 0. A reversed
-            row therefore starts at its own end.
+            row therefore starts at its own end. The input must be finite there, too.
         reset: [T, B] bool; where True, the state is set to `fresh` (S tensors [B, H]), or to 0,
             before the step.
         h_mask: [B, H], multiplies h_{t-1} before the recurrent product.
@@ -97,6 +98,8 @@ def scan(
         clip: bound of the gradient of each h_t, from its output and the next step together;
             0 for none.
         record: takes the S states of every step, as computed for all rows, in order of time.
+        given: [T, B, H], the output, where another backend has computed it: every step starts
+            from the h in it, and what is left to compute are the other states.
     Returns:
         output [T, B, H]; the S final states.
     Numerics: gates and states are float32 (float64 for float64); h is rounded to the input's
@@ -121,6 +124,12 @@ def scan(
         if reset is not None:
             started = reset[t][:, None]
             state = tuple(torch.where(started, f, s) for f, s in zip(fresh, state, strict=True))
+        held, here = state, None
+        if active is not None:
+            # A row that is over goes through the cell as zeros: autograd multiplies what it holds
+            # by a gradient of 0, and 0 * inf is NaN.
+            here = active[t][:, None]
+            state = tuple(torch.where(here, s, torch.zeros_like(s)) for s in state)
         h_prev = state[0] if h_mask is None else state[0] * h_mask
         x_gates = x_gates_tbg[t].chunk(G, dim=-1)
         h_gates = F.linear(h_prev, w_hh, b_hh).chunk(G, dim=-1)
@@ -130,17 +139,16 @@ def scan(
         new = (h, *others)
         if zoneout is not None:
             new = _zone_out(zoneout, t, state, new)
-        new = (new[0].to(dtype).to(wide), *new[1:])
+        new = (new[0].to(dtype).to(wide) if given is None else given[t].to(wide), *new[1:])
         if record is not None:
             record.append(new)
         if clip:
             new = (cast(Tensor, ClipGradient.apply(new[0], clip)), *new[1:])
-        if active is None:
+        if here is None:
             outputs.append(new[0])
         else:
-            here = active[t][:, None]
             outputs.append(torch.where(here, new[0], torch.zeros_like(new[0])))
-            new = tuple(torch.where(here, n, s) for n, s in zip(new, state, strict=True))
+            new = tuple(torch.where(here, n, s) for n, s in zip(new, held, strict=True))
         state = new
     if reverse:
         outputs.reverse()
@@ -169,6 +177,7 @@ def layer(
     zoneout: Tensor | None = None,
     clip: float = 0.0,
     record: list[list[tuple[Tensor, ...]]] | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer in one or two directions.
 
@@ -180,11 +189,14 @@ def layer(
             between the same two steps, on its way from that first step to the one before it.
             Beyond a row's length it means nothing.
         h_mask: [D, B, H]. zoneout: bool [T, B, D, S, H] or [S] floats. clip: see `scan`.
-        record: takes one list for each direction; see `scan`.
+        record: takes one list for each direction; see `scan`. given: [T, B, D * H]; see `scan`.
     Returns:
         output [T, B, D * H]; S final states [D, B, H].
     """
-    active = None if lengths is None else active_rows(lengths, input.shape[0])
+    active = None
+    if lengths is not None:
+        active = active_rows(lengths, input.shape[0])
+        input = torch.where(active[:, :, None], input, torch.zeros_like(input))
     starts = None if reset is None else starts_of(reset, lengths, len(directions))
     S = len(cell.states)
     state, fresh = state[:S], state[S:]
@@ -204,6 +216,7 @@ def layer(
             zoneout=zoneout if zoneout is None or zoneout.dim() == 1 else zoneout[:, :, d],
             clip=clip,
             record=None if record is None else steps,
+            given=None if given is None else given.chunk(len(directions), -1)[d],
         )
         if record is not None:
             record.append(steps)

@@ -2,10 +2,21 @@
 
 All noise is drawn before the time loop, as tensors; the loop itself is deterministic. So a
 backward pass, a second derivative, activation checkpointing and every backend see one mask.
+
+Activation checkpointing runs a call again, in the backward pass, and first sets torch's global
+generator to where it stood: noise from that one comes out the same. A generator of one's own has
+moved on. So a draw from one that a checkpoint may repeat also takes a number from torch's global
+generator, a ticket under which the own generator's state is kept; when the call is repeated, in
+the backward pass, it finds the state by the ticket.
 """
 
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +54,10 @@ class Regularizers:
             gradient of the gates instead, one product earlier.) The gradient of c_t is not
             clipped: f <= 1 keeps it from exploding. None: no clipping. The forward pass is
             untouched, and gradients are then on purpose not those of the function.
-        generator: of the noise, on the module's device; None is torch's global one, which
-            `torch.manual_seed` seeds.
+        generator: of all noise, `dropout` included, on the module's device; None is torch's
+            global one, which `torch.manual_seed` seeds, and from which then no number is taken,
+            except where a call may have to be repeated: inside a checkpoint or a compiled
+            function, and under no_grad.
     Raises:
         ValueError: a probability outside [0, 1), or a clip_gradient that is not positive.
     Source: Gal & Ghahramani 2016, arXiv:1512.05287; Merity, Keskar & Socher 2018,
@@ -75,6 +88,12 @@ class Regularizers:
             raise TypeError(
                 f"generator: expected a torch.Generator, got {type(self.generator).__name__}"
             )
+        object.__setattr__(self, "_handle", _handle_of(self.generator))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle, in which a handle, if there is one, means nothing."""
+        self.__dict__.update(state)
+        object.__setattr__(self, "_handle", _handle_of(self.generator))
 
     def zoneout_rates(self, states: int) -> tuple[float, ...]:
         """One probability for each of the cell's states. Raises ValueError on another number."""
@@ -98,10 +117,16 @@ class Regularizers:
             names.append("clip_gradient")
         return tuple(names)
 
+    def changes_output(self, *, training: bool) -> bool:
+        """Whether a call gives another output than one without regularisers."""
+        if training:
+            return self.stochastic()
+        return any(self.zoneout) if isinstance(self.zoneout, tuple) else bool(self.zoneout)
+
     def needed(self, *, training: bool) -> str | None:
         """None where a forward pass is as without regularisers, as in evaluation but for zoneout;
         else what is missing without them, and what to do about it."""
-        if not training and "zoneout" not in self.inside_loop(training=False):
+        if not training and not self.changes_output(training=False):
             return None
         return f"{self} (set regularizers = None to drop them; only zoneout acts in eval mode too)"
 
@@ -128,43 +153,140 @@ def _probability(name: str, p) -> float:
     return float(p)
 
 
-def make(given: dict) -> Regularizers | None:
+def make(given: dict[str, Any]) -> Regularizers | None:
     """Takes the regularisers out of a constructor's keyword arguments; None if there are none."""
     own = {f.name: given.pop(f.name) for f in fields(Regularizers) if f.name in given}
     made = Regularizers(**own)
-    return None if made == Regularizers(generator=made.generator) else made
+    return None if made == Regularizers() else made
 
 
-def scaled_mask(shape, p: float, like: Tensor, generator: torch.Generator | None) -> Tensor:
+# Generators by number, by which a compiled graph, which can hold no generator, names them.
+_generators: WeakValueDictionary[int, torch.Generator] = WeakValueDictionary()
+_handles: WeakKeyDictionary[torch.Generator, int] = WeakKeyDictionary()
+_numbers = itertools.count(1)
+# Of each generator, what its state was when the ticket was drawn, oldest first.
+_states: WeakKeyDictionary[torch.Generator, OrderedDict[int, Tensor]] = WeakKeyDictionary()
+MOST_STATES = 4096  # of 5 kB on a CPU
+
+
+def _handle_of(generator: torch.Generator | None) -> int:
+    if generator is None:
+        return 0
+    if generator not in _handles:
+        _handles[generator] = next(_numbers)
+        _generators[_handles[generator]] = generator
+    return _handles[generator]
+
+
+class Noise:
+    """The noise of one call: uniform numbers from the generator of its regularisers.
+
+    Args:
+        own: the regularisers.
+        after: a tensor of the call. In a graph, each draw has the one before it as an argument,
+            and the first has `after`: a compiler keeps the order of what depends on each other.
+    """
+
+    def __init__(self, own: Regularizers, after: Tensor | None = None):
+        self.own: Regularizers = own
+        self.after: Tensor | None = after
+
+    def uniform(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """float32 in [0, 1)."""
+        handle = self.own._handle  # pyright: ignore[reportAttributeAccessIssue]
+        if handle == 0:
+            return torch.rand(shape, device=device)
+        if not torch.compiler.is_compiling():
+            return _draw(shape, handle, 0, None, device=device)
+        drawn: Tensor = draw_op(shape, handle, _new_number(), self.after, device=device)
+        self.after = drawn
+        return drawn
+
+
+def _new_number() -> int:
+    return next(_numbers)
+
+
+# In a graph, two draws of one shape would be merged into one if nothing told them apart. As
+# torch.compiler.assume_constant_result, see `dispatch`: each place gets a number when it is traced.
+_new_number._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _draw(
+    shape: Sequence[int], generator: int, place: int, after: Tensor | None, *, device: torch.device
+) -> Tensor:
+    own = _generators.get(generator)
+    if own is None:
+        raise RuntimeError("generator: the generator that this was compiled with is gone")
+    # Where calls are repeated by other means than checkpoints, there are no tickets.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or torch._C._are_functorch_transforms_active():
+        return torch.rand(shape, device=device, generator=own)
+    repeats = torch._C._current_graph_task_id() != -1  # autograd is at work: a checkpoint's
+    # A checkpoint runs a call first without autograd, or with hooks in place of saved tensors. In
+    # a compiled function, which cannot tell, the op's body runs without autograd.
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = autograd._top_saved_tensors_default_hooks(True)
+    if torch.is_grad_enabled() and hooks is None and not repeats:
+        return torch.rand(shape, device=device, generator=own)
+    states = _states.setdefault(own, OrderedDict())
+    ticket = int(torch.randint(2**63 - 1, (), device="cpu"))
+    if not repeats:
+        states[ticket] = own.get_state()
+        if len(states) > MOST_STATES:
+            states.popitem(last=False)
+    elif ticket in states:
+        own = torch.Generator(own.device).set_state(states[ticket])
+    else:
+        raise RuntimeError(
+            "generator: expected a call in a backward pass to repeat an earlier one "
+            f"(checkpoint with preserve_rng_state=True), among the last {MOST_STATES} draws; "
+            "this one's masks are not known"
+        )
+    return torch.rand(shape, device=device, generator=own)
+
+
+draw_op: Any = torch.library.custom_op(
+    "fusedrnn::draw", _draw, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+
+
+@draw_op.register_fake
+def _(shape, generator, place, after, *, device):
+    return torch.empty(shape, device=device)
+
+
+def scaled_mask(noise: Noise, shape: Sequence[int], p: float, like: Tensor) -> Tensor:
     """0 with probability p, else 1 / (1 - p), in the dtype of `like`."""
-    uniform = torch.rand(shape, device=like.device, generator=generator)
-    return (uniform >= p).to(like.dtype) * (1 / (1 - p))
+    return (noise.uniform(shape, like.device) >= p).to(like.dtype) * (1 / (1 - p))
 
 
-def drop_weight(w_hh: Tensor, own: Regularizers) -> Tensor:
-    """W_hh of one call in training."""
-    if own.generator is None:
-        return F.dropout(w_hh, own.weight_drop, training=True)
-    return w_hh * scaled_mask(w_hh.shape, own.weight_drop, w_hh, own.generator)
+def dropout(noise: Noise, tensor: Tensor, p: float) -> Tensor:
+    """torch's dropout."""
+    if noise.own.generator is None:
+        return F.dropout(tensor, p, training=True)
+    return tensor * scaled_mask(noise, tensor.shape, p, tensor)
 
 
-def draw_h_mask(own: Regularizers, h_0: Tensor) -> Tensor:
+def draw_h_mask(noise: Noise, h_0: Tensor) -> Tensor:
     """[D, B, H], by which h_{t-1} is multiplied before the recurrent product."""
-    return scaled_mask(h_0.shape, own.recurrent_dropout, h_0, own.generator)
+    return scaled_mask(noise, h_0.shape, noise.own.recurrent_dropout, h_0)
 
 
-def draw_input_mask(own: Regularizers, input: Tensor, batch_sizes, batch_first: bool) -> Tensor:
+def draw_input_mask(
+    noise: Noise, input: Tensor, batch_sizes: Tensor | None, batch_first: bool
+) -> Tensor:
     """What multiplies a layer's input: the same in all time steps of a row."""
     width = input.shape[-1]
     if batch_sizes is not None:
-        mask = scaled_mask((int(batch_sizes[0]), width), own.input_dropout, input, own.generator)
+        mask = scaled_mask(noise, (int(batch_sizes[0]), width), noise.own.input_dropout, input)
         return torch.cat([mask[:n] for n in batch_sizes.tolist()])
     shape = (input.shape[0], 1, width) if batch_first else (1, input.shape[1], width)
-    return scaled_mask(shape, own.input_dropout, input, own.generator)
+    return scaled_mask(noise, shape, noise.own.input_dropout, input)
 
 
 def zoneout_of(
-    own: Regularizers, rows: tuple[int, ...], state: tuple[Tensor, ...], *, training: bool
+    noise: Noise, rows: tuple[int, ...], state: tuple[Tensor, ...], *, training: bool
 ) -> Tensor:
     """What the time loop needs for zoneout, in one tensor.
 
@@ -175,7 +297,7 @@ def zoneout_of(
         bool [*rows, D, S, H], True where a unit keeps its state; or in evaluation [S], the
         probabilities.
     """
-    rates = own.zoneout_rates(len(state))
+    rates = noise.own.zoneout_rates(len(state))
     device, wide = state[0].device, torch.promote_types(state[0].dtype, torch.float32)
     # Filled on the device: a copy from the host would wait for it, and break graph capture.
     p = torch.cat([torch.full((1,), rate, dtype=wide, device=device) for rate in rates])
@@ -183,7 +305,7 @@ def zoneout_of(
         return p
     D, H = state[0].shape[0], state[0].shape[-1]
     shape = (*rows, D, len(state), H)
-    return torch.rand(shape, device=device, generator=own.generator) < p[:, None]
+    return noise.uniform(shape, device) < p[:, None]
 
 
 class ClipGradient(torch.autograd.Function):
@@ -196,13 +318,13 @@ class ClipGradient(torch.autograd.Function):
         return tensor.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.limit = inputs[1]
 
     @staticmethod
-    def backward(ctx, d_output):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return d_output.clamp(-ctx.limit, ctx.limit), None
 
     @staticmethod
-    def jvp(ctx, tangent, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return tangent.clone()

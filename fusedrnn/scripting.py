@@ -9,6 +9,8 @@ as it stands, and stays what it was.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,13 @@ from torch.nn.utils.rnn import PackedSequence
 class Scriptable:
     """What torch.jit.script looks for in a module of ours."""
 
-    __overloads__ = {"forward": ["forward__0"]}  # noqa: RUF012
-    __jit_ignored_attributes__ = ("backend", "save", "regularizers")
-    __jit_unused_properties__ = ("all_weights", "cell_name")
+    __overloads__: ClassVar[dict[str, list[str]]] = {"forward": ["forward__0"]}
+    __jit_ignored_attributes__: ClassVar[tuple[str, ...]] = (
+        "backend", "save", "regularizers", "forget_bias",
+    )  # fmt: skip
+    __jit_unused_properties__: ClassVar[tuple[str, ...]] = ("all_weights", "cell_name")
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> Any:
         """The module that is to be compiled: this one.
 
         Raises:
@@ -48,7 +52,7 @@ class Scriptable:
 class ScriptableSequence(Scriptable, nn.RNNBase):
     """GRU and RNN, and what LSTM shares with them."""
 
-    __overloads__ = {"forward": ["forward__0", "forward__1"]}  # noqa: RUF012
+    __overloads__: ClassVar[dict[str, list[str]]] = {"forward": ["forward__0", "forward__1"]}
 
     @torch.jit.export
     def forward__0(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -180,7 +184,7 @@ def run_operator(
     return output, [h]
 
 
-def forward_of(torchs: type[nn.Module]):
+def forward_of(torchs: type[nn.Module]) -> Callable[..., Any]:
     """torch.nn's forward, as a function of its own, which can be marked for torch.jit.script."""
     theirs = torchs.forward
     own = types.FunctionType(theirs.__code__, theirs.__globals__, argdefs=theirs.__defaults__)

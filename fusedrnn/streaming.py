@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Generic, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cells, dispatch, functional
+from fusedrnn.types import Lengths, Recurrent, Reset, State
 
-CELLS = {
+CELLS: dict[str, Callable[..., Any]] = {
     "lstm": torch.lstm_cell,
     "gru": torch.gru_cell,
     "rnn_tanh": torch.rnn_tanh_cell,
@@ -16,13 +21,13 @@ CELLS = {
 }
 
 
-def step(module, x: Tensor, state=None):
+def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """One time step of all layers; what `module.step` calls.
 
     The layers run one by one through torch's operators for a single step, which, unlike those
-    for sequences, prepare nothing for steps to come. A forced backend, a projection, a regulariser
-    or a transform of torch.func takes the way of a sequence of one step; a forward pre-hook,
-    which may compute the weights (pruning, weight_norm), that of a call of the module.
+    for sequences, prepare nothing for steps to come. A forced backend, a projection, a regulariser,
+    autocast or a transform of torch.func takes the way of a sequence of one step; a forward
+    pre-hook, which may compute the weights (pruning, weight_norm), that of a call of the module.
 
     Args:
         module: an LSTM, GRU or RNN, not bidirectional.
@@ -32,20 +37,25 @@ def step(module, x: Tensor, state=None):
     Returns:
         output [B, H] or [H], and the next state.
     Raises:
-        ValueError: a bidirectional module, or x of another number of dimensions.
-        RuntimeError: a shape; or a regulariser that draws one mask for a whole sequence.
+        ValueError: a bidirectional module, or x of another number of dimensions or dtype.
+        TypeError: x, or a state, that is no tensor, or another number of states.
+        RuntimeError: a shape, a state's dtype or device; or a regulariser that draws one mask for
+            a whole sequence.
     Numerics: equal to the sequence call but for the rounding of another order of summation.
     """
     name = type(module).__name__
     if module.bidirectional:
         raise ValueError(f"{name}.step: {needs_one_direction}")
-    if x.dim() not in (1, 2):
-        raise ValueError(f"{name}.step: x: expected [B, I] or [I], got shape {tuple(x.shape)}")
-    if x.shape[-1] != module.input_size:
-        raise RuntimeError(
-            f"{name}.step: x: expected size(-1) to be input_size={module.input_size}, "
-            f"got shape {tuple(x.shape)}"
-        )
+    mode = module.mode.lower()
+    widths = (module.proj_size or module.hidden_size, module.hidden_size)
+    states = None
+    if state is not None:
+        states = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+    dtype = getattr(module, module._flat_weights_names[0]).dtype
+    functional.check_step(
+        f"{name}.step", mode, x, states, ("x", "state"), dtype, module.input_size, widths,
+        (module.num_layers,),
+    )  # fmt: skip
     own = module.regularizers
     if own is not None and module.training and own.stochastic():
         raise RuntimeError(
@@ -54,19 +64,21 @@ def step(module, x: Tensor, state=None):
         )
     if module._forward_pre_hooks:
         time = 1 if module.batch_first and x.dim() == 2 else 0
-        if isinstance(state, (tuple, list)) and len(state) == 1:
-            (state,) = state
-        output, state = module(x.unsqueeze(time), state)
+        hx = states[0] if states is not None and len(states) == 1 else states
+        output, state = module(x.unsqueeze(time), hx)
         return output.squeeze(time), state
-    mode = module.mode.lower()
-    states = _states(module, name, mode, x, state)
+    if states is None:
+        shapes = [(module.num_layers, *x.shape[:-1], w) for w in widths]
+        names = cells.get(mode).states
+        states = tuple(torch.zeros(s, dtype=x.dtype, device=x.device) for s in shapes[: len(names)])
     weights = [getattr(module, n) for n in module._flat_weights_names]
     backend = dispatch.forced_backend(module.backend)
     plain = backend == "aten" or (backend == "auto" and not functional.transformed())
     unbatched = x.dim() == 1
     if unbatched:
         x, states = x.unsqueeze(0), tuple(s.unsqueeze(1) for s in states)
-    if plain and not module.proj_size and own is None:
+    # Under autocast those operators leave another dtype than a sequence's.
+    if plain and not module.proj_size and own is None and functional.autocast_dtype(x) is None:
         output, final = _step_by_cells(module, mode, x, states, weights)
     else:
         output, final = _step_by_sequence(module, mode, x, states, weights)
@@ -117,28 +129,7 @@ def _step_by_cells(module, mode, x, states, weights):
     return x, stacked
 
 
-def _states(module, name, mode, x, state) -> tuple[Tensor, ...]:
-    names = cells.get(mode).states
-    layers, rows = module.num_layers, x.shape[:-1]
-    widths = (module.proj_size or module.hidden_size, module.hidden_size)
-    if state is None:
-        return tuple(
-            torch.zeros((layers, *rows, w), dtype=x.dtype, device=x.device)
-            for w in widths[: len(names)]
-        )
-    states = state if isinstance(state, (tuple, list)) else (state,)
-    if len(states) != len(names):
-        raise TypeError(f"{name}.step: state: expected {names}, got {len(states)} tensor(s)")
-    for one, which, width in zip(states, names, widths, strict=False):
-        if one.shape != (layers, *rows, width):
-            raise RuntimeError(
-                f"{name}.step: state ({which}): expected shape {(layers, *rows, width)}, "
-                f"got {tuple(one.shape)}"
-            )
-    return tuple(states)
-
-
-def _cast(state, dtype: torch.dtype):
+def _cast(state: Any, dtype: torch.dtype) -> Any:
     """float32 and less as `dtype`, as under autocast, where a stream's states may be either."""
     if isinstance(state, (tuple, list)):
         return tuple(_cast(s, dtype) for s in state)
@@ -153,7 +144,7 @@ needs_one_direction = (
 )
 
 
-class Stream:
+class Stream(Generic[State]):
     """A module that goes on where it stopped: carries the state from chunk to chunk.
 
     Chunk by chunk equals one long pass forward. Backward stops at the beginning of each chunk,
@@ -178,7 +169,9 @@ class Stream:
         ...     loss.backward()
     """
 
-    def __init__(self, module, state=None, *, detach: bool = True):
+    def __init__(
+        self, module: Recurrent[State], state: State | None = None, *, detach: bool = True
+    ) -> None:
         if not hasattr(module, "regularizers"):
             raise TypeError(
                 f"module: expected an LSTM, GRU or RNN of fusedrnn, got {type(module).__name__}"
@@ -189,11 +182,21 @@ class Stream:
         if state is not None and not all(isinstance(part, Tensor) for part in parts):
             kinds = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(f"state: expected the Tensors of hx or None, got {kinds}")
-        self.module = module
+        self.module: Any = module
         self.detach = detach
-        self.state = state
+        self.state: State | None = state
 
-    def __call__(self, input, *, lengths: Tensor | None = None, reset=None):
+    @overload
+    def __call__(
+        self,
+        input: Tensor,
+        *,
+        lengths: Lengths | None = None,
+        reset: Reset[State] | None = None,
+    ) -> Tensor: ...
+    @overload
+    def __call__(self, input: PackedSequence) -> PackedSequence: ...
+    def __call__(self, input: Any, *, lengths: Any = None, reset: Any = None) -> Any:
         """The next chunk, as the module takes it; returns its output."""
         state = self._cut(self.state)
         output, state = self.module(input, state, lengths=lengths, reset=reset)
@@ -206,7 +209,7 @@ class Stream:
         self.state = self._cut(state)
         return output
 
-    def reset(self, rows: Tensor | None = None, state=None) -> None:
+    def reset(self, rows: Tensor | None = None, state: State | None = None) -> None:
         """Begins anew before the next chunk: episodes that ended with the last one.
 
         Args:
@@ -236,11 +239,11 @@ class Stream:
             fresh = tuple(torch.zeros_like(s) for s in states)
         else:
             fresh = functional.check_fresh(_cast(state, states[0].dtype), states, unbatched)
-        new = tuple(torch.where(rows, f, s) for f, s in zip(fresh, states, strict=True))
+        new: Any = tuple(torch.where(rows, f, s) for f, s in zip(fresh, states, strict=True))
         new = tuple(s.squeeze(1) for s in new) if unbatched else new
         self.state = self._cut(new[0] if len(new) == 1 else new)
 
-    def _cut(self, state):
+    def _cut(self, state: Any) -> Any:
         """`state` without its graph, unless gradients are to cross."""
         if state is None or not self.detach:
             return state

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from fusedrnn.cells import Cell
 from fusedrnn.kernels.plan import Device, Plan, candidates
 from fusedrnn.packing import Rows
 
-logger = logging.getLogger("fusedrnn")
+logger: logging.Logger = logging.getLogger("fusedrnn")
 
 STEPS = 256
 REPEATS = 5
@@ -60,7 +61,7 @@ def step_times(
     device: torch.device,
     properties: Device,
     input_precision: str,
-    passes: tuple[Callable, Callable],
+    passes: tuple[Callable[..., Any], Callable[..., Any]],
     measure: Measure | None = None,
 ) -> dict[Plan, float] | None:
     """Microseconds of a step for every candidate plan, from the file or measured now.

@@ -1,9 +1,14 @@
 """Autocast acts on our modules as on torch.nn's: dtypes and values, eager and compiled."""
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 from tolerances import FLOOR, assert_as_good, assert_same
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -44,7 +49,7 @@ def arguments(module, layout):
     return (input,)
 
 
-def results(module, args, low, *, run=None):
+def results(module, args, low, *, run=None, training=True):
     """Outputs and parameter gradients under autocast to `low` (None: without it)."""
     with torch.autocast("cpu", dtype=low, enabled=low is not None):
         output, final = (module if run is None else run)(*args)
@@ -52,10 +57,32 @@ def results(module, args, low, *, run=None):
     outputs = [output, *(final if isinstance(final, tuple) else (final,))]
     generator = torch.Generator().manual_seed(2)
     loss = sum((o.double() * torch.randn(o.shape, generator=generator)).sum() for o in outputs)
+    if not training:
+        return dict(enumerate(outputs))
     gradients = torch.autograd.grad(loss, list(module.parameters()))
     names = ["output", "h_n", "c_n"][: len(outputs)]
     names += [f"d_{n}" for n, _ in module.named_parameters()]
     return dict(zip(names, (*outputs, *gradients), strict=True))
+
+
+def torchs_results(torchs, args, low, training=True):
+    """What torch.nn computes; None where this processor has no kernel for torch's LSTM in `low`."""
+    try:
+        return results(torchs, args, low, training=training)
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error) or torchs.mode != "LSTM":
+            raise
+        return None
+
+
+def expected_results(name, torchs, args, low):
+    """torch.nn's, or where it has none the reference's: what `auto` must equal in every bit."""
+    expected = torchs_results(torchs, args, low)
+    if expected is not None:
+        return expected
+    _, reference = make(name, backend="reference")
+    reference.load_state_dict(torchs.state_dict())
+    return results(reference, args, low)
 
 
 @every_kind
@@ -64,7 +91,7 @@ def results(module, args, low, *, run=None):
 def test_eager_is_torchs(name, low, layout):
     torchs, ours = make(name)
     args = arguments(ours, layout)
-    expected, found = results(torchs, args, low), results(ours, args, low)
+    expected, found = expected_results(name, torchs, args, low), results(ours, args, low)
     for key, value in found.items():
         assert_same(value, expected[key], key)
     assert found["output"].dtype in (low, torch.float32)
@@ -77,7 +104,11 @@ def test_reference_is_as_good_as_torch(name, low, layout):
     """Its results have the low precision; torch's operators leave some of theirs in float32."""
     torchs, ours = make(name, backend="reference")
     args = arguments(ours, layout)
-    plain, found = results(torchs, args, low), results(ours, args, low)
+    plain, found = torchs_results(torchs, args, low), results(ours, args, low)
+    if plain is None:  # torch's loop over low-precision tensors, for which it does not take oneDNN
+        lower = tree_map(lambda a: to_double(a).to(low) if torch.is_tensor(a) else a, args)
+        plain = results(copy.deepcopy(torchs).to(low), lower, None)
+        plain = {k: v.float() if k.startswith("d_") else v for k, v in plain.items()}
     exact = results(torchs.double(), tree_map(to_double, args), None)
     for key, value in found.items():
         same = key.startswith("d_")
@@ -114,7 +145,8 @@ def test_compiled_is_torchs(name, low):
         torch._dynamo.reset()
         args = arguments(ours, layout)
         compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-        expected, found = results(torchs, args, low), results(ours, args, low, run=compiled)
+        expected = expected_results(name, torchs, args, low)
+        found = results(ours, args, low, run=compiled)
         for key, value in found.items():
             assert value.dtype == expected[key].dtype, key
             largest = max(expected[key].abs().max().item(), 0.1)
@@ -157,6 +189,44 @@ def test_off_inside(name):
         assert ours(*args)[0].dtype == torch.float32
 
 
+@low_dtypes
+@pytest.mark.parametrize("grad", [True, False])
+def test_where_torchs_lstm_has_no_kernel(low, grad, monkeypatch):
+    """Planted, so that every processor is one without: the call goes to the reference, `explain`
+    says why, and a forced aten raises it."""
+    monkeypatch.setattr(dispatch, "_try_lstm", lambda dtype, training, onednn: "no such primitive")
+    module, input = fusedrnn.LSTM(I, H), torch.randn(T, B, I)
+    forced = fusedrnn.LSTM(I, H, backend="aten")
+    reference = fusedrnn.LSTM(I, H, backend="reference")
+    reference.load_state_dict(module.state_dict())
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=low):
+        told = fusedrnn.explain(module, input)
+        assert told.backend == "reference"
+        assert "on this processor: no such primitive" in told.passed_over["aten"]
+        assert_same(module(input)[0], reference(input)[0], "auto")
+        with pytest.raises(RuntimeError, match=r"'aten' was asked for.*no such primitive"):
+            forced(input)
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert_same(compiled(input)[0], reference(input)[0], "compiled")
+        lengths = torch.tensor([5, 3, 2])  # packed rows are not oneDNN's, nor is float32
+        assert fusedrnn.explain(forced, input, lengths=lengths).backend == "aten"
+    assert fusedrnn.explain(forced, input).backend == "aten"
+
+
+@low_dtypes
+@pytest.mark.parametrize("training", [True, False])
+def test_what_torchs_lstm_can_do_is_found_by_trying(low, training):
+    """The probe's answer is torch.nn's own, from within modes that would have misled it."""
+    module = nn.LSTM(I, H)
+    with torch.set_grad_enabled(training):
+        works = torchs_results(module, (torch.randn(T, B, I),), low, training) is not None
+    dispatch._try_lstm.cache_clear()
+    with torch.inference_mode(), FakeTensorMode(), torch.device("meta"):
+        answer = dispatch.lstm_autocast_failure(low, training=training)
+    assert (answer is None) == works
+
+
 def test_explain_tells_the_dtype():
     module = fusedrnn.LSTM(I, H)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -175,3 +245,37 @@ def test_dispatch_is_asked_about_the_dtype_that_will_run(dtype, low, monkeypatch
         explained = fusedrnn.explain(module, input, lengths=torch.tensor([5, 3, 2])).call
     expected = low if dtype == torch.float32 else dtype
     assert asked[0].dtype == explained.dtype == expected
+
+
+@low_dtypes
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("backend", [None, "aten"])
+def test_a_cell_is_not_onednns(kind, backend, low, monkeypatch):
+    monkeypatch.setattr(dispatch, "_try_lstm", lambda dtype, training, onednn: "no such primitive")
+    cell = getattr(fusedrnn, kind)(I, H, backend=backend)
+    with torch.autocast("cpu", dtype=low):
+        cell(torch.randn(B, I))
+        assert fusedrnn.explain(cell, torch.randn(B, I)).backend == "aten"
+
+
+FIRST_CALLS = {
+    "a checkpoint": "checkpoint(lambda x: module(x)[0], x, use_reentrant=False).sum().backward()",
+    "a trace": "torch.jit.trace(torch.nn.Sequential(module), x, check_trace=False)",
+    "inference mode": "torch.inference_mode()(module)(x)",
+    "a fake mode": "FakeTensorMode(allow_non_fake_inputs=True).__enter__(); module(x)",
+}
+
+
+@pytest.mark.parametrize("call", FIRST_CALLS)
+def test_the_probe_takes_no_part_in_what_calls_it_first(call):
+    """In a process of its own, where nothing is known yet."""
+    code = f"""
+import torch, fusedrnn
+from torch.utils.checkpoint import checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
+module, x = fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3)
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    {FIRST_CALLS[call]}
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

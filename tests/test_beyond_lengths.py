@@ -6,6 +6,7 @@ multiplies padded rows, in another order and number, so that BLAS may round othe
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from tolerances import GRADIENTS32, VALUES32
@@ -199,9 +200,11 @@ def test_unbatched(backend):
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
-        ([3, 7, 1, 5, 2], TypeError, r"lengths: expected an integer tensor.*got list"),
-        (torch.ones(B), TypeError, r"lengths: expected an integer tensor, got torch.float32"),
-        (torch.ones(B, dtype=torch.bool), TypeError, r"lengths: expected an integer.*torch.bool"),
+        (["3", "7"], TypeError, r"lengths: expected 5 integers or a bool mask.*got list"),
+        (5, RuntimeError, r"lengths: expected shape \(5,\), got \(\)"),
+        ([3, 7, 1, 5, 2.5], TypeError, r"lengths: expected integers or a bool mask, got .*float32"),
+        (torch.ones(B), TypeError, r"lengths: expected integers .*, got torch.float32"),
+        (torch.ones(B).bool(), RuntimeError, r"lengths: .*mask of shape \(7, 5\), .*got \(5,\)"),
         (torch.ones(4, dtype=torch.int64), RuntimeError, r"lengths: .*\(5,\), got \(4,\)"),
         (torch.ones(B, 1, dtype=torch.int64), RuntimeError, r"lengths: .*\(5,\), got \(5, 1\)"),
         (torch.tensor([8, 1, 1, 1, 1]), ValueError, r"lengths: .*T=7, got values from 1 to 8"),
@@ -284,3 +287,105 @@ def test_values_break_no_graph():
     lengths = torch.tensor([3, 0, 1, 5, 2])
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, lengths=lengths)[0], module(x, lengths=lengths)[0])
+
+
+FORMS = {
+    "list": list,
+    "tuple": tuple,
+    "numpy": np.array,
+    "numpy of 16 bits": lambda n: np.array(n, dtype=np.int16),
+    "mask": lambda n: torch.arange(T)[:, None] < torch.tensor(n),
+    "numpy mask": lambda n: np.arange(T)[:, None] < np.array(n),
+    "nested list of bools": lambda n: [[t < length for length in n] for t in range(T)],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_every_form(form, backend):
+    module, x, _ = make("gru", "2x2", backend)
+    lengths = [3, 0, 1, 7, 2]
+    expected = module(x, lengths=torch.tensor(lengths))
+    torch.testing.assert_close(module(x, lengths=FORMS[form](lengths)), expected, rtol=0, atol=0)
+
+
+def test_masks_in_other_layouts():
+    module, x, _ = make("gru", "batch_first", None)
+    mask = torch.arange(T) < torch.tensor([3, 0, 1, 7, 2])[:, None]
+    expected = module(x, lengths=mask.sum(1))
+    torch.testing.assert_close(module(x, lengths=mask), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        module(x[0], lengths=mask[0]), module(x[0], lengths=torch.tensor(3)), rtol=0, atol=0
+    )
+    for one in (3, np.int64(3), np.array(3), [3]):
+        torch.testing.assert_close(
+            module(x[0], lengths=one), module(x[0], lengths=torch.tensor(3)), rtol=0, atol=0
+        )
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, lengths=mask), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_mask_with_holes_is_refused(start):
+    module, x, _ = make("gru", "plain", None)
+    mask = torch.ones(T, B, dtype=torch.bool)
+    mask[0 if start else 4, 2] = False
+    at = 0 if start else 4
+    with pytest.raises(ValueError, match=rf"lengths: .*row 2 step {at} is false and step {at + 1}"):
+        module(x, lengths=mask)
+
+
+NOT_NUMBERS = [float("-inf"), float("inf"), float("nan")]
+WAYS = {
+    "auto": {},
+    "reference": {"backend": "reference"},
+    "resets": {"reset": True},
+    "recurrent dropout": {"recurrent_dropout": 0.2},
+    "zoneout": {"zoneout": 0.2},
+    "clipping": {"clip_gradient": 1.0},
+    "weight drop": {"weight_drop": 0.2},
+    "input dropout": {"input_dropout": 0.2},
+    "states": {"return_states": True},
+}
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_padding_reaches_nothing(kind, way, value):
+    """Whatever lies beyond a row's length: results and all gradients are those of zeros there. So
+    are those of upstream gradients there, and of the state of a row that has no step."""
+    options = dict(WAYS[way])
+    reset = options.pop("reset", False)
+    extra = {"return_states": True} if options.pop("return_states", False) else {}
+    module = getattr(fusedrnn, kind)(I, H, 2, bidirectional=True, **options)
+    lengths = torch.tensor([3, 7, 0, 5, 2])
+    over = torch.arange(T)[:, None] >= lengths
+    if reset:
+        extra["reset"] = torch.rand(T, B) < 0.3
+    states = [torch.randn(4, B, H) for _ in range(2 if kind == "LSTM" else 1)]
+
+    def run(filling):
+        x = torch.randn(T, B, I, generator=torch.Generator().manual_seed(1))
+        x[over] = filling
+        hx = [s.clone() for s in states]
+        for s in hx:
+            s[:, 2] = filling  # of a row without steps
+        leaves = [t.requires_grad_() for t in (x, *hx)]
+        torch.manual_seed(5)
+        output, final, *planes = module(
+            x, tuple(hx) if kind == "LSTM" else hx[0], lengths=lengths, **extra
+        )
+        final = final if kind == "LSTM" else (final,)
+        results = [output, *final, *(planes[0].values() if planes else ())]
+        cotangents = [
+            torch.randn(r.shape, generator=torch.Generator().manual_seed(2)) for r in results
+        ]
+        cotangents[0][over] = filling
+        results += torch.autograd.grad(results, [*leaves, *module.parameters()], cotangents)
+        rows = [r for r in range(B) if r != 2]  # row 2 keeps its state, whatever it is
+        return [r[:, rows] if r.shape[:2] == (4, B) else r for r in results]
+
+    for found, expected in zip(run(value), run(0.0), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected, **GRADIENTS32)

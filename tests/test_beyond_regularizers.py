@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import GRADIENTS64, VALUES64
+from tolerances import GRADIENTS32, GRADIENTS64, VALUES64
 
 import fusedrnn
 from fusedrnn import Regularizers, regularizers
 from fusedrnn.autograd import Config, Sequence, run_layer, run_reference
+from fusedrnn.regularizers import Noise
 
 T, B, I, H = 6, 3, 4, 5
 each_cell = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
@@ -78,7 +79,7 @@ def test_recurrent_dropout_is_one_mask_on_h_for_all_steps(name):
     torch.manual_seed(7)
     found = run(module, x, hx)
     torch.manual_seed(7)
-    mask = regularizers.draw_h_mask(module.regularizers, hx[0])
+    mask = regularizers.draw_h_mask(Noise(module.regularizers), hx[0])
     assert set(mask.unique().tolist()) == {0.0, 1 / (1 - 0.4)}
     expected = oracle(name, x, [h[0] for h in hx], *module.parameters(), h_mask=mask[0])
     assert_same(found, expected)
@@ -90,7 +91,7 @@ def test_zoneout_keeps_units_at_random_in_training(name):
     torch.manual_seed(7)
     found = run(module, x, hx)
     torch.manual_seed(7)
-    kept = regularizers.zoneout_of(module.regularizers, (T, B), hx, training=True)
+    kept = regularizers.zoneout_of(Noise(module.regularizers), (T, B), hx, training=True)
     assert kept.shape == (T, B, 1, len(hx), H)
     expected = oracle(
         name, x, [h[0] for h in hx], *module.parameters(), zoneout=lambda t, s: kept[t, :, 0, s]
@@ -126,10 +127,10 @@ def test_input_dropout_is_one_mask_for_all_steps_of_each_layer(name):
     torch.manual_seed(7)
     found = module(x)[0]
     torch.manual_seed(7)
-    below = regularizers.draw_input_mask(own, x, None, False)
+    below = regularizers.draw_input_mask(Noise(own), x, None, False)
     assert below.shape == (1, B, I)
     between = first(x * below)[0]
-    above = regularizers.draw_input_mask(own, between, None, False)
+    above = regularizers.draw_input_mask(Noise(own), between, None, False)
     torch.testing.assert_close(found, second(between * above)[0], **VALUES64)
 
 
@@ -169,10 +170,10 @@ def test_rates(name, p):
     sigma = math.sqrt(p * (1 - p) / n)
     state = (torch.zeros(1, 200, 200),)
     for dropped in (
-        regularizers.draw_input_mask(own, torch.ones(1, 200, 200), None, False) == 0,
-        regularizers.draw_h_mask(own, state[0]) == 0,
-        regularizers.drop_weight(x[..., 0], own) == 0,
-        regularizers.zoneout_of(own, (1, 200), state, training=True),
+        regularizers.draw_input_mask(Noise(own), torch.ones(1, 200, 200), None, False) == 0,
+        regularizers.draw_h_mask(Noise(own), state[0]) == 0,
+        regularizers.dropout(Noise(own), x[..., 0], p) == 0,
+        regularizers.zoneout_of(Noise(own), (1, 200), state, training=True),
     ):
         assert dropped.numel() == n
         assert abs(dropped.float().mean().item() - p) < 5 * sigma
@@ -246,8 +247,8 @@ def test_backward_sees_the_mask_of_its_forward(name):
     """Through the custom ops, whose backward runs the layer again."""
     module, x, hx = make(name)
     S = len(hx)
-    h_mask = regularizers.draw_h_mask(Regularizers(recurrent_dropout=0.5), hx[0])
-    kept = regularizers.zoneout_of(Regularizers(zoneout=0.3), (T, B), hx, training=True)
+    h_mask = regularizers.draw_h_mask(Noise(Regularizers(recurrent_dropout=0.5)), hx[0])
+    kept = regularizers.zoneout_of(Noise(Regularizers(zoneout=0.3)), (T, B), hx, training=True)
     sequence = Sequence(None, None, None, h_mask, kept)
     config = Config(module.mode.lower(), True, False, False, False, "reference", "gates", "")
     tensors = [t.requires_grad_() for t in (x, *hx)]
@@ -327,6 +328,116 @@ def test_checkpointing_repeats_the_masks():
     output = torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=False)
     found = torch.autograd.grad(output.square().sum(), x)[0]
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@each_cell
+def test_checkpointing_repeats_the_masks_of_a_generator(name, reentrant):
+    """Two chunks, each a checkpoint of two calls: the last is run again first."""
+    own = torch.Generator()
+    module, x, _ = make(name, **ALL, num_layers=2, dropout=0.3, generator=own)
+    x.requires_grad_()
+
+    def twice(x):
+        return module(x)[0] + 2 * module(x)[0]
+
+    def gradients(run):
+        own.manual_seed(5)
+        output = run(x) * run(2 * x)
+        leaves = [x, *module.parameters()]
+        for leaf in leaves:
+            leaf.grad = None
+        output.square().sum().backward()
+        return [output, *(leaf.grad for leaf in leaves)]
+
+    expected = gradients(twice)
+    found = gradients(
+        lambda x: torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=reentrant)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **GRADIENTS64)
+    state = own.get_state()
+    gradients(twice)
+    assert torch.equal(own.get_state(), state)  # what is run again draws from a copy
+
+
+def test_a_checkpoint_that_cannot_repeat_says_so():
+    module, x, _ = make("GRU", recurrent_dropout=0.5, generator=torch.Generator())
+    output = torch.utils.checkpoint.checkpoint(
+        lambda x: module(x)[0], x.requires_grad_(), use_reentrant=False, preserve_rng_state=False
+    )
+    with pytest.raises(RuntimeError, match=r"generator: .*preserve_rng_state=True"):
+        output.sum().backward()
+
+
+@each_cell
+def test_a_generator_draws_the_dropout_between_layers_too(name):
+    own = torch.Generator()
+    module = getattr(fusedrnn, name)(I, H, 2, dropout=0.5, generator=own)
+    x = torch.randn(T, B, I)
+    before = torch.get_rng_state()
+    first, again = (module(x)[0] for _ in range(2) if own.manual_seed(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, module(x)[0])
+    assert torch.equal(torch.get_rng_state(), before)
+    dropped = regularizers.dropout(Noise(module.regularizers), torch.ones(200, 200), 0.5) == 0
+    assert abs(dropped.float().mean() - 0.5) < 5 * 0.5 / 200  # 5 sigma of a binomial
+
+
+@each_cell
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_generator_in_a_compiled_function(name, backend):
+    """The same draw and the same gradients, compiled or not, in a checkpoint or not."""
+    own = torch.Generator()
+    module = getattr(fusedrnn, name)(I, H, 2, **ALL, dropout=0.3, generator=own)
+    x = torch.randn(T, B, I)
+
+    def inside(x):
+        return torch.utils.checkpoint.checkpoint(lambda x: module(x)[0], x, use_reentrant=False)
+
+    def gradients(run):
+        own.manual_seed(4)
+        return torch.autograd.grad(run(x).square().sum(), list(module.parameters()))
+
+    expected = gradients(lambda x: module(x)[0])
+    for call in (lambda x: module(x)[0], inside):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        for _ in range(2):
+            torch.testing.assert_close(gradients(compiled), expected, **GRADIENTS32)
+
+
+@each_cell
+def test_two_calls_in_one_graph_draw_twice(name):
+    """On the same input, where a compiler would take one draw for the other."""
+    own = torch.Generator()
+    module = getattr(fusedrnn, name)(I, H, recurrent_dropout=0.5, generator=own)
+    x = torch.randn(T, B, I)
+
+    def twice(x):
+        return module(x)[0], module(x)[0]
+
+    own.manual_seed(4)
+    expected = twice(x)
+    assert not torch.equal(*expected)
+    own.manual_seed(4)
+    found = torch.compile(twice, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected, **GRADIENTS32)
+
+
+def test_a_generator_survives_copies_and_pickles():
+    """As a generator of their own, in the state in which it was."""
+    module = fusedrnn.GRU(I, H, recurrent_dropout=0.5, generator=torch.Generator())
+    x = torch.randn(T, B, I)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.regularizers.generator is not module.regularizers.generator
+        own = [m.regularizers.generator.manual_seed(3) for m in (module, other)]
+        assert torch.equal(module(x)[0], other(x)[0])
+        assert torch.equal(own[0].get_state(), own[1].get_state())
+    old = Regularizers.__new__(Regularizers)  # of a pickle from before there were handles
+    old.__setstate__({k: v for k, v in vars(module.regularizers).items() if k != "_handle"})
+    assert old == module.regularizers
+    assert old._handle == module.regularizers._handle > 0
 
 
 @each_cell

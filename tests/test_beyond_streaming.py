@@ -333,12 +333,12 @@ def test_memory_of_past_chunks_is_freed():
         (
             lambda: fusedrnn.LSTM(I, H).step(torch.randn(B, I), torch.randn(1, B, H)),
             TypeError,
-            r"step: state: expected \('h', 'c'\), got 1 tensor",
+            r"step: state: expected the 2 tensors \('h', 'c'\), got 1",
         ),
         (
             lambda: fusedrnn.GRU(I, H).step(torch.randn(B, I), torch.randn(B, H)),
             RuntimeError,
-            r"step: state \(h\): expected shape \(1, 3, 5\), got \(3, 5\)",
+            r"step: state \(h\): expected shape \(1, 3, 5\) for .*, got \(3, 5\)",
         ),
         (lambda: fusedrnn.Stream(torch.nn.GRU(I, H)), TypeError, r"module: .* got GRU"),
     ],
@@ -366,3 +366,76 @@ def test_misuse_of_reset():
         stream.reset(torch.tensor([0, 1, 0]))
     with pytest.raises(RuntimeError, match=r"rows: expected shape \(3,\), got \(2,\)"):
         stream.reset(torch.tensor([False, True]))
+
+
+STEPS = {
+    "plain": {},
+    "zoneout": {"zoneout": 0.1},
+    "clipping": {"clip_gradient": 1.0},
+    "reference": {"backend": "reference"},
+    "projection": {"proj_size": 2},
+}
+WRONG_STEPS = {
+    "integers": (lambda x, state: (x.long(), state), ValueError, "x: expected torch"),
+    "another dtype": (
+        lambda x, state: (x.double(), state),
+        ValueError,
+        "x: expected torch",
+    ),
+    "nothing": (lambda x, state: (None, state), TypeError, "x: expected a Tensor .*NoneType"),
+    "a word": (lambda x, state: ("x", state), TypeError, "x: expected a Tensor .*str"),
+    "a state's dtype": (
+        lambda x, state: (x, tuple(s.double() for s in state)),
+        RuntimeError,
+        r"state \(h\): expected torch.float32 on cpu as the input, got torch.float64",
+    ),
+    "no tensors": (
+        lambda x, state: (x, (1, 2)),
+        TypeError,
+        r"state \(h\): expected a Tensor, got int",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", STEPS)
+@pytest.mark.parametrize("wrong", WRONG_STEPS)
+def test_step_checks_what_the_sequence_call_checks(way, wrong):
+    module = fusedrnn.LSTM(I, H, **STEPS[way]).eval()
+    state = module(torch.randn(1, B, I))[1]
+    change, error, message = WRONG_STEPS[wrong]
+    x, state = change(torch.randn(B, I), state)
+    for call in (module.step, lambda x, state: module.stream(state).step(x)):
+        with pytest.raises((error, TypeError), match=message if call is module.step else None):
+            call(x, state)
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("way", ["reference", "vmap"])
+def test_cells_check_dtypes_as_torchs(kind, way):
+    cell = getattr(fusedrnn, kind)(I, H, backend="reference" if way == "reference" else None)
+    call = torch.vmap(cell) if way == "vmap" else cell
+    for x in (torch.ones(B, I, dtype=torch.int64), torch.randn(B, I, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"input: expected torch.float32, got"):
+            call(x)
+    if way == "vmap":
+        return  # which itself asks for tensors
+    with pytest.raises(TypeError, match="input: expected a Tensor"):
+        cell("x")
+    if kind == "LSTMCell":
+        with pytest.raises(TypeError, match=r"hx: expected the 2 tensors \('h', 'c'\), got 1"):
+            cell(torch.randn(B, I), torch.randn(B, H))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN])
+def test_step_under_autocast_is_the_sequence_call(cls, low):
+    module = cls(I, H, 2)
+    x = torch.randn(2, B, I)
+    with torch.autocast("cpu", dtype=low):
+        expected, _ = module(x)
+        one, state = module.step(x[0])
+        two, state = module.step(x[1], state)
+    assert torch.stack([one, two]).dtype == expected.dtype
+    # Between the steps, as between chunks, the states are rounded to `low`.
+    eps = torch.finfo(low).eps
+    torch.testing.assert_close(torch.stack([one, two]), expected, rtol=4 * eps, atol=4 * eps)

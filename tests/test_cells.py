@@ -82,7 +82,8 @@ def test_additive_says_what_the_body_does(cell):
 
 @every_cell
 def test_bodies_are_pointwise_in_the_unit(cell):
-    """A kernel hands a body any tile: a unit's result must not depend on its neighbours."""
+    """A kernel hands a body any tile: a unit's result must not depend on its neighbours. (But for
+    the last bits: torch computes the ends of a tensor with other instructions than its middle.)"""
     x_gates, h_gates, state, params = arguments(cell, 1.0)
     whole, _ = cell.forward(x_gates, h_gates, state, params)
 
@@ -91,7 +92,7 @@ def test_bodies_are_pointwise_in_the_unit(cell):
 
     piece, _ = cell.forward(part(x_gates), part(h_gates), part(state), part(params))
     for a, b in zip(part(whole), piece, strict=True):
-        assert torch.equal(a, b)
+        assert_exact(a, b.detach(), cell.name)
 
 
 def body_with_a_foreign_name(x_gates, h_gates, state, params):

@@ -1,5 +1,7 @@
 """torch.compile and torch.export: one graph, any batch and time, the numbers of eager mode."""
 
+import contextvars
+
 import pytest
 import torch
 from tolerances import FLOOR
@@ -9,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.export import Dim
 
 import fusedrnn
-from fusedrnn import autograd
+from fusedrnn import autograd, dispatch
 
 MODULES = {
     "lstm": lambda: fusedrnn.LSTM(3, 4, num_layers=2, bidirectional=True),
@@ -178,6 +180,53 @@ def test_a_forced_backend_is_part_of_the_graph():
     assert graphs.compiled > before
 
 
+def test_blocks_leave_nothing_in_compiled_code(monkeypatch):
+    """It runs what the newest open block of the process says, whatever order blocks end in."""
+    module, input = fusedrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    ran = []
+    original = autograd.run_plain
+    monkeypatch.setattr(
+        autograd, "run_plain", lambda c, *a: ran.append(c.backend) or original(c, *a)
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def backend():
+        ran.clear()
+        compiled(input)
+        return ran[0]
+
+    assert backend() == "aten"
+    with fusedrnn.use_backend("reference"):
+        assert backend() == "reference"
+        with fusedrnn.use_backend("aten"):
+            assert backend() == "aten"
+        assert backend() == "reference"
+    assert backend() == "aten"
+    first, second = fusedrnn.use_backend("reference"), fusedrnn.use_backend("auto")
+    contexts = contextvars.copy_context(), contextvars.copy_context()  # as two tasks have
+    contexts[0].run(first.__enter__)
+    contexts[1].run(second.__enter__)
+    contexts[0].run(first.__exit__, None, None, None)
+    assert backend() == "aten"
+    contexts[1].run(second.__exit__, None, None, None)
+    assert backend() == "aten"
+    assert dispatch._open_blocks == []
+
+
+def test_a_block_inside_a_compiled_function():
+    module, input = fusedrnn.GRU(3, 4), torch.randn(5, 2, 3)
+
+    def call(input):
+        with fusedrnn.use_backend("reference"):
+            return module(input)[0]
+
+    graphs = Graphs()
+    torch._dynamo.reset()
+    assert_equal([torch.compile(call, fullgraph=True, backend=graphs)(input)], [module(input)[0]])
+    assert dispatch._in_force == "auto"
+
+
 @pytest.mark.parametrize("name", SEQUENCES)
 @pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
 def test_export(name, strict):
@@ -224,7 +273,10 @@ def operator_samples():
     gates = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
     for cell, G in gates.items():
         cases = ("plain", "batch_first", "lengths", "packed", "no_bias", "reset")
-        for case in (*cases, "autocast", "autocast packed", "autocast lengths"):
+        low = ("autocast", "autocast packed", "autocast lengths")
+        if cell == "lstm" and dispatch.lstm_autocast_failure(torch.bfloat16, training=True):
+            low = low[1:]  # on such a processor no call gets to the op in this way
+        for case in (*cases, *low):
             for D in (1, 2) if cell == "lstm" else (2,):
                 P = 2 if (cell, case) == ("lstm", "no_bias") else 0
                 shapes = [(G * H, I), (G * H, P or H)]

@@ -1,5 +1,6 @@
 """Which backend runs a call: who may choose, who may refuse, and what is said about it."""
 
+import asyncio
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -7,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -104,6 +106,103 @@ def test_the_context_ends_with_an_exception(ran):
     assert ran == ["aten"]
 
 
+def test_threads_do_not_see_each_others_blocks(ran):
+    """Blocks that overlap, and end in the order in which they began."""
+    module = fusedrnn.GRU(3, 4)
+    turn = threading.Barrier(3, timeout=30)
+    told = {}
+
+    def work(name):
+        with fusedrnn.use_backend(name):
+            turn.wait()
+            told[name] = fusedrnn.explain(module, torch.randn(5, 2, 3)).backend
+            turn.wait()
+            if name == "aten":
+                turn.wait()  # the other's block has ended by then
+                told["still"] = fusedrnn.explain(module, torch.randn(5, 2, 3)).because
+        if name == "reference":
+            told["after"] = fusedrnn.explain(module, torch.randn(5, 2, 3)).because
+            turn.wait()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in ("reference", "aten")]
+    for thread in threads:
+        thread.start()
+    turn.wait()
+    outside = fusedrnn.explain(module, torch.randn(5, 2, 3)).because
+    turn.wait()
+    turn.wait()
+    for thread in threads:
+        thread.join()
+    assert told["reference"] == "reference"
+    assert told["aten"] == "aten"
+    assert "forced" in told["still"]
+    assert "forced" not in told["after"] + outside
+    assert "forced" not in fusedrnn.explain(module, torch.randn(5, 2, 3)).because
+
+
+def test_tasks_do_not_see_each_others_blocks():
+    module = fusedrnn.GRU(3, 4)
+
+    async def task(name, seconds):
+        with fusedrnn.use_backend(name):
+            await asyncio.sleep(seconds)
+            return fusedrnn.explain(module, torch.randn(5, 2, 3)).backend
+
+    async def main():
+        told = await asyncio.gather(task("reference", 0.01), task("aten", 0.02))
+        return told, fusedrnn.explain(module, torch.randn(5, 2, 3)).because
+
+    told, after = asyncio.run(main())
+    assert told == ["reference", "aten"]
+    assert "forced" not in after
+    assert "forced" not in fusedrnn.explain(module, torch.randn(5, 2, 3)).because
+
+
+WRONG = {
+    "1-D": (torch.randn(3), {}),
+    "4-D": (torch.randn(1, 5, 2, 3), {}),
+    "nothing": (None, {}),
+    "features": (torch.randn(5, 2, 9), {}),
+    "integers": (torch.ones(5, 2, 3, dtype=torch.int64), {}),
+    "no steps": (torch.randn(0, 2, 3), {}),
+    "lengths": (torch.randn(5, 2, 3), {"lengths": torch.tensor([6, 1])}),
+    "reset": (torch.randn(5, 2, 3), {"reset": torch.zeros(2, 5, dtype=torch.bool)}),
+    "state": (torch.randn(5, 2, 3), {"hx": torch.randn(1, 3, 4)}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_explain_raises_what_the_call_raises(case):
+    input, options = WRONG[case]
+    module = fusedrnn.GRU(3, 4)
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as of_call:
+        module(input, **options)
+    with pytest.raises(of_call.type) as of_explain:
+        fusedrnn.explain(module, input, **options)
+    assert str(of_explain.value) == str(of_call.value)
+
+
+@pytest.mark.parametrize("input", [torch.randn(2, 2, 3), torch.randn(2, 4), None])
+def test_explain_of_a_cell_raises(input):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"input: expected .*got"):
+        fusedrnn.explain(fusedrnn.GRUCell(3, 4), input)
+
+
+def test_explain_of_something_else():
+    for other in ("x", None, torch.nn.LSTM(3, 4)):
+        with pytest.raises(TypeError, match="module: expected one of fusedrnn's modules, got"):
+            fusedrnn.explain(other, torch.randn(5, 2, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_explain_draws_nothing(training):
+    options = dict(recurrent_dropout=0.2, weight_drop=0.2, input_dropout=0.2, zoneout=0.2)
+    module = fusedrnn.LSTM(3, 4, 2, dropout=0.5, **options).train(training)
+    before = torch.get_rng_state()
+    assert fusedrnn.explain(module, torch.randn(5, 2, 3, generator=torch.Generator())).backend
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_modules_own_comes_first(ran):
     with fusedrnn.use_backend("reference"):
         run(fusedrnn.LSTM(3, 4, backend="aten"))
@@ -128,9 +227,9 @@ def test_a_cell_on_a_gpu_is_torchs_own(imaginary_gpu):
     """As CellModule.forward has it; one step is no work for the fused loop."""
     with FakeTensorMode():
         input = torch.empty(2, 3, device="cuda")
-    assert fusedrnn.explain(fusedrnn.LSTMCell(3, 4), input).backend == "aten"
-    forced = fusedrnn.LSTMCell(3, 4, backend="reference")
-    assert fusedrnn.explain(forced, input).backend == "reference"
+        assert fusedrnn.explain(fusedrnn.LSTMCell(3, 4), input).backend == "aten"
+        forced = fusedrnn.LSTMCell(3, 4, backend="reference")
+        assert fusedrnn.explain(forced, input).backend == "reference"
 
 
 PRINT = """

@@ -4,6 +4,7 @@
 reference computes in another order, so it is held to float64 by the table in tolerances.py.
 """
 
+import contextvars
 import copy
 import warnings
 from typing import NamedTuple
@@ -12,10 +13,12 @@ import pytest
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
-from tolerances import assert_as_good, assert_same
+from tolerances import GRADIENTS32, assert_as_good, assert_same
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
+from fusedrnn import dispatch
 
 
 class Case(NamedTuple):
@@ -345,3 +348,97 @@ def test_cell_mistakes(kind, backend, mistake):
     assert expected is not None
     assert type(found) is type(expected), f"torch says {expected!r}, we say {found!r}"
     assert "got" in str(found) or str(found) == str(expected)
+
+
+NOISE = {
+    "input_dropout": st.sampled_from([0.0, 0.3]),
+    "recurrent_dropout": st.sampled_from([0.0, 0.3]),
+    "weight_drop": st.sampled_from([0.0, 0.3]),
+    "zoneout": st.sampled_from([0.0, 0.3]),
+}
+
+
+@given(
+    cases(),
+    st.sampled_from([None, "reference"]),
+    st.sampled_from([float("-inf"), float("inf"), float("nan")]),
+    st.fixed_dictionaries(NOISE),
+    st.booleans(),
+)
+def test_padding_reaches_nothing(case, backend, value, noise, resets):
+    """Whatever lies beyond the lengths of rows, 0 included: the bits are those of zeros there."""
+    options = {k: v for k, v in case.options.items() if k != "proj_size"}
+    torch.manual_seed(case.seed)
+    module = quiet(getattr(fusedrnn, case.kind), **options, **noise, backend=backend)
+    time_first = not options["batch_first"]
+    lengths = torch.randint(0, case.T + 1, (case.B,))
+    over = torch.arange(case.T)[:, None] >= lengths
+    over = over if time_first else over.T
+    x = torch.randn(*over.shape, options["input_size"])
+    extra = {"reset": torch.rand(over.shape) < 0.3} if resets else {}
+    needs_loop = resets or noise["zoneout"] or noise["recurrent_dropout"]
+    module.backend = None if needs_loop else backend
+
+    def run(filling):
+        leaf = x.masked_fill(over[..., None], filling).requires_grad_()
+        torch.manual_seed(case.seed)
+        output, final = module(leaf, lengths=lengths, **extra)
+        results = [output, *(final if isinstance(final, tuple) else (final,))]
+        loss = sum(r.square().sum() for r in results)
+        return [*results, *torch.autograd.grad(loss, [leaf, *module.parameters()])]
+
+    for found, expected in zip(run(value), run(0.0), strict=True):
+        assert torch.equal(found, expected)
+
+
+@given(cases(dropout=(0.0, 0.4)), st.fixed_dictionaries(NOISE), st.booleans())
+def test_a_generator_repeats_in_checkpoints(case, noise, reentrant):
+    options = {k: v for k, v in case.options.items() if k != "proj_size"}
+    own = torch.Generator()
+    torch.manual_seed(case.seed)
+    module = quiet(getattr(fusedrnn, case.kind), **options, **noise, generator=own)
+    x = torch.randn(case.T, case.B, options["input_size"]).requires_grad_()
+    call = lambda x: module(x)[0]  # noqa: E731
+
+    def run(call):
+        own.manual_seed(case.seed)
+        output = call(x) * call(2 * x)
+        output.sum().backward()
+        leaves = [x, *module.parameters()]
+        gradients = [leaf.grad.clone() for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return [output, *gradients, own.get_state()]
+
+    expected = run(call)
+    found = run(lambda x: checkpoint(call, x, use_reentrant=reentrant))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **GRADIENTS32)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["reference", "aten", None]))))
+def test_blocks_in_three_contexts(steps):
+    """Opened and closed in any order across contexts, as threads and tasks have them: each sees
+    its own innermost block, and nothing is left."""
+    module, input = fusedrnn.GRU(2, 2), torch.randn(2, 1, 2)
+    contexts = [contextvars.Context() for _ in range(3)]
+    stacks: list[list] = [[], [], []]
+
+    def seen():
+        return fusedrnn.explain(module, input)
+
+    for which, name in [*steps, *((c, None) for c in range(3) for _ in steps)]:
+        context, stack = contexts[which], stacks[which]
+        if name is not None:
+            block = fusedrnn.use_backend(name)
+            context.run(block.__enter__)
+            stack.append((block, name))
+        elif stack:
+            context.run(stack.pop()[0].__exit__, None, None, None)
+        for context, stack in zip(contexts, stacks, strict=True):
+            told = context.run(seen)
+            assert told.backend == (stack[-1][1] if stack else "aten")
+            assert told.because.startswith("forced") == bool(stack)
+        assert not seen().because.startswith("forced")
+    assert dispatch._open_blocks == []
+    assert dispatch._in_force == "auto"

@@ -159,7 +159,7 @@ MISUSE = {
     ),
     "an option": (
         lambda **o: functional.lstm(X, None, LSTM, bogus=1, **o),
-        r"lstm: unexpected options \['bogus'\], may be \['backend', 'dropout'",
+        r"lstm: unexpected options \['bogus'\], may be \['backend', 'batch_first'",
     ),
     "weights": (
         lambda **o: functional.lstm(X, None, None, **o),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def test_state_dict_both_ways(kind):
 def test_only_lstm_has_projections(kind):
     with pytest.raises(ValueError, match="proj_size: only LSTM"):
         getattr(fusedrnn, kind)(3, 5, proj_size=2)
+    with pytest.raises(ValueError, match="proj_size: only LSTM"):
+        getattr(fusedrnn, kind)(*POSITIONAL[kind][:-3], 2)
 
 
 @every_kind
@@ -118,6 +121,82 @@ def test_skip_init_draws_nothing(kind):
     assert [n for n, _ in module.named_parameters()] == [
         n for n, _ in getattr(nn, kind)(3, 5).named_parameters()
     ]
+
+
+FORGET = slice(5, 10)  # the forget gate's part of a bias, with 5 units
+
+
+def forget_biases(module):
+    return {n: p[FORGET].detach() for n, p in module.named_parameters() if n.startswith("bias_ih")}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
+def test_forget_bias_starts_b_ih_and_nothing_else(options):
+    torch.manual_seed(3)
+    plain = nn.LSTM(3, 5, **options)
+    torch.manual_seed(3)
+    ours = fusedrnn.LSTM(3, 5, **options, forget_bias=1)
+    assert "forget_bias=1.0" in repr(ours)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    expected = {n: p.clone() for n, p in plain.state_dict().items()}
+    for name in expected:
+        if name.startswith("bias_ih"):
+            expected[name][FORGET] = 1
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    plain.load_state_dict(ours.state_dict())
+    input = sample("LSTM")
+    assert_same(first(ours(input)), first(plain(input)), "in torch's module")
+
+
+@pytest.mark.parametrize("how", ["itself", "copy", "pickle", "skip_init", "to_empty"])
+def test_forget_bias_stays_for_reset_parameters(how):
+    module = fusedrnn.LSTM(3, 5, 2, forget_bias=-2.5)
+    if how == "copy":
+        module = copy.deepcopy(module)
+    elif how == "pickle":
+        module = pickle.loads(pickle.dumps(module))
+    elif how == "skip_init":
+        module = nn.utils.skip_init(fusedrnn.LSTM, 3, 5, 2, forget_bias=-2.5)
+    elif how == "to_empty":
+        module = module.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    module.reset_parameters()
+    assert module.forget_bias == -2.5
+    assert len(forget_biases(module)) == 2
+    for value in forget_biases(module).values():
+        assert torch.equal(value, torch.full((5,), -2.5))
+    assert all(p.any() for p in module.parameters())
+
+
+def test_without_forget_bias_all_is_torchs():
+    for module in (fusedrnn.LSTM(3, 5), fusedrnn.LSTM(3, 5, bias=False)):
+        assert module.forget_bias is None
+        assert "forget" not in repr(module)
+    model = nn.Sequential(nn.LSTM(3, 5))
+    fusedrnn.replace_modules(model)
+    model[0].reset_parameters()
+    assert all(v.abs().max() <= 1 / 5**0.5 for v in forget_biases(model[0]).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"forget_bias": "1"}, TypeError, "forget_bias: expected a number or None, got str"),
+        ({"forget_bias": True}, TypeError, "forget_bias: expected a number or None, got bool"),
+        ({"forget_bias": float("nan")}, ValueError, "forget_bias: .* finite number, got nan"),
+        (
+            {"forget_bias": 1, "bias": False},
+            ValueError,
+            "forget_bias: expected bias=True .*bias=False",
+        ),
+    ],
+)
+def test_a_wrong_forget_bias(options, error, message):
+    with pytest.raises(error, match=message):
+        fusedrnn.LSTM(3, 5, **options)
 
 
 @every_class
@@ -408,8 +487,8 @@ def test_lengths_and_reset_are_checked(kind):
     ours = getattr(fusedrnn, kind)(3, 5)
     input = torch.randn(6, 4, 3)
     cases = [
-        ({"lengths": [1, 2, 3, 4]}, TypeError, "lengths: expected an integer tensor .* got list"),
-        ({"lengths": torch.ones(4)}, TypeError, "lengths: expected an integer .*float32"),
+        ({"lengths": ["1"]}, TypeError, "lengths: expected 4 integers .* got list"),
+        ({"lengths": torch.ones(4)}, TypeError, "lengths: expected integers .*float32"),
         ({"lengths": torch.ones(3, dtype=int)}, RuntimeError, r"lengths: .* \(4,\), got \(3,\)"),
         (
             {"reset": torch.zeros(6, 4)},
@@ -506,15 +585,16 @@ def test_jit_script_leaves_the_model_as_it_was(kind):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, dict(bidirectional=True, batch_first=True, bias=False), dict(num_layers=2)]
-    + [dict(proj_size=2)],
+    ("kind", "options"),
+    [
+        *itertools.product(
+            KINDS, [{}, dict(bidirectional=True, batch_first=True, bias=False), dict(num_layers=2)]
+        ),
+        ("LSTM", dict(proj_size=2)),
+    ],
 )
-@every_kind
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_script_of_every_input(kind, options):
-    if kind != "LSTM" and "proj_size" in options:
-        pytest.skip("only LSTM has projections")
     torchs, ours = pair(kind, 3, 5, **options)
     theirs, scripted = (torch.jit.script(Model(m)).rnn for m in (torchs, ours))
     _, hx = torchs(torch.randn(5, 5, 3))
@@ -649,3 +729,53 @@ assert not any(name.startswith("triton.") for name in sys.modules)
 assert fusedrnn.explain(rnn, torch.randn(4, 2, 3)).passed_over["triton"].startswith("triton is not")
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+MALFORMED = {
+    "a step without rows": (torch.randn(6, 3), torch.tensor([3, 0, 3])),
+    "more rows later": (torch.randn(5, 3), torch.tensor([1, 3, 1])),
+    "fewer rows than they say": (torch.randn(5, 3), torch.tensor([3, 3])),
+    "more rows than they say": (torch.randn(7, 3), torch.tensor([3, 3])),
+    "no step": (torch.randn(0, 3), torch.tensor([], dtype=torch.int64)),
+    "another dtype": (torch.randn(6, 3), torch.tensor([3, 3], dtype=torch.int32)),
+}
+PACKED_WAYS = {
+    "auto": {},
+    "aten": {"backend": "aten"},
+    "reference": {"backend": "reference"},
+    "regularizer": {"recurrent_dropout": 0.1},
+    "input_dropout": {"input_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("wrong", MALFORMED)
+@pytest.mark.parametrize("way", PACKED_WAYS)
+@every_kind
+def test_a_malformed_packed_sequence_is_refused(kind, way, wrong):
+    module = getattr(fusedrnn, kind)(3, 5, **PACKED_WAYS[way])
+    with pytest.raises((RuntimeError, TypeError), match=r"batch_sizes: expected .*, got"):
+        module(PackedSequence(*MALFORMED[wrong]))
+
+
+@pytest.mark.parametrize("wrong", list(MALFORMED)[:4])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_what_was_compiled_refuses_it_too(backend, wrong):
+    """The compiler sees no values: the operator looks, when it runs."""
+    torch._dynamo.reset()
+    module = fusedrnn.GRU(3, 5, backend=backend)
+    compiled = torch.compile(lambda p: module(p)[0].data, backend="aot_eager")
+    compiled(pack_padded_sequence(torch.randn(2, 3, 3), torch.tensor([2, 2, 2])))
+    with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
+        compiled(PackedSequence(*MALFORMED[wrong]))
+
+
+@every_kind
+def test_an_order_of_another_batch_is_refused(kind):
+    module = getattr(fusedrnn, kind)(3, 5)
+    packed = pack_padded_sequence(
+        torch.randn(4, 3, 3), torch.tensor([2, 4, 3]), enforce_sorted=False
+    )
+    hx = module(packed)[1]
+    wrong = packed._replace(sorted_indices=packed.sorted_indices[:2])
+    with pytest.raises(RuntimeError, match=r"sorted_indices: expected shape \(3,\), .* got \(2,\)"):
+        module(wrong, hx)

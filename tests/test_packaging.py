@@ -1,6 +1,7 @@
 """The package as it is built and imported: what a wheel holds, and who imports whom."""
 
 import ast
+import email
 import graphlib
 import os
 import re
@@ -71,14 +72,23 @@ def test_wheel_holds_every_module_once_and_nothing_else(wheel):
     assert "fusedrnn/kernels/__init__.py" in inside
 
 
-def test_wheel_names_the_license_and_the_version(wheel):
+def test_metadata_of_the_wheel(wheel):
     assert wheel.name == f"fusedrnn-{fusedrnn.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (n for n in archive.namelist() if n.endswith("METADATA"))
-        text = archive.read(metadata).decode()
+        (name,) = (n for n in archive.namelist() if n.endswith("METADATA"))
+        metadata = email.message_from_string(archive.read(name).decode())
         assert any(n.endswith("licenses/LICENSE") for n in archive.namelist())
-    assert "License-Expression: Apache-2.0" in text
-    assert "Requires-Python: >=3.10" in text
+    assert metadata["Version"] == fusedrnn.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Author"] == "fusedrnn developers"
+    assert [url.split(", ")[0] for url in metadata.get_all("Project-URL")] == ["Homepage"]
+    classifiers = metadata.get_all("Classifier")
+    for minor in range(10, 15):
+        assert f"Programming Language :: Python :: 3.{minor}" in classifiers
+    assert "Typing :: Typed" in classifiers
+    needed = {n for n in metadata.get_all("Requires-Dist") if "extra ==" not in n}
+    assert needed == {"torch>=2.10", "numpy", "typing-extensions"}
 
 
 def test_wheel_works_when_unpacked(wheel, tmp_path):
@@ -101,7 +111,10 @@ def test_one_version_everywhere():
     def found(pattern, name):
         return re.search(pattern, (ROOT / name).read_text(), re.MULTILINE)[1]
 
-    assert found(r'^version = "(.+)"', "pyproject.toml") == fusedrnn.__version__
+    # The wheel's is read from the package, where it is a literal: to build needs no torch.
+    assert found(r'^__version__ = "(.+)"', "fusedrnn/__init__.py") == fusedrnn.__version__
+    for name in ("pyproject.toml", "setup.py"):
+        assert fusedrnn.__version__ not in (ROOT / name).read_text()
     assert found(r"^## (\S+)", "CHANGELOG.md") in (fusedrnn.__version__, "Unreleased")
     assert found(r"torch==([0-9.]+)", "Makefile") == found(r"^torch==(\S+)", "constraints.txt")
 
@@ -119,7 +132,8 @@ def test_torch_package_interns_it(tmp_path):
         models = [fusedrnn.LSTM(3, 4, zoneout=0.1).eval(), fusedrnn.GRU(3, 4, save="states")]
         with package.PackageExporter(sys.argv[1]) as exporter:
             exporter.intern("fusedrnn.**")
-            exporter.extern(["torch", "torch.**", "numpy", "triton", "triton.**"])
+            exporter.extern(["torch", "torch.**", "triton", "triton.**", "numpy"])
+            exporter.extern(["typing_extensions", "onnxscript", "sys"])
             exporter.save_pickle("model", "model.pkl", models)
         importer = package.PackageImporter(sys.argv[1])
         x = torch.randn(5, 2, 3)
@@ -314,3 +328,19 @@ def test_nobody_imports_the_other_package_of_that_name():
     for folder in ("fusedrnn", "kernels", "tests", "bench", "examples"):
         for file in (ROOT / folder).rglob("*.py"):
             assert not [n for n in imports(file) if n.split(".")[0] == "kernels"], file
+
+
+def test_an_import_loads_only_torch():
+    """README says so; torch._dynamo alone takes a second. Nor does a call on a CPU load Triton."""
+    code = """
+import sys, torch
+heavy = {"torch._dynamo", "torch._inductor", "sympy", "triton", "onnx", "opacus", "matplotlib"}
+before = heavy & set(sys.modules)
+import fusedrnn
+print(sorted(heavy & set(sys.modules) - before))
+fusedrnn.LSTM(3, 4)(torch.randn(5, 2, 3))[0].sum().backward()
+print("triton" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "False"]
+    assert "loads no Triton until a call needs it" in (ROOT / "README.md").read_text()

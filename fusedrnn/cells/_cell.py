@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fusedrnn.cells import vocabulary
 
@@ -42,8 +43,8 @@ class Cell:
     gates: tuple[str, ...]
     states: tuple[str, ...]
     saved: tuple[str, ...]
-    forward: Callable
-    backward: Callable
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
     additive: bool
     params: tuple[str, ...] = ()
     aten: str | None = None
@@ -56,7 +57,7 @@ class Cell:
             raise ValueError(f"cell {self.name!r}: states must start with 'h', got {self.states}")
 
 
-def check_body(body: Callable) -> None:
+def check_body(body: Callable[..., Any]) -> None:
     """Raises NameError where a body uses a global name that is not in the vocabulary."""
     unknown = set(body.__code__.co_names) - vocabulary.NAMES
     if unknown:

@@ -11,7 +11,7 @@ from fusedrnn.cells._cell import Cell, register
 from fusedrnn.cells.vocabulary import sigmoid, tanh
 
 
-def forward(x_gates, h_gates, state, params):
+def _forward(x_gates, h_gates, state, params):
     x_r, x_z, x_n = x_gates
     h_r, h_z, h_n = h_gates
     (h_prev,) = state
@@ -22,7 +22,7 @@ def forward(x_gates, h_gates, state, params):
     return (h,), (r, z, n, h_n)
 
 
-def backward(d_state, saved, prev, new, params):
+def _backward(d_state, saved, prev, new, params):
     (dh,) = d_state
     r, z, n, h_n = saved
     (h_prev,) = prev
@@ -38,8 +38,8 @@ GRU = register(
         gates=("r", "z", "n"),
         states=("h",),
         saved=("r", "z", "n", "h_n"),
-        forward=forward,
-        backward=backward,
+        forward=_forward,
+        backward=_backward,
         additive=False,
         aten="gru",
         source="arXiv:1406.1078",

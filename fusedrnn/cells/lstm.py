@@ -11,7 +11,7 @@ from fusedrnn.cells._cell import Cell, register
 from fusedrnn.cells.vocabulary import sigmoid, tanh, zeros_like
 
 
-def forward(x_gates, h_gates, state, params):
+def _forward(x_gates, h_gates, state, params):
     x_i, x_f, x_g, x_o = x_gates
     h_i, h_f, h_g, h_o = h_gates
     _h_prev, c_prev = state
@@ -24,7 +24,7 @@ def forward(x_gates, h_gates, state, params):
     return (h, c), (i, f, g, o)
 
 
-def backward(d_state, saved, prev, new, params):
+def _backward(d_state, saved, prev, new, params):
     dh, dc_next = d_state
     i, f, g, o = saved
     _h_prev, c_prev = prev
@@ -45,8 +45,8 @@ LSTM = register(
         gates=("i", "f", "g", "o"),
         states=("h", "c"),
         saved=("i", "f", "g", "o"),
-        forward=forward,
-        backward=backward,
+        forward=_forward,
+        backward=_backward,
         additive=True,
         aten="lstm",
         source="doi:10.1162/neco.1997.9.8.1735",

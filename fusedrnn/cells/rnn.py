@@ -10,21 +10,21 @@ from fusedrnn.cells._cell import Cell, register
 from fusedrnn.cells.vocabulary import relu, tanh, where, zeros_like
 
 
-def forward_tanh(x_gates, h_gates, state, params):
+def _forward_tanh(x_gates, h_gates, state, params):
     return (tanh(x_gates[0] + h_gates[0]),), ()
 
 
-def backward_tanh(d_state, saved, prev, new, params):
+def _backward_tanh(d_state, saved, prev, new, params):
     h = new[0]
     d_gates = (d_state[0] * (1 - h * h),)
     return d_gates, d_gates, (zeros_like(h),), ()
 
 
-def forward_relu(x_gates, h_gates, state, params):
+def _forward_relu(x_gates, h_gates, state, params):
     return (relu(x_gates[0] + h_gates[0]),), ()
 
 
-def backward_relu(d_state, saved, prev, new, params):
+def _backward_relu(d_state, saved, prev, new, params):
     h = new[0]
     zeros = zeros_like(h)
     # As in torch, the derivative at 0 is 0, and NaN, which fails the comparison, is passed on.
@@ -38,8 +38,8 @@ RNN_TANH = register(
         gates=("h",),
         states=("h",),
         saved=(),
-        forward=forward_tanh,
-        backward=backward_tanh,
+        forward=_forward_tanh,
+        backward=_backward_tanh,
         additive=True,
         aten="rnn_tanh",
         source="doi:10.1207/s15516709cog1402_1",
@@ -52,8 +52,8 @@ RNN_RELU = register(
         gates=("h",),
         states=("h",),
         saved=(),
-        forward=forward_relu,
-        backward=backward_relu,
+        forward=_forward_relu,
+        backward=_backward_relu,
         additive=True,
         aten="rnn_relu",
         source="arXiv:1504.00941",

@@ -4,12 +4,15 @@
 arithmetic, comparisons and tuples; nothing else has a meaning on both sides.
 """
 
-import torch
+from collections.abc import Callable
 
-sigmoid = torch.sigmoid
-tanh = torch.tanh
-relu = torch.relu
-where = torch.where
-zeros_like = torch.zeros_like
+import torch
+from torch import Tensor
+
+sigmoid: Callable[..., Tensor] = torch.sigmoid
+tanh: Callable[..., Tensor] = torch.tanh
+relu: Callable[..., Tensor] = torch.relu
+where: Callable[..., Tensor] = torch.where
+zeros_like: Callable[..., Tensor] = torch.zeros_like
 
 NAMES = frozenset({"sigmoid", "tanh", "relu", "where", "zeros_like"})

@@ -204,3 +204,82 @@ def test_opcheck(cell, save):
     final, saved = rest[: len(state)], rest[len(state) :]
     arguments = ([output, *final], *arguments[:3], output, saved, *config, True)
     torch.library.opcheck(torch.ops.fusedrnn.layer_backward, arguments)
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize("module", MODULES)
+def test_padding_reaches_nothing(module, save, value):
+    """As tests/test_beyond_lengths.py, for the kernels: input, upstream gradient, and the state of
+    a row without steps."""
+    options = {"num_layers": 2, "bidirectional": True}
+    case = Case(module, T=5, options=options)
+    rnn = build(case, fusedrnn, torch.float32, "cpu", backend="triton", save=save)
+    lengths = torch.tensor([2, 5, 0])
+    over = torch.arange(5)[:, None] >= lengths
+    states = [torch.randn(4, 3, 7) for _ in range(2 if module == "LSTM" else 1)]
+
+    def run(filling):
+        input = torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(1))
+        input[over] = filling
+        hx = [s.clone() for s in states]
+        for s in hx:
+            s[:, 2] = filling
+        leaves = [t.requires_grad_() for t in (input, *hx)]
+        output, _ = rnn(input, tuple(hx) if module == "LSTM" else hx[0], lengths=lengths)
+        cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        cotangent[over] = filling
+        return [output, *torch.autograd.grad(output, [*leaves, *rnn.parameters()], cotangent)]
+
+    for found, expected in zip(run(value), run(0.0), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("rows", ["all", "lengths", "packed"])
+@pytest.mark.parametrize("module", MODULES)
+def test_states_of_all_steps(module, rows, bidirectional):
+    """What the kernels stored, with gradients: as the reference's, to rounding."""
+    options = {"num_layers": 2, "bidirectional": bidirectional}
+    case = Case(module, T=5, options=options)
+    lengths = torch.tensor([2, 5, 3])
+
+    def run(backend, dtype):
+        rnn = build(case, fusedrnn, dtype, "cpu", backend=backend)
+        generator = torch.Generator().manual_seed(1)
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+        leaf = draw(5, 3, 5).requires_grad_()
+        input = leaf
+        if rows == "packed":
+            input = torch.nn.utils.rnn.pack_padded_sequence(leaf, lengths, enforce_sorted=False)
+        extra = {"lengths": lengths} if rows == "lengths" else {}
+        _, _, states = rnn(input, return_states=True, **extra)
+        with torch.no_grad():  # nothing is stored for backward, then
+            torch.testing.assert_close(rnn(input, return_states=True, **extra)[2], states)
+        results = list(states.values())
+        gradients = torch.autograd.grad(
+            results, [leaf, *rnn.parameters()], [draw(*r.shape) for r in results]
+        )
+        return [t.double() for t in (*results, *gradients)]
+
+    exact, plain = run("reference", torch.float64), run("reference", torch.float32)
+    for found, near, true in zip(run("triton", torch.float32), plain, exact, strict=True):
+        scale = true.abs().max()
+        limit = 2 * (near - true).abs().max() + 16 * torch.finfo(torch.float32).eps * scale
+        assert (found - true).abs().max() <= limit
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(6, [3, 0, 3]), (5, [1, 3, 1]), (5, [3, 3]), (7, [3, 3])]
+)
+def test_a_malformed_packed_sequence_meets_no_kernel(rows, sizes):
+    rnn = fusedrnn.GRU(5, 7, backend="triton")
+    packed = torch.nn.utils.rnn.PackedSequence(torch.randn(rows, 5), torch.tensor(sizes))
+    with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
+        rnn(packed)
+    flat = [p.detach() for p in rnn.parameters()]
+    with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
+        torch.ops.fusedrnn.layer(
+            packed.data, [torch.zeros(1, 3, 7)], flat, None, packed.batch_sizes, None,
+            "gru", True, False, False, False, "triton", "", "",
+        )  # fmt: skip

@@ -1,5 +1,7 @@
 """The plan never asks for more than the device has, for any shape on any device."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ MULTIPROCESSORS = (1, 2, 8, 30, 64, 108, 132, 304)
 HIDDEN = (1, 2, 15, 16, 17, 63, 64, 65, 96, 128, 129, 192, 256, 300, 384, 512, 640, 768)
 HIDDEN += (1000, 1024, 1500, 1536, 2048, 4096)
 H200 = Device((9, 0), 132, 227 * KIB, 228 * KIB)
+A100 = Device((8, 0), 108, 163 * KIB, 164 * KIB)
 LSTM = REGISTRY["lstm"]
 
 
@@ -174,3 +177,19 @@ def test_says_what_it_does_not_know():
         plan_scan(LSTM, "sideways", torch.float32, B=1, H=8, D=1, device=H200)
     with pytest.raises(ValueError, match=r"dtype must be one of .* got torch.float64"):
         plan_scan(LSTM, "forward", torch.float64, B=1, H=8, D=1, device=H200)
+
+
+def test_readme_says_up_to_which_size():
+    """One multiprocessor for every 32 hidden units, whatever the cell and the dtype."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "one multiprocessor for every 32 hidden" in readme
+    for device, said in ((H200, "4,224 on an H100"), (A100, "3,456 on an A100")):
+        most = 32 * device.multiprocessors
+        assert f"{most:,}" == said.split()[0]
+        assert said in readme
+        for cell in REGISTRY.values():
+            for dtype in (torch.bfloat16, torch.float32):
+                for which in PASSES:
+                    plan_scan(cell, which, dtype, B=1, H=most, D=1, device=device)
+                with pytest.raises(ValueError, match="multiprocessors"):
+                    plan_scan(cell, "forward", dtype, B=1, H=most + 1, D=1, device=device)

@@ -1,0 +1,35 @@
+"""The types of this package's arguments, for the annotations of a program that uses it.
+
+def tagger(backend: fusedrnn.types.Backend | None = None) -> fusedrnn.LSTM: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+Backend: TypeAlias = Literal["auto", "triton", "aten", "reference"]
+Save: TypeAlias = Literal["gates", "states"]
+Nonlinearity: TypeAlias = Literal["tanh", "relu"]
+
+# What a module carries from step to step: (h, c) of an LSTM, h of the others.
+State = TypeVar("State", bound=Tensor | tuple[Tensor, Tensor])
+# Rows' lengths: integers [B], or a bool mask [T, B] ([B, T] with batch_first), true where a step
+# is real; as a tensor, a NumPy array, or (lists of) Python numbers.
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.integer[Any] | np.bool_]]
+Lengths: TypeAlias = Tensor | Array | Sequence[int] | Sequence[Sequence[bool]]
+# A mask, or a mask and the state that it sets.
+Reset: TypeAlias = Tensor | tuple[Tensor, State]
+
+
+class Recurrent(Protocol[State]):
+    """What has such a state: LSTM, GRU and RNN."""
+
+    bidirectional: bool
+
+    def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """One time step."""
+        ...
