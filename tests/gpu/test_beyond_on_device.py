@@ -115,3 +115,57 @@ def test_out_of_memory_leaves_the_module_usable():
     with pytest.raises(torch.OutOfMemoryError):
         rnn(torch.empty(1, device=DEVICE).expand(2**20, 2**20, 8))
     torch.testing.assert_close(rnn(input)[0], expected)
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
+@pytest.mark.parametrize("backend", ["triton", "aten"])
+@pytest.mark.parametrize("module", MODULES)
+def test_padding_reaches_nothing(module, backend, value):
+    rnn = getattr(fusedrnn, module)(8, 64, 2, bidirectional=True, backend=backend, device=DEVICE)
+    input = torch.randn(9, 4, 8, device=DEVICE)
+    lengths = torch.tensor([9, 0, 3, 6], device=DEVICE)
+    over = torch.arange(9, device=DEVICE)[:, None] >= lengths
+
+    def run(filling):
+        leaf = input.masked_fill(over[..., None], filling).requires_grad_()
+        output = rnn(leaf, lengths=lengths)[0]
+        return [output, *torch.autograd.grad(output.sum(), [leaf, *rnn.parameters()])]
+
+    for found, expected in zip(run(value), run(0.0), strict=True):
+        torch.testing.assert_close(found, expected, **GRADIENTS32)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_states_of_all_steps(module):
+    def run(backend):
+        torch.manual_seed(0)
+        rnn = getattr(fusedrnn, module)(8, 64, 2, backend=backend, device=DEVICE)
+        states = rnn(torch.randn(9, 4, 8, device=DEVICE), return_states=True)[2]
+        return [
+            states,
+            torch.autograd.grad(sum(s.sum() for s in states.values()), rnn.parameters()),
+        ]
+
+    with precision(tf32=False):
+        expected = run("reference")
+        for backend in ("triton", "aten"):
+            torch.testing.assert_close(run(backend), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_generator_repeats_in_checkpoints(reentrant):
+    own = torch.Generator(DEVICE)
+    rnn = fusedrnn.GRU(8, 64, 2, recurrent_dropout=0.5, dropout=0.5, generator=own, device=DEVICE)
+    input = torch.randn(6, 4, 8, device=DEVICE, requires_grad=True)
+
+    def gradient(run):
+        own.manual_seed(1)
+        input.grad = None
+        run(input).square().sum().backward()
+        return input.grad.clone()
+
+    def inside(x):
+        return torch.utils.checkpoint.checkpoint(call, x, use_reentrant=reentrant)
+
+    call = lambda x: rnn(x)[0]  # noqa: E731
+    torch.testing.assert_close(gradient(inside), gradient(call))
