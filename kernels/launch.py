@@ -19,6 +19,7 @@ from fusedrnn.packing import Rows
 SAVE = ("gates", "states", None)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRECISIONS = ("ieee", "tf32")
+OLDEST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -366,7 +367,13 @@ def _plan(cell: Cell, which: str, like: Tensor, B: int, H: int, D: int, precisio
 
 
 def refusal(cell: Cell, dtype: torch.dtype, H: int, D: int, device: torch.device) -> str | None:
-    """Why there is no plan for such a layer on that device, or None."""
+    """Why the kernels do not run such a layer on that device, or None."""
+    major, minor = device_of(device).capability
+    if device_of(device).backend == "cuda" and (major, minor) < OLDEST_CAPABILITY:
+        return (
+            f"the kernels are made for compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} "
+            f"and newer, {device} has {major}.{minor}"
+        )
     try:
         for which in PASSES:
             plan_scan(cell, which, dtype, B=1, H=H, D=D, device=device_of(device))

@@ -8,7 +8,7 @@ import torch
 import fusedrnn
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch
-from fusedrnn.kernels.plan import INTERPRETER, plan_scan
+from fusedrnn.kernels.plan import INTERPRETER, Device, plan_scan
 from fusedrnn.packing import Rows, rows_of
 
 CPU = torch.device("cpu")
@@ -129,3 +129,13 @@ def test_slots_of_the_sentinel_protocol_are_counted_in_32_bits():
     width = 2**16 // plan.block_b
     with pytest.raises(ValueError, match="'sentinel' has a slot for each step"):
         launch._exchange(plan, (1, 1, 1), 2**15, width, like, error)
+
+
+def test_gpus_older_than_the_kernels_are_refused(monkeypatch):
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        where = Device(capability, 108, 163 << 10, 164 << 10)
+        monkeypatch.setattr(launch, "device_of", lambda device, where=where: where)
+        told = launch.refusal(REGISTRY["lstm"], torch.float32, 64, 1, torch.device("cuda", 0))
+        assert (told is not None) == refused
+        if refused:
+            assert "compute capability 8.0 and newer, cuda:0 has 7.5" in told
