@@ -179,3 +179,12 @@ def test_under_autocast_they_are_of_one_dtype(kind, backend, low):
     with torch.autocast("cpu", dtype=low):
         output, _, states = module(torch.randn(T, B, I), return_states=True)
     assert {s.dtype for s in states.values()} == {output.dtype}
+
+
+@each_kind
+@each_backend
+def test_shapes_on_the_meta_device(kind, backend):
+    module = make(kind, backend=backend, device="meta")
+    x = torch.randn(T, B, I, dtype=torch.float64, device="meta")
+    states = module(x, return_states=True)[2]
+    assert {(s.shape, s.device.type) for s in states.values()} == {((L * 2, T, B, H), "meta")}
