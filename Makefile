@@ -26,7 +26,7 @@ PROJECT := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv aot demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny bench-compare \
+.PHONY: help venv aot step-cost demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny bench-compare \
 	report
 
 help:  ## This list
@@ -66,13 +66,16 @@ bench-tiny: $(STAMP)-bench  ## Every benchmark once at a tiny size: none may rot
 
 # Each version of Triton in a folder of its own, in front of the environment's.
 AOT_TRITON ?= 3.7.1 3.6.0 3.9.0
-aot: $(STAMP)-bench  ## Compile every planned kernel for every target, three Tritons; hours; resumes
+aot: $(STAMP)-bench  ## Compile what the plans choose with three Tritons, one page each; resumes
 	@for version in $(AOT_TRITON); do \
 	  folder=out/triton-$$version; \
 	  test -e $$folder/triton || \
 	    $(PIP) install --no-deps --target $$folder triton==$$version || exit 1; \
-	  PYTHONPATH=$$folder $(BIN)/python bench/aot.py $(ARGS) || failed=1; \
+	  PYTHONPATH=$$folder $(BIN)/python -m bench.aot_suite $(ARGS) || failed=1; \
 	done; exit $${failed:-0}
+
+step-cost: $(STAMP)-bench  ## What a step costs by its machine code: ARGS="--cell gru --hidden 512"
+	$(BIN)/python -m bench.step_cost $(ARGS)
 
 # The two files follow as words, which make would take for targets: the last rule eats them.
 bench-compare: $(STAMP)-bench  ## Two results files: make bench-compare BEFORE.json AFTER.json

@@ -1,33 +1,18 @@
-"""Compiles the time loops ahead of time, for GPUs that need not be here.
+"""Compiles a time loop ahead of time, for a GPU that need not be here, and says what is wrong.
 
-    python bench/aot.py                    for every target
-    python bench/aot.py --target sm_90 --cell lstm --hidden 768
-
-For each (cell, pass, dtype, hidden size, batch) the plan is asked what it would run on a typical
-device of each target, and that is compiled with everything switched on: lengths, packed rows,
-both directions. For sm_90, which the plans were made for, that is all of them, for the others one
-of each schedule. What comes out is registers, spills, shared memory and where the weights live,
-and whether the code has what the design rests on. Results go to bench/results/aot/, one table
-for each version of Triton; what they hold already is not compiled again unless a kernel changed.
-
-`make aot` does so for three versions of Triton, each installed into a folder of its own that comes
-before the environment's: PYTHONPATH=out/triton-3.6.0 python bench/aot.py.
+The plan of a job is compiled and read (bench.step_cost): registers, spills, shared memory, bank
+conflicts, waits, and whether the code has what the design rests on. What is compiled of all that
+could be, and the pages in bench/results/aot/, are bench/aot_suite.py's.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
-import itertools
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +21,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.step_cost import parameters
+from bench.step_cost.gate import gate
+from bench.step_cost.read import Reading, disassemble, read
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels.bind import bind
-from fusedrnn.kernels.plan import PASSES, Device, Plan, plan_scan
+from fusedrnn.kernels.plan import Device, Plan
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results" / "aot"
 
-HIDDEN = (64, 128, 192, 256, 300, 384, 512, 640, 768, 1024, 1536, 2048)
-BATCHES = (1, 16, 64, 256, 1024)
 PRECISIONS = ("tf32", "ieee")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
 # A typical device of each: multiprocessors, shared memory of a program and of a multiprocessor.
 TARGETS = {
     "sm_80": Device((8, 0), 108, 166912, 167936),
@@ -58,11 +42,7 @@ TARGETS = {
     "sm_90": Device((9, 0), 132, 232448, 233472),
     "sm_100": Device((10, 0), 148, 232448, 233472),
     "sm_120": Device((12, 0), 170, 101376, 102400),
-    "gfx942": Device((9, 4), 304, 65536, 65536, "hip"),
 }
-
-# Where no plan may spill.
-MADE_FOR = "sm_90"
 
 
 @dataclass(frozen=True)
@@ -75,49 +55,18 @@ class Job:
     precision: str
     H: int
     plan: Plan
+    plain: bool = False  # dense rows, one direction: as most calls are
 
     def key(self) -> str:
         p = self.plan
-        tile = f"{p.block_b}x{p.block_h} {p.resident}/{p.chunks}x{p.block_k}/{p.split} +{p.ahead}"
+        chunks = f"{p.resident}/{p.chunks}x{p.block_k}/{p.split} +{p.ahead}"
+        tile = f"{p.block_b}x{p.block_h} {chunks}"
         return " ".join(
             [self.target, self.cell, self.which, self.save, self.dtype, self.precision]
             + [f"H={self.H}", p.schedule, tile, str(p.num_warps), str(p.max_registers)]
             + [str(p.protocol)]
+            + ["plain"] * self.plain
         )
-
-
-def jobs(
-    targets, cells, hidden, dtypes, precisions=("tf32",), batches=BATCHES, every_plan=True
-) -> list[Job]:
-    """What the plan can choose, without repetition. Where not every plan is wanted, one for each
-    schedule will do, except on the target for which plans are made."""
-    found: dict[Any, Job] = {}
-    for target, cell, which, H, dtype, B, precision in itertools.product(
-        targets, cells, PASSES, hidden, dtypes, batches, precisions
-    ):
-        if dtype != "fp32" and precision != "tf32":
-            continue  # 16-bit products have one precision
-        try:
-            plan = plan_scan(
-                REGISTRY[cell],
-                which,
-                DTYPES[dtype],
-                B=B,
-                H=H,
-                D=1,
-                device=TARGETS[target],
-                input_precision=precision,
-            )
-        except ValueError:
-            continue  # test_plan.py says where that may happen
-        for save in ("gates",) if which == "forward" else ("gates", "states"):
-            job = Job(target, cell, which, save, dtype, precision, H, plan)
-            if every_plan or target == MADE_FOR:
-                key = job.key()
-            else:
-                key = (target, cell, which, save, dtype, precision, H, plan.schedule)
-            found.setdefault(key, job)
-    return list(found.values())
 
 
 def arguments(job: Job) -> dict[str, Any]:
@@ -125,10 +74,9 @@ def arguments(job: Job) -> dict[str, Any]:
     cell, plan = REGISTRY[job.cell], job.plan
     G, K, S, P = len(cell.gates), len(cell.saved), len(cell.states), len(cell.params)
     sequence = f"*{job.dtype}"
-    exchange = sequence if plan.protocol in ("counter", "flags") else _polled_word(job)
     recompute = job.save == "states" and K > 0
     values: dict[str, Any] = {
-        **dict.fromkeys(("x_gates_ptr", "w_hh_ptr", "b_hh_ptr", "output_ptr"), sequence),
+        **dict.fromkeys(("x_gates_ptr", "w_ptr", "b_hh_ptr", "output_ptr"), sequence),
         **dict.fromkeys(("d_output_ptr", "dx_gates_ptr"), sequence),
         **dict.fromkeys(("state_ptrs", "final_ptrs"), (sequence,) * S),
         **dict.fromkeys(("d_final_ptrs", "d_state_ptrs"), (sequence,) * S),
@@ -138,9 +86,9 @@ def arguments(job: Job) -> dict[str, Any]:
         "states_ptr": sequence if S > 1 else None,
         "kept_ptrs": (sequence, sequence) if recompute else (sequence,) if K else (),
         "dh_gates_ptr": None if cell.additive else sequence,
-        "offsets_ptr": "*i64",
-        "lengths_ptr": "*i64",
-        "ring_ptr": exchange,
+        "offsets_ptr": None if job.plain else "*i64",
+        "lengths_ptr": None if job.plain else "*i64",
+        "ring_ptr": sequence,
         "signal_ptr": "*i32",
         "error_ptr": "*i32",
         **dict.fromkeys(("ring_stride", "signal_stride", "spin_limit"), "i32"),
@@ -154,26 +102,19 @@ def arguments(job: Job) -> dict[str, Any]:
         "KEPT": G if recompute else K,
         "G": G,
         "H": job.H,
-        "D": 2,
+        "PITCH": -(-job.H // 8) * 8,  # as `launch` pads
+        "D": 1 if job.plain else 2,
         "PRECISION": job.precision,
-        "FLAGS_BLOCK": 256,
-        **plan.constants(),
+        **plan.constants(TARGETS[job.target]),
     }
     if plan.protocol is None:
         values.update(
             dict.fromkeys(
-                ("ring_ptr", "signal_ptr", "error_ptr", "ring_stride", "signal_stride")
-                + ("spin_limit", "FLAGS_BLOCK")
+                ("ring_ptr", "signal_ptr", "error_ptr")
+                + ("ring_stride", "signal_stride", "spin_limit")
             )
         )
     return values
-
-
-def _polled_word(job: Job) -> str:
-    wide = job.dtype == "fp32"
-    if job.plan.protocol == "ll":
-        return "*i64" if wide else "*i32"
-    return "*i32" if wide else "*i16"
 
 
 def compile_job(job: Job):
@@ -181,7 +122,7 @@ def compile_job(job: Job):
     kernel = scan_forward_kernel if job.which == "forward" else scan_backward_kernel
     values = arguments(job)
     signature, constants, attributes = {}, {}, {}
-    ring_stride = (kernel.arg_names.index("ring_stride"),)
+    aligned = {(kernel.arg_names.index(n),) for n in ("ring_stride", "signal_stride", "spin_limit")}
 
     def describe(value, path, constant):
         if isinstance(value, tuple) and not constant:
@@ -189,34 +130,23 @@ def compile_job(job: Job):
         if value is None or constant:
             constants[path] = value
             return "constexpr"
-        if value.startswith("*") or path == ring_stride:
-            attributes[path] = [["tt.divisibility", 16]]  # as torch allocates
+        if value.startswith("*") or path in aligned:
+            attributes[path] = [["tt.divisibility", 16]]  # as torch and `sync` allocate
         return value
 
     for i, name in enumerate(kernel.arg_names):
         signature[name] = describe(values[name], (i,), kernel.params[i].is_constexpr)
     device = TARGETS[job.target]
-    if device.backend == "hip":
-        target = GPUTarget("hip", job.target, 64)
-    else:
-        target = GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)
+    capability = device.capability[0] * 10 + device.capability[1]
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
-        target=target,
+        target=GPUTarget("cuda", capability, 32),
         options=job.plan.options(device),
     )
 
 
-def resources(job: Job, compiled) -> dict[str, int]:
+def resources(compiled) -> dict[str, int]:
     """Registers, bytes spilled and shared memory of one program."""
-    shared = compiled.metadata.shared
-    if TARGETS[job.target].backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers, spill = (
-            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
-            for name in ("vgpr_count", "vgpr_spill_count")
-        )
-        return {"registers": registers, "spill": 4 * spill, "shared": shared}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -228,7 +158,7 @@ def resources(job: Job, compiled) -> dict[str, int]:
         int(re.search(rf"{name}:(\d+)", told)[1])  # type: ignore[index]
         for name in ("REG", "STACK", "LOCAL")
     )
-    return {"registers": registers, "spill": stack + local, "shared": shared}
+    return {"registers": registers, "spill": stack + local, "shared": compiled.metadata.shared}
 
 
 def time_loop(ttgir: str) -> list[str]:
@@ -246,18 +176,20 @@ def time_loop(ttgir: str) -> list[str]:
     return longest
 
 
-def faults(job: Job, compiled, used: dict[str, int]) -> list[str]:
+def faults(job: Job, compiled, reading: Reading) -> list[str]:
     """What the design relies on and the compiled code has not."""
-    found = []
+    if not job.plain:
+        # Packed rows are found by an offset that is loaded first.
+        reading = replace(reading, early=())
+    found = gate(reading, job.target, job.dtype == "fp32" and job.precision == "ieee")
     plan, device = job.plan, TARGETS[job.target]
     cell, item = REGISTRY[job.cell], DTYPES[job.dtype].itemsize
-    if used["shared"] > device.shared_per_program:
-        found.append(f"shared memory {used['shared']} > limit {device.shared_per_program}")
-    if device.backend == "hip":
-        return found
-    promised = plan.shared_bytes(cell, job.which, item)
-    if used["shared"] > promised:
-        found.append(f"shared memory {used['shared']} > planned {promised}")
+    if reading.shared > device.shared_per_program:
+        found.append(f"shared memory {reading.shared} > limit {device.shared_per_program}")
+    exact = item == 4 and job.precision == "ieee"
+    promised = plan.shared_bytes(cell, job.which, item, exact)
+    if reading.shared > promised:
+        found.append(f"shared memory {reading.shared} > planned {promised}")
     loop = time_loop(compiled.asm["ttgir"])
     ptx = compiled.asm["ptx"]
     products = ("tt.dot ", "warp_group_dot", "tc_gen5_mma")
@@ -265,11 +197,14 @@ def faults(job: Job, compiled, used: dict[str, int]) -> list[str]:
         found.append("no product in the time loop")
     if job.precision != "ieee" and not re.search(r"mma\.sync|wgmma\.mma|tcgen05\.mma", ptx):
         found.append("no tensor-core instruction")
-    if plan.resident == plan.chunks:
-        # The ring is read past L1 (.cg, volatile); any other load of such a shape is a weight.
+    if plan.resident == plan.chunks and (plan.protocol is not None or plan.block_k > plan.block_b):
+        # The ring is read past L1 (.cg, volatile); any other load of such a shape is a weight: see
+        # `load_all_weights` in product.py and `load_right_operand` in fragments.py. (Up to 16 units
+        # in one program, they have the shape of all that a step loads.)
         shape = f"{plan.block_k}x{plan.block_h}x"
-        if plan.split > 1:
-            shape = f"{plan.split}x{plan.block_k // plan.split}x{plan.block_h}x"
+        if plan.protocol is not None:
+            rows = plan.block_h // 8 * plan.split * 32
+            shape = f"{2 * rows}x2x" if item == 4 else f"{rows}x4x"
         loads = [line for line in loop if "tt.load" in line or "async_copy" in line]
         loads = [line for line in loads if not re.search(r"= cg|isVolatile = true", line)]
         if any(f"tensor<{shape}!tt.ptr" in line for line in loads):
@@ -281,137 +216,47 @@ def faults(job: Job, compiled, used: dict[str, int]) -> list[str]:
             found.append("no acquire")
     if "cp.async" in ptx:
         found.append("asynchronous copies, which may read the ring through L1")
-    if plan.protocol is not None and not re.search(r"ld\S*\.(cg|volatile)", ptx):
+    if plan.protocol is not None and not re.search(r"ld\S*\.(cg|volatile|relaxed)", ptx):
         found.append("the exchange is read through L1")
     return found
 
 
-def run_job(job: Job) -> dict[str, Any]:
+def run_job(job: Job, B: int | None = None) -> dict[str, Any]:
+    """Compiles and reads one kernel. For a batch B, a step's time is predicted as well."""
     compiled = compile_job(job)
-    used = resources(job, compiled)
-    cell, item, plan = REGISTRY[job.cell], DTYPES[job.dtype].itemsize, job.plan
-    weights = plan.resident * plan.block_k * plan.block_h * len(cell.gates) * item
-    home = "L2" if weights == 0 else "shared" if used["shared"] >= weights else "registers"
+    ptx, sass = compiled.asm["ptx"], disassemble(compiled.asm["cubin"])
+    assumed = None if B is None else parameters.load(capability=job.target)
+    reading = read(
+        ptx, sass, job.plan, job.H, resources(compiled), B=B or 1,
+        multiprocessors=TARGETS[job.target].multiprocessors, parameters=assumed,
+    )  # fmt: skip
     return {
         **{k: v for k, v in asdict(job).items() if k != "plan"},
-        "plan": {k: v for k, v in asdict(plan).items() if v is not None},
-        **used,
-        "limit": TARGETS[job.target].shared_per_program,
-        "weights": home if plan.resident == plan.chunks else f"{home} + L2",
-        "faults": faults(job, compiled, used),
+        "B": B,
+        "plan": {k: v for k, v in asdict(job.plan).items() if v is not None},
+        **asdict(reading),
+        "faults": faults(job, compiled, reading),
     }
 
 
 @functools.cache
 def fingerprint() -> str:
-    """Of everything that a compiled kernel depends on, besides the version of Triton: lines that
-    are only a comment are left out."""
+    """Of all that decides which kernels there are and what they are compiled to, besides the
+    version of Triton: lines that are only a comment are left out."""
+    elsewhere = ("__init__", "interpreter", "launch", "layout", "tune")
+    kernels = [f for f in sorted((ROOT / "kernels").glob("*.py")) if f.stem not in elsewhere]
+    return _digest([*kernels, *sorted((ROOT / "fusedrnn" / "cells").glob("*.py"))])
+
+
+@functools.cache
+def tool_fingerprint() -> str:
+    """Of what reads a compiled kernel."""
+    return _digest([Path(__file__), *sorted((ROOT / "bench" / "step_cost").glob("*.py"))])
+
+
+def _digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    host = ("__init__", "interpreter", "launch", "plan", "tune")
-    kernels = [f for f in sorted((ROOT / "kernels").glob("*.py")) if f.stem not in host]
-    for file in [*kernels, *sorted((ROOT / "fusedrnn" / "cells").glob("*.py"))]:
+    for file in files:
         lines = file.read_text().splitlines()
         digest.update("\n".join(n for n in lines if not n.lstrip().startswith("#")).encode())
     return digest.hexdigest()[:16]
-
-
-def write(path: Path, results: dict[str, dict]) -> None:
-    """The results as JSON, and as a table for readers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    rows = (f"{json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results))
-    partial.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-    partial.replace(path)
-    lines = [
-        f"# Compiled ahead of time with Triton {triton.__version__}",
-        "",
-        "Made by `python bench/aot.py`; nothing here was measured on a GPU. Shared memory is that",
-        "of one program, against the limit of the target, in KiB; `spill` in bytes per thread.",
-        "Lengths, packed rows and two directions are switched on. Fingerprint of the kernels:",
-        f"{fingerprint()}; a run of the command compiles again what has another one.",
-        "",
-        "| target | cell | pass | saves | dtype | H | schedule | tile B x H | K resident | warps "
-        "| registers | spill | shared | limit | weights | faults |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    order = list(TARGETS)
-    for r in sorted(
-        results.values(),
-        key=lambda r: (order.index(r["target"]), r["cell"], r["which"], r["dtype"], r["H"]),
-    ):
-        p = r["plan"]
-        dtype = r["dtype"] if r["dtype"] != "fp32" else f"fp32 {r['precision']}"
-        lines.append(
-            f"| {r['target']} | {r['cell']} | {r['which']} | {r['save']} | {dtype} | {r['H']} "
-            f"| {p['schedule']} | {p['block_b']} x {p['block_h']} "
-            f"| {p['resident']} of {p['chunks']} x {p['block_k']} | {p['num_warps']} "
-            f"| {r['registers']} | {r['spill']} | {r['shared'] / 1024:.0f} "
-            f"| {r['limit'] // 1024} | {r['weights']} | {'; '.join(r['faults'])} |"
-        )
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-def main() -> int:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET must not be set: there is nothing to compile then")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--cell", nargs="+", choices=REGISTRY, default=list(REGISTRY))
-    parser.add_argument("--hidden", nargs="+", type=int, default=HIDDEN)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
-    parser.add_argument(
-        "--every-plan",
-        action="store_true",
-        help=f"all tiles of a schedule on every target, not only on {MADE_FOR}",
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=None)
-    options = parser.parse_args()
-    path = options.output or RESULTS / f"triton-{triton.__version__}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    wanted = jobs(
-        options.target,
-        options.cell,
-        options.hidden,
-        options.dtype,
-        options.precision,
-        options.batch,
-        options.every_plan,
-    )
-    current = {f"{job.key()} {fingerprint()}": job for job in wanted}
-    # Results of kernels that have changed since, or that no plan chooses, say nothing any more.
-    everything = jobs(TARGETS, REGISTRY, HIDDEN, DTYPES, PRECISIONS)
-    planned = {f"{job.key()} {fingerprint()}" for job in everything} | set(current)
-    results = {k: r for k, r in results.items() if k in planned}
-    todo = [(key, job) for key, job in current.items() if key not in results]
-    print(f"{len(wanted)} configurations, {len(todo)} of them to compile", flush=True)
-    failed = 0
-    with ProcessPoolExecutor(options.workers) as pool:
-        futures = {pool.submit(run_job, job): (key, job) for key, job in todo}
-        for done, future in enumerate(as_completed(futures), 1):
-            key, job = futures[future]
-            try:
-                result = future.result()
-            except Exception as error:
-                failed += 1
-                print(f"FAILED {job.key()}: {type(error).__name__}: {str(error)[-300:]}")
-                continue
-            results[key] = result
-            told = "; ".join(result["faults"]) or "ok"
-            print(
-                f"{done}/{len(todo)} {job.key()}: {result['registers']} registers, "
-                f"{result['spill']} spilled, {result['shared'] / 1024:.0f} KiB, {told}",
-                flush=True,
-            )
-            if done % 20 == 0:
-                write(path, results)
-    write(path, results)
-    faulty = sum(bool(results[key]["faults"]) for key in current if key in results)
-    print(f"{len(results)} results in {path}, {failed} failed to compile, {faulty} with faults")
-    return 1 if failed or faulty else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,7 +29,7 @@ step() { # name, seconds, command
 "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
   { echo "$python sees no CUDA device: there is nothing to verify here" >&2; exit 1; }
 "$python" -c "import fusedrnn.kernels" 2> /dev/null ||
-  step install 60 "$python" -m pip install --no-build-isolation --no-deps -e .
+  step install 40 "$python" -m pip install --no-build-isolation --no-deps -e .
 if [[ $what == measure ]]; then
   began=$SECONDS
   step bench 560 "$python" -m bench.run --device cuda --budget 530 --out "$out/bench.json"
@@ -46,12 +46,14 @@ fi
 workers=()
 "$python" -c "import xdist" 2> /dev/null && workers=(-n "$(($(nproc) > 16 ? 16 : $(nproc) > 2 ? $(nproc) - 1 : 2))")
 
-step device 20 nvidia-smi
+step device 10 nvidia-smi
 step selfcheck 40 "$python" -m fusedrnn --json
-step layers 240 "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} \
+step layers 210 "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} \
   tests/gpu/test_plans_on_device.py tests/gpu/test_layers_on_device.py \
   tests/gpu/test_beyond_on_device.py
 step launches 80 "$python" -m pytest -q -m gpu -k "not sanitizer" tests/gpu/test_launches.py
-step limits 60 "$python" -m bench.limits
-step sanitizers 90 "$python" -m pytest -q -m gpu -k sanitizer tests/gpu/test_launches.py
+# Both write one results file: under bench/results/<gpu>/ the meter and the report find it.
+step limits 60 "$python" -m bench.limits --out "$out/limits.json"
+step calibrate 90 "$python" -m bench.calibrate --budget 75 --out "$out/limits.json"
+step sanitizers 60 "$python" -m pytest -q -m gpu -k sanitizer tests/gpu/test_launches.py
 exit $failed

@@ -1,6 +1,6 @@
 """The limit: what the machine at hand can do, measured, and what that allows every shape.
 
-    python -m bench.limits
+    python -m bench.limits [--out FILE]
 
 The model of a time step, for a layer with gates G, units H, batch B, spread over P_h x P_b
 multiprocessors a direction (P_h slices of the units, P_b of the batch):
@@ -23,6 +23,7 @@ matrix-vector product of that size reaches.
 
 from __future__ import annotations
 
+import argparse
 import math
 import multiprocessing
 import sys
@@ -32,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
@@ -56,6 +58,8 @@ class Limits:
         launch: from one launch to the next.
         roundtrip: protocol -> number of programs -> seconds per step.
         caches: CPU only: (bytes, bandwidth) of a read of that size, ascending.
+        clocks: GPU only: parameters of the step-cost meter (bench.step_cost.parameters) by their
+            names there, in clock cycles, but for clock_ghz and l2_bytes_per_clock; see `clocks`.
         failed: what could not be measured, and why.
     """
 
@@ -71,6 +75,7 @@ class Limits:
     launch: float
     roundtrip: dict[str, dict[int, float]] = field(default_factory=dict)
     caches: tuple[tuple[int, float], ...] = ()
+    clocks: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def __hash__(self) -> int:
@@ -394,8 +399,86 @@ def _measure_cuda(device: Device, show) -> tuple[Limits, dict[str, str]]:
         device.name, properties.multi_processor_count, flops, dram, l2, shared,
         # Half the registers: the other half holds h, the sums and the addresses.
         128 << 10, kernels.shared_bytes(device), properties.L2_cache_size, launch, trips,
+        clocks=clocks(
+            lambda probe, repeats: kernels.run_probe(device, kernels.PROBES[probe], repeats),
+            failed, properties.multi_processor_count, 0.0 if "l2" in failed else l2,
+        ),
     )  # fmt: skip
+    show("limit clocks: " + ", ".join(f"{n} {c:.4g}" for n, c in limits.clocks.items()))
     return limits, failed
+
+
+def clocks(
+    run: Callable[[str, int], tuple[float, float]],
+    failed: dict[str, str],
+    multiprocessors: int,
+    l2: float,
+) -> dict[str, float]:
+    """The step-cost meter's parameters, by its names, in clock cycles.
+
+    Most are a probe of the same name in `limits_kernels`: a long run less a short one, the best of
+    several each, per operation. The others follow:
+
+        clock_ghz           clocks over nanoseconds of a long run
+        red_per_program     what an addition takes a program while all add to one word, over their
+                            number
+        poll_phase          half of the time from one poll to the next: so late does a poll see
+                            a word on average
+        store_visible       from a store to the moment where another multiprocessor's load can see
+                            it: a trip of `hand_over` less what the poll adds, its phase and the
+                            way back of its load, half of l2_load
+        l2_bytes_per_clock  of one multiprocessor while all of them read
+
+    Args:
+        run: (probe, repeats) -> clocks and nanoseconds of a run.
+        l2: bytes/s of all multiprocessors together, 0 where not known.
+    Returns:
+        what could be measured; the rest is named in `failed`.
+    """
+    from bench.limits_kernels import PROBES
+
+    found: dict[str, float] = {}
+
+    def measure(name: str, call: Callable[[], float]) -> None:
+        def positive() -> float:
+            value = call()
+            if not value > 0:
+                raise ValueError(f"came out as {value:.3g}, which is noise or a wrong model")
+            return value
+
+        value = _try(failed, f"clocks {name}", positive, 0.0)
+        if value:
+            found[name] = value
+
+    def each(name: str) -> float:
+        probe = PROBES[name]
+        short, long = (
+            min(run(name, n)[0] for _ in range(5)) for n in (probe.repeats, 2 * probe.repeats)
+        )
+        return (long - short) / (probe.repeats * probe.each)
+
+    def clock() -> float:
+        # Tens of milliseconds: %globaltimer advances once a microsecond on some GPUs.
+        runs = [run("special", 60 * PROBES["special"].repeats) for _ in range(5)]
+        return max(cycles / nanoseconds for cycles, nanoseconds in runs)
+
+    measure("clock_ghz", clock)
+    for name in PROBES:
+        measure(name, lambda n=name: each(n))
+    steps = ("red", "poll", "hand_over")  # measured for what follows from them
+
+    def known(name: str) -> float:
+        if name not in found:
+            raise ValueError(f"{name} was not measured")
+        return found[name]
+
+    measure("red_per_program", lambda: known("red") / (multiprocessors // 2 * 2))
+    measure("poll_phase", lambda: known("poll") / 2)
+    measure(
+        "store_visible", lambda: known("hand_over") - known("l2_load") / 2 - known("poll_phase")
+    )
+    measure("l2_bytes_per_clock", lambda: l2 / multiprocessors / (known("clock_ghz") * 1e9))
+    return {name: value for name, value in found.items() if name not in steps}
 
 
 def roundtrips(
@@ -438,11 +521,23 @@ def table(limits: Limits, some: list[Shape]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    from bench import shapes
+def main(arguments: list[str] | None = None) -> int:
+    from bench import results, shapes
 
+    parser = argparse.ArgumentParser(prog="python -m bench.limits")
+    parser.add_argument("--out", type=Path, help="results file to put them into, made or extended")
+    options = parser.parse_args(arguments)
     device = pick_device()
+    content = None
+    if options.out:
+        try:
+            before = results.load(options.out) if options.out.exists() else None
+            content = results.begin(device, before)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     limits = measure_limits(device, print)
+    if content is not None:
+        results.save({**content, "limits": limits.as_dict()}, options.out)
     cuda = device.torch.type == "cuda"
     plan = shapes.gpu_plan() if cuda else shapes.cpu_plan()
     some = [p.shape for p in plan if p.tier in ("headline", "workloads")]

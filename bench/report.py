@@ -297,7 +297,49 @@ def limits_table(limits: dict | None) -> list[str]:
     for protocol, trips in limits["roundtrip"].items():
         shown = ", ".join(f"{n}: {s * 1e6:.2f}" for n, s in trips.items())
         lines.append(f"- round trip by {protocol}, us a step by number of programs: {shown}")
+    if limits.get("clocks"):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in limits["clocks"].items())
+        lines.append(f"- clock cycles, unless the name says otherwise: {shown}")
     lines += [f"- {name}: not measured, {why}" for name, why in limits["failed"].items()]
+    return lines
+
+
+def calibration_lines(calibration: dict) -> list[str]:
+    """Predicted against measured times of a step, farthest off first, and a refit."""
+
+    def agreement(found: dict) -> str:
+        rank = found["rank_correlation"]
+        said = "not defined" if rank is None else f"{rank:.2f}"
+        off_by = f"off by a factor of {found['off_by']:.2f} (root mean square)"
+        return f"{off_by}, rank correlation {said}"
+
+    both = [r for r in calibration["rows"] if r["measured_us"] and r["predicted_us"]]
+    lines = []
+    if both:
+        lines = [
+            f"{len(both)} time loops, predicted over measured: {agreement(calibration)}.",
+            "",
+            "| cell | dtype | B | H | pass | measured us | predicted us (low to high) | ratio |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+    off = lambda r: r["predicted_us"] / r["measured_us"]  # noqa: E731
+    for row in sorted(both, key=lambda r: -abs(math.log(off(r)))):
+        lines.append(
+            f"| {row['cell']} | {row['dtype']} | {row['B']} | {row['H']} | {row['pass']} | "
+            f"{row['measured_us']:.2f} | {row['predicted_us']:.2f} ({row['low_us']:.2f} to "
+            f"{row['high_us']:.2f}) | {off(row):.2f} |"
+        )
+    if calibration["refit"]:
+        refit = calibration["refit"]
+        values = ", ".join(f"{name} {value:.4g}" for name, value in refit["parameters"].items())
+        lines += ["", f"Refitted to these times: {values}; {agreement(refit)}."]
+    missing = [r for r in calibration["rows"] if r["error"]]
+    if missing:
+        lines.append("")
+    lines += [
+        f"- {r['cell']} {r['dtype']} B={r['B']} H={r['H']}, {r['pass']}: {r['error']}"
+        for r in missing
+    ]
     return lines
 
 
@@ -307,6 +349,11 @@ def environment_line(environment: dict) -> str:
         "cpu", "threads", "load", "torch", "triton", "python",
     )  # fmt: skip
     return ", ".join(f"{n} {environment[n]}" for n in names if environment.get(n) is not None)
+
+
+def newest(runs: list[dict], name: str) -> dict | None:
+    """What the newest of the runs that has it says."""
+    return next((run[name] for run in reversed(runs) if run.get(name)), None)
 
 
 def device_section(device: str, runs: list[dict], folder: str) -> tuple[list[str], dict[str, str]]:
@@ -328,8 +375,9 @@ def device_section(device: str, runs: list[dict], folder: str) -> tuple[list[str
             f"{e['commit']}{dirty}, {e['date']}; {environment_line(e)}. Times by "
             f"{run['conditions']['clock']}, caches {run['conditions']['cache']}.{stopped}"
         )
-    lines += ["", "What the machine can do:", "", *limits_table(runs[-1]["limits"])]
-    lines += ["", "### Against torch.nn", "", *told(rows), "", *summary(rows)]
+    lines += ["", "What the machine can do:", "", *limits_table(newest(runs, "limits"))]
+    if rows:
+        lines += ["", "### Against torch.nn", "", *told(rows), "", *summary(rows)]
     if apart:
         lines += ["", "### Slowest first", ""]
         lines.append(
@@ -353,6 +401,10 @@ def device_section(device: str, runs: list[dict], folder: str) -> tuple[list[str
         lines += ["", "How long a call keeps the host busy (GPU only), and the first call with "
                   "whatever it compiles:", ""]  # fmt: skip
         lines += everyone_table(rows, _host, floors=False)
+    calibration = newest(runs, "calibration")
+    if calibration:
+        lines += ["", "### Predicted and measured time of a step", ""]
+        lines += calibration_lines(calibration)
     drawn = {f"{prefix}-{name}.svg": text for name, text in {**planes(rows),
              **cost_curves(rows)}.items()}  # fmt: skip
     for title, kind in (
@@ -404,7 +456,7 @@ def build(results: Path, folder: str = "report") -> tuple[str, dict[str, str]]:
     lines, drawn = [INTRODUCTION], {}
     found = load_folder(results)
     order = sorted(found, key=lambda d: (found[d][0]["environment"]["kind"] != "cuda", d))
-    if not any(found[d][0]["environment"]["kind"] == "cuda" for d in order):
+    if not any(timed_gpu(found[d]) for d in order):
         lines += [NOT_MEASURED, ""]
     for device in order:
         section, pictures_ = device_section(device, found[device], folder)
@@ -413,10 +465,15 @@ def build(results: Path, folder: str = "report") -> tuple[str, dict[str, str]]:
     return "\n".join(lines).rstrip() + "\n", drawn
 
 
+def timed_gpu(runs: list[dict]) -> bool:
+    """Whether they are of a GPU, and not all of its limits alone."""
+    return runs[0]["environment"]["kind"] == "cuda" and any(run["rows"] for run in runs)
+
+
 def readme_figures(results: Path) -> str:
     """README's block: the GPUs' geometric means, or that there are none."""
     found = load_folder(results)
-    gpus = {d: runs for d, runs in found.items() if runs[0]["environment"]["kind"] == "cuda"}
+    gpus = {d: runs for d, runs in found.items() if timed_gpu(runs)}
     if not gpus:
         return NOT_MEASURED
     lines = []

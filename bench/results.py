@@ -5,6 +5,7 @@
       "environment": {"device", "kind", "commit", "dirty", "date", "torch", "triton", ...},
       "conditions": {"effort": {...}, "cache": "warm", "clock": ..., ...},
       "limits": {...},              # bench/limits.py: what the machine can do
+      "calibration": {...},         # bench/calibrate.py, where it ran: the step-cost meter's error
       "left_out": {"backend: why": number of points},
       "stopped": "",                # why the run ended early
       "points": {"planned": n, "measured": n},
@@ -38,7 +39,7 @@ import os
 import re
 from pathlib import Path
 
-from bench.device import ROOT, slug
+from bench.device import ROOT, Device, slug
 from bench.shapes import of_row
 
 SCHEMA = 2
@@ -53,6 +54,27 @@ REQUIRED = (
 def default_path(environment: dict, folder: Path = FOLDER) -> Path:
     date = re.sub(r"[^0-9]", "", environment["date"][:16])
     return folder / slug(environment["device"]) / f"{date}-{environment['commit']}.json"
+
+
+def begin(device: Device, before: dict | None = None) -> dict:
+    """A file of this machine without rows yet, or `before`, to be extended.
+
+    Raises:
+        ValueError: `before` was measured elsewhere, or on other code.
+    """
+    environment = device.environment()
+    if before is None:
+        return {
+            "schema": SCHEMA, "environment": environment,
+            "conditions": {"cache": device.cache, "clock": device.clock},
+            "limits": None, "left_out": {}, "stopped": "",
+            "points": {"planned": 0, "measured": 0}, "rows": [],
+        }  # fmt: skip
+    for name in ("device", "commit", "torch", "triton"):
+        ours, theirs = environment.get(name), before["environment"].get(name)
+        if ours != theirs:
+            raise ValueError(f"the file is of another {name}: {theirs}, here {ours}")
+    return before
 
 
 def row_key(row: dict) -> tuple[str, str, str]:

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
+from fusedrnn.kernels.fragments import BLOCK, LANES, ROWS, left_operand, offset_in_slot, vectors
 
-BLOCK_B, BLOCK_H, CHUNK, NUM_WARPS = 16, 8, 128, 8
-_TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+BLOCK_H, SPLIT, AHEAD = 8, 8, 8
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def exchange_kernel(
     x_ptr,  # [T, B, H]
     h0_ptr,  # [B, H]
     output_ptr,  # [T, B, H]
-    ring_ptr,  # [groups, slots, BLOCK_B * H] words
+    ring_ptr,  # [groups, slots, 16 * CHUNKS * 16 * SPLIT]
     signal_ptr,  # [groups, signal_stride]
     error_ptr,  # [1]
     ring_stride,
@@ -37,61 +37,66 @@ def exchange_kernel(
     B,
     H,
     decay,
-    DTYPE: tl.constexpr,
-    PROTOCOL: tl.constexpr,
-    FLAGS_BLOCK: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of 16 * SPLIT units, over all of H
+    AHEAD: tl.constexpr,  # chunks that are read together
+    SPLIT: tl.constexpr,  # groups of warps, each of which reads 16 units of every chunk
+    PROTOCOL: tl.constexpr,
+    PAIRWISE: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    group = tl.program_id(1)
+    DTYPE: tl.constexpr = ring_ptr.dtype.element_ty
+    WIDE: tl.constexpr = DTYPE.primitive_bitwidth == 32
+    SLOT: tl.constexpr = ROWS * CHUNKS * ROWS * SPLIT
     n_programs = tl.num_programs(0)
+    group = tl.program_id(1)
     ring_ptr += group.to(tl.int64) * ring_stride
     signal_ptr += group * signal_stride
-    slot_size = BLOCK_B * H
     step_size = tl.full((), B, tl.int64) * H
 
-    rows = tl.arange(0, BLOCK_B)[:, None]  # within the group
-    batch = group * BLOCK_B + rows
-    units = program * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    rows = tl.arange(0, ROWS)[:, None]  # within the group
+    batch = group * ROWS + rows
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     own_mask = (batch < B) & (units < H)
+    own = offset_in_slot(rows, units, BLOCK_K=ROWS * SPLIT, PLANES=1, WIDE=WIDE)
+    at = vectors(SPLIT=SPLIT, WIDE=WIDE)
+    VECTORS: tl.constexpr = at.numel // at.shape[1] // (SPLIT * LANES)
+    anchor = sync.layout_of_loads(ring_ptr, at)
 
-    offs = ()  # of all units, in chunks
-    masks = ()
-    for k in tl.static_range(CHUNKS):
-        others = k * CHUNK + tl.arange(0, CHUNK)[None, :]
-        offs = offs + (rows * H + others,)
-        masks = masks + ((batch < B) & (others < H),)
-
+    # Rows beyond the batch are exchanged too, and units beyond H, as zeros.
     h0 = tl.load(h0_ptr + batch * H + units, mask=own_mask, other=0.0)
-    slot_ptr = ring_ptr + sync.slot(1, PROTOCOL) * slot_size
-    alive = 1
-    sync.store(slot_ptr, rows * H + units, h0, own_mask, 1, PROTOCOL)
-    sync.arrive(signal_ptr, program, 1, alive, PROTOCOL)
+    sync.publish(ring_ptr, SLOT, own, h0, 1, T + 1, PROTOCOL)
+    sync.arrive(signal_ptr, 1, PROTOCOL)
 
     for t in range(T):
-        alive = sync.wait(
-            signal_ptr, t + 1, n_programs, error_ptr, spin_limit, alive, PROTOCOL, FLAGS_BLOCK
-        )
-        slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
-        tiles, alive = sync.load(
-            slot_ptr, offs, masks, t + 1, error_ptr, spin_limit, alive, DTYPE, PROTOCOL
-        )
-        total = tl.zeros((BLOCK_B,), tl.float32)
-        for k in tl.static_range(CHUNKS):
-            total += tl.sum(tiles[k].to(tl.float32), axis=1)
-        mean = total / H + sync.poison(alive)
         x = tl.load(x_ptr + batch * H + units, mask=own_mask, other=0.0)
-        h = (decay * mean[:, None] + x).to(DTYPE)
-
-        slot_ptr = ring_ptr + sync.slot(t + 2, PROTOCOL) * slot_size
-        sync.store(slot_ptr, rows * H + units, h, own_mask, t + 2, PROTOCOL)
-        sync.arrive(signal_ptr, program, t + 2, alive, PROTOCOL)
+        total = tl.zeros((ROWS,), tl.float32)
+        ok = sync.wait(signal_ptr, t + 1, n_programs, spin_limit, PROTOCOL)
+        slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * SLOT
+        for first in tl.static_range(0, CHUNKS, AHEAD):
+            lefts = sync.load(
+                slot_ptr + first * SPLIT * BLOCK,
+                at,
+                anchor,
+                t + 1,
+                signal_ptr,
+                spin_limit,
+                COUNT=min(AHEAD, CHUNKS - first),
+                VECTORS=VECTORS,
+                STRIDE=SPLIT * BLOCK,
+                PAIRWISE=PAIRWISE,
+                PROTOCOL=PROTOCOL,
+            )
+            for i in tl.static_range(min(AHEAD, CHUNKS - first)):
+                left = left_operand(lefts[i], SPLIT=SPLIT).to(tl.float32)
+                total += tl.sum(tl.sum(left, axis=2), axis=0)
+        mean = total / H + sync.poison(ok)
+        h = tl.where(own_mask, decay * mean[:, None] + x, 0.0).to(DTYPE)
+        sync.publish(ring_ptr, SLOT, own, h, t + 2, T + 1, PROTOCOL)
+        sync.arrive(signal_ptr, t + 2, PROTOCOL)
         tl.store(output_ptr + batch * H + units, h, mask=own_mask)
         x_ptr += step_size
         output_ptr += step_size
+    sync.report(signal_ptr, error_ptr)
 
 
 def exchange(
@@ -100,27 +105,37 @@ def exchange(
     h0: torch.Tensor,
     decay: float = 0.5,
     *,
-    block_b: int = BLOCK_B,
-    block_h: int = BLOCK_H,
-    chunk: int = CHUNK,
+    split: int = SPLIT,
+    ahead: int = AHEAD,
+    pairwise: bool | None = None,
     spin_limit: int | None = None,
 ) -> torch.Tensor:
     """Runs the recurrence; x: [T, B, H], h0: [B, H], of one dtype; returns h: [T, B, H].
 
+    Args:
+        split: warps of a program, which reads 16 * split units of each row at once.
+        ahead: how many such chunks are on their way together.
+        pairwise: see `sync.assembly`; by default as the device can.
     Raises:
         RuntimeError: a wait timed out.
     """
     T, B, H = x.shape
-    programs, groups = triton.cdiv(H, block_h), triton.cdiv(B, block_b)
+    programs, groups = triton.cdiv(H, BLOCK_H), triton.cdiv(B, 16)
+    chunks = triton.cdiv(H, 16 * split)
+    if pairwise is None:
+        pairwise = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     space = sync.workspace(
         protocol,
         groups=groups,
         programs=programs,
         steps=T + 1,
-        slot_size=block_b * H,
+        chunks=chunks,
+        planes=1,
+        block_b=16,
+        block_h=BLOCK_H,
+        block_k=16 * split,
         dtype=x.dtype,
         device=x.device,
-        num_warps=NUM_WARPS,
     )
     output = torch.full_like(x, float("nan"))
     exchange_kernel[(programs, groups)](
@@ -137,14 +152,13 @@ def exchange(
         B=B,
         H=H,
         decay=decay,
-        DTYPE=_TL_DTYPE[x.dtype],
+        BLOCK_H=BLOCK_H,
+        CHUNKS=chunks,
+        AHEAD=ahead,
+        SPLIT=split,
         PROTOCOL=protocol,
-        FLAGS_BLOCK=space.flags_block,
-        BLOCK_B=block_b,
-        BLOCK_H=block_h,
-        CHUNK=chunk,
-        CHUNKS=triton.cdiv(H, chunk),
-        num_warps=NUM_WARPS,
+        PAIRWISE=pairwise,
+        num_warps=split,
         num_stages=1,
         launch_cooperative_grid=True,
     )
@@ -176,7 +190,7 @@ def roundtrip(
         raise ValueError(f"programs must be 1 to {available} on {device}, got {programs}")
 
     def seconds(n: int) -> float:
-        x = torch.randn(n, BLOCK_B, programs * BLOCK_H, dtype=dtype, device=device)
+        x = torch.randn(n, 16, programs * BLOCK_H, dtype=dtype, device=device)
         h0 = torch.zeros_like(x[0])
         exchange(protocol, x, h0)  # compiles
         times = []

@@ -53,6 +53,12 @@ class Shape:
         return 2 if self.bidirectional else 1
 
     @property
+    def precision(self) -> tuple[str, str]:
+        """The dtype and the precision of products, by the names of bench/aot.py."""
+        dtype, _, precision = self.dtype.partition("-")
+        return dtype, "ieee" if precision == "exact" else "tf32"
+
+    @property
     def key(self) -> str:
         """What is computed, in one line; the identity of a result."""
         parts = [self.cell, self.dtype, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
@@ -173,8 +179,8 @@ def loops() -> Iterator[Shape]:
     yield Shape("gru", "bf16", 128, 32, 512, 512)
 
 
-def workloads(dtype: str) -> Iterator[Shape]:
-    """Networks that people run."""
+def networks(dtype: str) -> Iterator[Shape]:
+    """Networks of the kinds that people run."""
     yield Shape(
         "lstm", dtype, 400, 16, 80, 768, 5, True, "speech", name="speech encoder, 5x768 both ways"
     )
@@ -186,6 +192,51 @@ def workloads(dtype: str) -> Iterator[Shape]:
         yield Shape(cell, dtype, 64, 64, 300, 300, 3, name=f"lecture exercise, {cell} 3x300")
     yield Shape("lstm", dtype, 784, 128, 1, 128, name="MNIST pixel by pixel, 1x128")
     yield Shape("lstm", dtype, 1, 1, 512, 512, name="decoding, one step")
+
+
+def workloads() -> list[Shape]:
+    """Layers of real projects, in the dtype that each trains or runs in; where that is float32, as
+    torch computes it by default, with tf32.
+
+    Sizes are those of the named file unless a comment says otherwise. Where layers alternate in
+    direction (bonito), each is a layer of one direction. Left out, because no cell here computes
+    them: dreamerv3 (GRU of 8 blocks with a norm of its gates) and dreamerv3-torch (GRU with a
+    layer norm of its gates); tirex (sLSTM, exponential gates, 4 heads); PufferLib 4 (MinGRU); the
+    factorised LSTM of dorado's hac v6.
+    """
+    fp32 = "fp32-tf32"
+    return [
+        # nanoporetech/bonito, bonito/models/configs/dna_r10.4.1@v4.3.toml: 5 layers, 10,000 samples
+        # a chunk, stride 6, batches of 96. That file is the sup model; that hac is the same network
+        # at H=384 is from nanoporetech/dorado, dorado/nn/LSTMStack.cpp. 1666 is the whole strides.
+        Shape("lstm", "fp16", 1666, 96, 384, 384, 5, name="bonito-hac"),
+        Shape("lstm", "fp16", 1666, 96, 1024, 1024, 5, name="bonito-sup"),
+        # PufferAI/PufferLib 3, pufferlib/config/default.ini and pufferlib/models.py: minibatches of
+        # 16,384 in segments of 64. The resets, and 4,096 agents a step, are assumptions.
+        Shape("lstm", fp32, 64, 256, 128, 128, resets=True, name="puffer, training"),
+        Shape("lstm", fp32, 1, 4096, 128, 128, name="puffer, one step"),
+        # alex-petrenko/sample-factory, sample_factory/cfg/cfg.py and model/core.py: GRU, 1,024 in
+        # segments of 32, cut at resets. An encoder of 512 outputs is an assumption.
+        Shape("gru", fp32, 32, 32, 512, 512, resets=True, name="sample-factory"),
+        # facebookresearch/demucs, demucs/demucs.py (BLSTM, DConv): segments of 200 frames. The
+        # batch, which is batch x segments, is an assumption.
+        Shape("lstm", fp32, 200, 256, 192, 192, 2, True, name="demucs, inner layer of 192"),
+        Shape("lstm", fp32, 200, 256, 384, 384, 2, True, name="demucs, inner layer of 384"),
+        # pyannote/pyannote-audio, src/pyannote/audio/models/segmentation/PyanNet.py: 60 features,
+        # 128 units. From memory: 4 layers as released (the default is 2), 589 frames in 10 s.
+        Shape("lstm", fp32, 589, 32, 60, 128, 4, True, name="pyannote"),
+        # bytedance/piano_transcription, pytorch/models.py: 10 s of 100 frames, batches of 12.
+        Shape("gru", fp32, 1001, 12, 768, 256, 2, True, name="piano transcription"),
+        # facebookresearch/encodec, encodec/modules/lstm.py and seanet.py: 75 frames a second. Two
+        # seconds, and the batch in training, are assumptions.
+        Shape("lstm", fp32, 150, 1, 512, 512, 2, name="encodec, one clip"),
+        Shape("lstm", fp32, 150, 32, 512, 512, 2, name="encodec, training"),
+        # xiph/rnnoise, torch/rnnoise/rnnoise.py and train_rnnoise.py: three layers, dense here (its
+        # weights become sparse in training).
+        Shape("gru", fp32, 2000, 128, 384, 384, 3, name="rnnoise"),
+        # sigsep/open-unmix-pytorch, openunmix/model.py: 6 s are about 255 frames, batches of 16.
+        Shape("lstm", fp32, 255, 16, 512, 256, 3, True, name="open-unmix"),
+    ]
 
 
 def plane(cell: str, dtype: str) -> list[Shape]:
@@ -246,8 +297,9 @@ def gpu_plan() -> list[Point]:
     grid, shuffled. The goals are means over the grid, so the sample comes early."""
     points = [Point(s, "headline", KERNELS) for s in headline()]
     points += [Point(s, "sample", TWO, ("training", "inference")) for s in sample()]
+    points += [Point(s, "workloads", CLOSE) for s in workloads()]
     for dtype in ("bf16", "fp32-tf32"):
-        points += [Point(s, "workloads", CLOSE) for s in workloads(dtype)]
+        points += [Point(s, "workloads", CLOSE) for s in networks(dtype)]
     points += [Point(s, "loops", LOOPS, ("training", "inference")) for s in loops()]
     shuffle = random.Random(0).shuffle
     for dtype in ("bf16", "fp16", "fp32-tf32", "fp32-exact"):

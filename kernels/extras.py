@@ -10,20 +10,6 @@ from fusedrnn.kernels.tiles import load_planes
 
 
 @triton.jit
-def load_fresh(
-    fresh_ptrs,  # S x [D, B, H], or ()
-    offs_state,  # [BLOCK_B, BLOCK_H]
-    mask_bh,
-):
-    """The states that sequences inside a row start from, float32; () stands for zeros."""
-    fresh = ()
-    for i in tl.static_range(len(fresh_ptrs)):
-        tile = tl.load(fresh_ptrs[i] + offs_state, mask=mask_bh, other=0.0)
-        fresh = fresh + (tile.to(tl.float32),)
-    return fresh
-
-
-@triton.jit
 def load_flags(
     ptr,  # [N, D] int8
     rows,  # [BLOCK_B, 1]

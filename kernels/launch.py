@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from fusedrnn.cells import Cell
-from fusedrnn.kernels import sync, tune
+from fusedrnn.kernels import layout, sync, tune
 from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import INTERPRETER, PASSES, Device, Plan, plan_scan
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
@@ -111,10 +111,10 @@ def scan_forward(
         plan,
         rows,
         steps=rows.T + 1,  # h_0 is published too
-        width=H,
+        planes=1,
         like=x_gates,
         x_gates_ptr=x_gates,
-        w_hh_ptr=w_hh.contiguous(),
+        w_ptr=_rows_of_units(w_hh.view(D, G, H, H)),
         b_hh_ptr=None if b_hh is None else b_hh.contiguous(),
         state_ptrs=_contiguous(state),
         param_ptrs=_contiguous(params),
@@ -204,12 +204,12 @@ def scan_backward(
         scan_backward_kernel,
         plan,
         rows,
-        steps=rows.T,
-        width=G * H,
+        steps=rows.T + 1,  # zeros are published first
+        planes=G,
         like=d_output,
         d_output_ptr=d_output.contiguous(),
         d_final_ptrs=_contiguous(d_final),
-        w_hh_ptr=w_hh.contiguous(),
+        w_ptr=_rows_of_units(w_hh.view(D, G, H, H).transpose(-1, -2)),
         state_ptrs=_contiguous(state),
         param_ptrs=_contiguous(params),
         output_ptr=output,
@@ -243,11 +243,11 @@ def check(device: torch.device | str = "cuda") -> None:
     _raise_if_timed_out(_error_word(device))
 
 
-def _launch(kernel, plan: Plan, rows: Rows, *, steps, width, like, **arguments) -> None:
+def _launch(kernel, plan: Plan, rows: Rows, *, steps, planes, like, **arguments) -> None:
     """Launches `kernel`: once, or for one slab of the problem after the other.
 
     Args:
-        steps: exchanges between the programs of a group. width: elements of a row of the ring.
+        steps: exchanges between the programs of a group. planes: tiles that they exchange in each.
         like: a tensor of the sequence's dtype and device.
     """
     device = like.device
@@ -268,8 +268,8 @@ def _launch(kernel, plan: Plan, rows: Rows, *, steps, width, like, **arguments) 
                     exchange = dict.fromkeys(EXCHANGE)
                 else:
                     _check_grid(grid, plan, device)
-                    exchange = _exchange(plan, grid, steps, width, like, error)
-                kernel[grid](
+                    exchange = _exchange(plan, grid, steps, planes, like, error)
+                compiled = kernel[grid](
                     **arguments,
                     **exchange,
                     offsets_ptr=rows.offsets,
@@ -280,9 +280,12 @@ def _launch(kernel, plan: Plan, rows: Rows, *, steps, width, like, **arguments) 
                     first_d=first_d,
                     stride_t=rows.stride_t,
                     stride_b=rows.stride_b,
-                    **plan.constants(),
+                    PITCH=arguments["w_ptr"].shape[-1],
+                    **plan.constants(device_of(device)),
                     **plan.options(device_of(device)),
                 )
+                if plan.protocol is not None and compiled is not None:  # None: interpreted
+                    layout.check(compiled)
     if device.type != "cuda":
         _raise_if_timed_out(error)
 
@@ -294,27 +297,23 @@ EXCHANGE = (
     "ring_stride",
     "signal_stride",
     "spin_limit",
-    "FLAGS_BLOCK",
 )
 
 
-def _exchange(plan: Plan, grid, steps: int, width: int, like: Tensor, error: Tensor) -> dict:
+def _exchange(plan: Plan, grid, steps: int, planes: int, like: Tensor, error: Tensor) -> dict:
     """What the programs of one launch wait and exchange through, as arguments of the kernel."""
-    slot_size = plan.block_b * width
-    if plan.protocol == "sentinel" and (steps + 1) * slot_size >= 2**31:
-        raise ValueError(
-            f"protocol 'sentinel' has a slot for each step, at most 2**31 elements in all; got "
-            f"{steps} steps of {slot_size}"
-        )
     space = sync.workspace(
         plan.protocol,
         groups=grid[1] * grid[2],
         programs=grid[0],
         steps=steps,
-        slot_size=slot_size,
+        chunks=plan.chunks,
+        planes=planes,
+        block_b=plan.block_b,
+        block_h=plan.block_h,
+        block_k=plan.block_k,
         dtype=like.dtype,
         device=like.device,
-        num_warps=plan.num_warps,
         error=error,
     )
     values = (
@@ -324,9 +323,13 @@ def _exchange(plan: Plan, grid, steps: int, width: int, like: Tensor, error: Ten
         space.ring_stride,
         space.signal_stride,
         sync.spin_limit(like.device),
-        space.flags_block,
     )
     return dict(zip(EXCHANGE, values, strict=True))
+
+
+def _rows_of_units(w: Tensor) -> Tensor:
+    """[D, G, H, H] with rows side by side, filled up with zeros to a multiple of 16 bytes."""
+    return torch.nn.functional.pad(w, (0, -w.shape[-1] % 8)).contiguous()
 
 
 @functools.cache

@@ -2,15 +2,15 @@
 
 Three schedules, one kernel each for forward and backward:
 
-    resident   one program owns all units: the weights fit one multiprocessor, nothing is exchanged
-    spread     programs that run at the same time own BLOCK_H units each, with their weights
-    streaming  as spread, but not all chunks of K fit: the others are read from L2 in every step
+    resident   one program owns all units, with their weights in shared memory; nothing is exchanged
+    spread     programs that run at the same time own BLOCK_H units each, their weights in registers
+    streaming  as spread, but not all chunks of K fit: the others are read through L1 in every step
 
-A plan is the cheapest of a few candidates by a rough count of clock cycles a step, among those
-whose shared memory fits a program and whose grid fits the device. The batch decides only between
-a few heights of the batch tile, and T decides nothing, so a new batch size or sequence length
-mostly runs what is compiled already. A batch or a number of directions too large for one grid is
-split into several launches, each over the whole sequence.
+A plan is the cheapest of a few candidates by an estimate of the clock cycles of a step, among
+those whose registers and shared memory fit a program and whose grid fits the device. The batch
+decides only between a few ways to divide it, and T decides nothing, so a new batch size or
+sequence length mostly runs what is compiled already. A batch or a number of directions too large
+for one grid is split into several launches, each over the whole sequence.
 """
 
 import functools
@@ -24,14 +24,6 @@ from fusedrnn.cells import Cell
 
 PASSES = ("forward", "backward")
 ITEM_SIZE = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
-
-# Of one multiprocessor, per clock cycle: rough, to compare candidates with, not to predict.
-SHARED_BYTES = 128
-L2_BYTES = 24
-MULTIPLY_ADDS = {"16-bit": 1024, "tf32": 512, "ieee": 128}
-# An exchange: store, signal, poll, load, each a trip to L2, and a counter that all add to.
-EXCHANGE_CYCLES = 2000
-CYCLES_PER_PROGRAM = 8
 
 
 @dataclass(frozen=True)
@@ -63,9 +55,9 @@ class Plan:
 
     Attributes:
         schedule: "resident", "spread" or "streaming"; follows from the numbers below.
-        block_b, block_h: batch elements and units of a program.
+        block_b, block_h: batch elements of a tile, and units of a program.
         block_k, chunks: K, which is all of H, in equal chunks.
-        resident: chunks whose weights stay on the chip.
+        resident: chunks whose weights stay on the multiprocessor.
         split: groups of warps that share out each chunk.
         protocol: how programs wait for each other (`sync`); None where there is nobody to.
         max_registers: per thread, or None for the compiler's own choice.
@@ -89,7 +81,7 @@ class Plan:
     slab_b: int | None = None
     slab_d: int | None = None
 
-    def constants(self) -> dict[str, Any]:
+    def constants(self, device: Device) -> dict[str, Any]:
         """The kernels' constexpr arguments."""
         return {
             "BLOCK_B": self.block_b,
@@ -100,6 +92,7 @@ class Plan:
             "AHEAD": self.ahead,
             "SPLIT": self.split,
             "PROTOCOL": self.protocol,
+            "PAIRWISE": device.capability >= (9, 0),
         }
 
     def options(self, device: Device) -> dict[str, Any]:
@@ -112,24 +105,24 @@ class Plan:
             options["launch_cooperative_grid"] = True
         return options
 
-    def shared_bytes(self, cell: Cell, which: str, item: int) -> int:
+    def shared_bytes(self, cell: Cell, which: str, item: int, exact: bool = False) -> int:
         """An upper bound of a program's shared memory; the ahead-of-time suite holds it to that.
 
-        The weights, resident and on their way in; and the larger of the left operands on their
-        way into the product and the partial sums, two gates at a time, on their way out of it;
-        and a tile that changes from one layout to another.
+        Resident: the weights, the left operands on their way into the product, and a tile that
+        changes from one layout to another. Otherwise the partial sums of up to four gates; and
+        with exact products of float32, which know no tensor cores, the operands too.
         """
         gates = len(cell.gates)
-        chunk = gates * self.block_k * self.block_h * item
-        left = self.block_b * self.block_k * item
-        if which == "backward":
-            left *= gates
-        sums = 2 * self.split * self.block_b * self.block_h * 4
-        weights = self.resident * chunk
-        if self.schedule == "streaming":
-            weights += self.ahead * chunk
-        conversion = self.block_b * self.block_h * 4
-        return weights + max(self.ahead * left, sums) + conversion
+        planes = gates if which == "backward" else 1
+        tile = self.block_b * self.block_h
+        if self.protocol is None:
+            return gates * self.block_k * self.block_h * item + planes * tile * item + 4 * tile
+        operands = 0
+        if exact:
+            chunks = min(self.chunks, self.resident + 2)
+            operands = (chunks * gates * self.block_h + planes * self.block_b) * self.block_k * item
+        results = 1 if which == "backward" else min(gates, 4)
+        return operands + 4 * tile * self.split * results + 4 * tile
 
 
 def plan_scan(
@@ -166,15 +159,7 @@ def candidates(
     """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
     if device.backend == "interpreter":
         return [_resident(H)]
-    plans = list(_candidates(cell, which, ITEM_SIZE[dtype], H, device, input_precision))
-    # After all others, so that only a measurement can choose it. Its words are twice as wide, which
-    # wider tiles have no registers for.
-    polled = [
-        replace(plan, protocol="ll", ahead=max(1, plan.ahead // 2))
-        for plan in plans
-        if plan.protocol is not None and plan.block_h == 16
-    ]
-    return plans + polled
+    return list(_candidates(cell, which, ITEM_SIZE[dtype], H, device, input_precision))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -184,23 +169,19 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
     step_times = None if times is None else dict(times)
     best, best_cost, least = None, float("inf"), None
     for plan in candidates(cell, which, dtype, H, device, input_precision):
+        if plan.protocol is not None:
+            owners = -(-H // plan.block_h)
+            least = min(owners, least or owners)
+        fitting = placed(plan, H, D, B, device)
+        if fitting is None:
+            continue
+        whole, launches, programs = fitting
         if step_times is None:
-            cost = _cycles(plan, cell, which, item, H, precision)
+            cost = cycles(plan, cell, which, item, H, precision, programs, device)
         else:
             cost = step_times.get(plan, float("inf"))
-        launches = 1
-        if plan.protocol is not None:
-            tiles = -(-H // plan.block_h)
-            room = device.multiprocessors * plan.programs_each
-            least = min(tiles, least or tiles)
-            if tiles > room:
-                continue
-            slab_d = min(D, room // tiles)
-            slab_b = room // (tiles * slab_d) * plan.block_b
-            launches = -(-D // slab_d) * -(-B // slab_b)
-            plan = replace(plan, slab_b=slab_b, slab_d=slab_d)
         if launches * cost < best_cost:
-            best, best_cost = plan, launches * cost
+            best, best_cost = whole, launches * cost
     if best is not None:
         return best
     why = f"no tile fits the {device.shared_per_program} bytes of shared memory of a program"
@@ -212,93 +193,70 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
     raise ValueError(f"no plan for {which} of {cell.name!r} with H = {H}, {dtype}: {why}")
 
 
+def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, int, int] | None:
+    """The plan with the slabs of the batch and of the directions that one launch takes; the number
+    of launches, and of programs that run at the same time. None where one slab is too large."""
+    if plan.protocol is None:
+        return plan, 1, 1
+    owners = -(-H // plan.block_h)
+    room = device.multiprocessors * plan.programs_each
+    if owners > room:
+        return None
+    slab_d = min(D, room // owners)
+    slab_b = room // (owners * slab_d) * plan.block_b
+    launches = -(-D // slab_d) * -(-B // slab_b)
+    programs = owners * slab_d * -(-min(B, slab_b) // plan.block_b)
+    return replace(plan, slab_b=slab_b, slab_d=slab_d), launches, programs
+
+
 def _candidates(
     cell: Cell, which: str, item: int, H: int, device: Device, precision: str
 ) -> Iterator[Plan]:
-    """What fits a program's shared memory, best first among equals. Each kind was compiled for
-    sm_90 and keeps its values in registers (bench/aot.py)."""
+    """What fits a program, best first among equals. Each kind was compiled and keeps its values
+    in registers (bench/aot.py)."""
 
     def fits(plan: Plan) -> bool:
-        return plan.shared_bytes(cell, which, item) <= device.shared_per_program
+        used = plan.shared_bytes(cell, which, item, exact=precision == "ieee")
+        shared = device.shared_per_multiprocessor // plan.programs_each - 1024
+        return used <= min(shared, device.shared_per_program)
 
     whole = _resident(H)
     if whole.block_h <= LARGEST_RESIDENT[item] and fits(whole):
         yield whole
-    planes = len(cell.gates) if which == "backward" else 1
-    # With a single gate both passes are alike: one left operand, one result, a quarter of the
-    # weights that the tables below were made for.
-    one_gate = len(cell.gates) == 1
-    key = ("forward" if one_gate else which, item)
-    block_k, split = _chunk(H, item)
-    chunks = -(-H // block_k)
-    ahead = min(chunks, max(1, AHEAD[key] // (planes * block_k)))
-    spread = Plan("spread", 16, 16, block_k, chunks, chunks, split, 8, "counter", 255, ahead)
-    largest = LARGEST_SPREAD[key]
-    if item == 4 and precision == "ieee":
-        # Products without tensor cores keep more in registers.
-        largest = {**largest, 32: 0, 8: 0}
-    elif one_gate:
-        largest = {h: 4 * units for h, units in largest.items()}
-    tiles = {h: replace(spread, block_h=h) for h in (16, 32, 8)}
-    usable = [h for h, plan in tiles.items() if chunks * block_k <= largest[h] and fits(plan)]
-    for block_h in usable:
-        if block_h != 8 or usable == [8]:  # half the units only where nothing else will do
-            yield tiles[block_h]
-    if 16 not in usable:
-        block_k, split, ahead, most = PARTIAL[key]
-        chunks = -(-H // block_k)
-        for resident in range(min(most, chunks - 1), -1, -1):
-            plan = Plan(
-                "streaming", 16, 16, block_k, chunks, resident, split, 8, "counter", 255, ahead
-            )
-            if fits(plan):
-                yield plan
-                break
-    streaming = [STREAMING[key]]
+    gates = len(cell.gates)
+    planes = gates if which == "backward" else 1
+    kinds = [(16, 8), (16, 4), (8, 4)]
     if device.multiprocessors < -(-H // 16):
-        streaming.append(WIDE[which])
-    for plan in streaming:
-        plan = replace(plan, chunks=-(-H // plan.block_k))
+        kinds.append((32, 8))
+    for block_h, split in kinds:
+        chunks = -(-H // (16 * split))
+        # Registers of a thread: what a second element and the sums take, a chunk's weights, its
+        # left operands.
+        elements = block_h // (2 * split)
+        room = REGISTERS[which] - 16 * (elements - 1) - gates // planes * block_h // 2
+        weights = gates * block_h * item // 8
+        lefts = planes * 4 * (item // 2)
+        held = (room - lefts) // weights
+        if held < chunks:
+            # Of those that do not stay, one is multiplied while the next is on its way.
+            room -= 12 * item
+            held = max(2, (room - lefts) // weights)
+        resident = chunks if held >= chunks else held - 2
+        ahead = max(1, min(chunks, (room - min(held, chunks) * weights) // lefts))
+        if resident < chunks and split < 8:
+            continue  # two programs would share what L1 keeps
+        schedule = "spread" if resident == chunks else "streaming"
+        plan = Plan(
+            schedule, 16, block_h, 16 * split, chunks, resident, split, split,
+            "sentinel", 255, ahead, 8 // split,
+        )  # fmt: skip
         if fits(plan):
             yield plan
 
 
-# What follows keeps everything in registers on sm_90, for the cell with the most gates; found by
-# compiling (bench/aot.py). Keys are the pass and the bytes of an element.
-
-# Units of H up to which the spread schedule does, by BLOCK_H.
-LARGEST_SPREAD = {
-    ("forward", 2): {16: 2048, 32: 640, 8: 2048},
-    ("forward", 4): {16: 640, 32: 384, 8: 1024},
-    ("backward", 2): {16: 2048, 32: 640, 8: 2048},
-    ("backward", 4): {16: 512, 32: 0, 8: 768},
-}
-
-# Elements of a row of the left operands that are read before the first is multiplied.
-AHEAD = {("forward", 2): 2048, ("forward", 4): 512, ("backward", 2): 1024, ("backward", 4): 512}
-
-# Where 16 units' weights do not fit: block_k, split, ahead, and the most chunks that stay.
-PARTIAL = {
-    ("forward", 2): (128, 8, 1, 16),
-    ("forward", 4): (128, 8, 1, 0),
-    ("backward", 2): (64, 4, 2, 32),
-    ("backward", 4): (128, 8, 1, 0),
-}
-
-# For a batch so large that multiplying takes longer than reading all weights in every step.
-_TALL = Plan("streaming", 64, 16, 64, 0, 0, 1, 8, "counter", 255)
-STREAMING = {
-    ("forward", 2): replace(_TALL, block_k=128),
-    ("forward", 4): replace(_TALL, block_k=128),
-    ("backward", 2): _TALL,
-    ("backward", 4): replace(_TALL, block_b=32, block_k=128),
-}
-
-# For more units than programs of 16 can share out.
-WIDE = {
-    "forward": replace(_TALL, block_h=32),
-    "backward": replace(_TALL, block_b=32, block_h=32),
-}
+# Registers for weights, left operands and sums, of 255; found by compiling, for the cell with the
+# most gates and everything switched on (bench/aot.py).
+REGISTERS = {"forward": 192, "backward": 168}
 
 # Units up to which one program holds all of them.
 LARGEST_RESIDENT = {2: 128, 4: 64}
@@ -310,26 +268,52 @@ def _resident(H: int) -> Plan:
     return Plan("resident", 16, block, block, 1, 1, 1, 4 if block <= 32 else 8, max_registers=255)
 
 
-def _chunk(H: int, item: int) -> tuple[int, int]:
-    """The chunk of K and its split: large chunks, as long as they leave none of the last one
-    empty, because every one of them is a load and a product more to compile. The smallest is one
-    instruction, 16 elements, for each of 4 groups of warps; with float32 that would spill."""
-    if H % 256 == 0:
-        return 256, 8
-    half = item == 2 and -(-H // 64) * 64 < -(-H // 128) * 128
-    return (64, 4) if half else (128, 8)
+# What a step is made of, in clock cycles: the meter's figures (bench/step_cost), and those of the
+# code fitted to what the meter reads off all candidates (bench/step_cost/ranking.py).
+TRIP = 420  # from a store to a load that finds it, half a poll included
+ANOTHER_TRIP = 100  # where registers hold only a part of what is read
+COUNTER = 900  # a fence, and the counter behind it
+L2_BYTES = 45  # a clock, into one multiprocessor; and into all of them
+L2_BYTES_OF_ALL = 3200
+L1_BYTES = 29
+SHARED_BYTES = 128
+MULTIPLY_ADDS = {"16-bit": 1024, "tf32": 512, "ieee": 128}
+CHAIN = 16  # from one product to the next that adds to it
+CELL = 100  # and all else that a step does once
+CELL_OF_GATE = 83  # for each element of a thread
+TOGETHER = 0.36  # of a step, what a second program on the multiprocessor adds
 
 
-def _cycles(plan: Plan, cell: Cell, which: str, item: int, H: int, precision: str) -> float:
-    """A rough count of the clock cycles of a step."""
+def cycles(
+    plan: Plan,
+    cell: Cell,
+    which: str,
+    item: int,
+    H: int,
+    precision: str,
+    programs: int,
+    device: Device,
+) -> float:
+    """An estimate of the clock cycles of a step, while so many programs run."""
     gates = len(cell.gates)
     planes = gates if which == "backward" else 1
-    weights = gates * plan.chunks * plan.block_k * plan.block_h
-    multiply = weights * plan.block_b / MULTIPLY_ADDS[precision]
-    resident = plan.resident / plan.chunks
-    read = weights * item * (resident / SHARED_BYTES + (1 - resident) / L2_BYTES)
+    results = gates // planes
+    K = plan.chunks * plan.block_k
+    weights = gates * K * plan.block_h
+    elements = plan.block_b * plan.block_h / (32 * plan.num_warps)
+    busy = CELL + CELL_OF_GATE * gates * max(1.0, elements)
+    multiply = plan.block_b * weights / MULTIPLY_ADDS[precision]
     if plan.protocol is None:
-        return multiply + read
-    exchanged = planes * plan.block_b * H * item / L2_BYTES
-    wait = EXCHANGE_CYCLES + CYCLES_PER_PROGRAM * -(-H // plan.block_h)
-    return multiply + read + exchanged + wait
+        return busy + multiply + weights * item / SHARED_BYTES
+    multiprocessors = min(programs, device.multiprocessors)
+    l2 = min(L2_BYTES, L2_BYTES_OF_ALL / multiprocessors)
+    busy += max(multiply, plan.chunks * planes * CHAIN * (item // 2))
+    busy += weights * (1 - plan.resident / plan.chunks) * item / L1_BYTES
+    busy += 2 * 4 * plan.split * plan.block_b * plan.block_h * results / SHARED_BYTES
+    volume = planes * plan.block_b * K * item / l2
+    wait = TRIP + (-(-plan.chunks // plan.ahead) - 1) * ANOTHER_TRIP
+    if plan.protocol == "counter":
+        wait += COUNTER
+    if programs > device.multiprocessors:
+        return (1 + TOGETHER) * (busy + volume) + wait
+    return busy + volume + wait

@@ -4,69 +4,80 @@
     backward  sums[0] = sum_g dh_g @ W_hh[g]   G left operands, one result
 
 The left operands are PLANES tiles of [BLOCK_B, H]; the result is summed over K in chunks of
-BLOCK_K. Every chunk has G right operands [BLOCK_K, BLOCK_H]: those of the RESIDENT first chunks
-were loaded before the time loop and stay on the chip, those of the others are read in each step.
+BLOCK_K = 16 * SPLIT. Each of SPLIT groups of warps sums 16 units of every chunk by itself, as a
+batched product [SPLIT, BLOCK_B, 16] @ [SPLIT, 16, BLOCK_H], and their sums are added once, at the
+end of the step. Every chunk has G right operands: those of the RESIDENT first chunks were loaded
+before the time loop and stay in registers, those of the others are read in each step, past
+nothing: L1 keeps as many as it can.
 
-With SPLIT > 1, each of SPLIT groups of warps sums a part of every chunk by itself, as a batched
-product [SPLIT, BLOCK_B, BLOCK_K / SPLIT] @ [SPLIT, BLOCK_K / SPLIT, BLOCK_H], and their sums are
-added once, at the end of the step. Without it, all warps would compute the same few outputs.
+W has K innermost in both passes: backward, each gate's matrix was transposed before the launch.
 """
 
 import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
+from fusedrnn.kernels.fragments import (
+    BLOCK,
+    LANES,
+    ROWS,
+    left_operand,
+    load_right_operand,
+)
 
 
 @triton.jit
 def load_weights(
-    w_hh_ptr,  # [G, H, H] of one direction: gate, unit, unit of the previous step
-    first,
-    offs_h,  # [BLOCK_H] this program's units
-    BACKWARD: tl.constexpr,  # whether a program's units are those of the previous step
+    w_ptr,  # [G, H, PITCH] of one direction: gate, own unit, unit of K
+    first,  # chunk
+    own_first,  # the program's first unit
+    COUNT: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    COUNT: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """The G right operands of each of COUNT chunks, 0 beyond H."""
+    WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
     weights = ()
     for i in tl.static_range(COUNT):
-        k = units_of_chunk(first + i, BLOCK_K=BLOCK_K, SPLIT=SPLIT)
-        if SPLIT == 1:
-            k = k[:, None]
-            h = offs_h[None, :]
-        else:
-            k = k[:, :, None]
-            h = offs_h[None, None, :]
-        if BACKWARD:
-            offs = k * H + h
-        else:
-            offs = h * H + k
-        mask = (k < H) & (h < H)
+        unit = (first + i) * (ROWS * SPLIT)
         for g in tl.static_range(G):
-            weights = weights + (tl.load(w_hh_ptr + g * H * H + offs, mask=mask, other=0.0),)
+            tile = load_right_operand(
+                w_ptr + g * H * PITCH,
+                unit,
+                own_first,
+                H=H,
+                PITCH=PITCH,
+                BLOCK_H=BLOCK_H,
+                SPLIT=SPLIT,
+                WIDE=WIDE,
+            )
+            weights = weights + (tile,)
     return weights
 
 
 @triton.jit
-def zero_sums(
-    COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr
+def load_all_weights(
+    w_ptr,  # [G, H, PITCH]
+    offs,  # [BLOCK_H]
+    G: tl.constexpr,
+    H: tl.constexpr,
+    PITCH: tl.constexpr,
 ):
-    """COUNT accumulators."""
-    sums = ()
-    for _ in tl.static_range(COUNT):
-        if SPLIT == 1:
-            sums = sums + (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
-        else:
-            sums = sums + (tl.zeros([SPLIT, BLOCK_B, BLOCK_H], tl.float32),)
-    return sums
+    """G tiles [BLOCK_H, BLOCK_H]: units of K by own units, for a program that owns them all."""
+    weights = ()
+    mask = (offs[:, None] < H) & (offs[None, :] < H)
+    for g in tl.static_range(G):
+        offs_g = g * H * PITCH + offs[None, :] * PITCH + offs[:, None]
+        weights = weights + (tl.load(w_ptr + offs_g, mask=mask, other=0.0),)
+    return weights
 
 
 @triton.jit
 def multiply(
-    left,  # [BLOCK_B, BLOCK_K], or split
+    left,  # [BLOCK_B, K], or split
     weights,  # right operands; those from FIRST on belong to `sums`
     sums,
     FIRST: tl.constexpr,
@@ -81,21 +92,6 @@ def multiply(
 
 
 @triton.jit
-def add_up(sums, SPLIT: tl.constexpr):
-    """The finished sums, [BLOCK_B, BLOCK_H] each."""
-    totals = sums
-    if SPLIT > 1:
-        # In pairs: the groups of warps meet half as often.
-        totals = ()
-        for i in tl.static_range(0, len(sums) - 1, 2):
-            left, right = tl.split(tl.sum(tl.join(sums[i], sums[i + 1]), axis=0))
-            totals = totals + (left, right)
-        if len(sums) % 2 == 1:
-            totals = totals + (tl.sum(sums[len(sums) - 1], axis=0),)
-    return totals
-
-
-@triton.jit
 def own_product(
     lefts,  # PLANES tiles [BLOCK_B, BLOCK_H]: of all units
     weights,  # G
@@ -103,148 +99,192 @@ def own_product(
     PRECISION: tl.constexpr,
 ):
     """The product where one program owns all units, and K is a single chunk of BLOCK_H."""
-    sums = zero_sums(G // len(lefts), lefts[0].shape[0], lefts[0].shape[1], SPLIT=1)
+    sums = ()
+    for _ in tl.static_range(G // len(lefts)):
+        sums = sums + (tl.zeros([lefts[0].shape[0], lefts[0].shape[1]], tl.float32),)
     for plane in tl.static_range(len(lefts)):
         sums = multiply(lefts[plane], weights, sums, FIRST=plane, PRECISION=PRECISION)
     return sums
 
 
 @triton.jit
-def exchanged_product(
-    slot_ptr,  # [BLOCK_B, PLANES, H]: what the group has published as `step`
-    weights,  # RESIDENT * G
-    w_hh_ptr,  # [G, H, H] of this direction, for the chunks that are not resident
-    offs_h,  # [BLOCK_H]
+def recurrent_product(
+    own,  # PLANES tiles [BLOCK_B, BLOCK_H] where PROTOCOL is None: one program owns all units
+    ring_ptr,  # of the group
+    signal_ptr,
+    at,
+    anchor,
+    weights,
+    w_ptr,
+    own_first,
     step,
-    error_ptr,
     spin_limit,
-    alive,
-    BACKWARD: tl.constexpr,
+    SLOT: tl.constexpr,  # elements
     G: tl.constexpr,
+    PLANES: tl.constexpr,
     H: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr,
     AHEAD: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,
+    PAIRWISE: tl.constexpr,
 ):
-    """The product with what all programs of the group hold; returns it and `alive`."""
-    PLANES: tl.constexpr = G if BACKWARD else 1
-    sums = zero_sums(G // PLANES, BLOCK_B, BLOCK_H, SPLIT=SPLIT)
-    for first in tl.static_range(0, RESIDENT, AHEAD):
-        sums, alive = multiply_chunks(
-            slot_ptr,
-            first,
-            weights[first * G : (first + AHEAD) * G],
-            sums,
+    """The product with what a batch tile's units were at `step`; NaN after a time-out."""
+    if PROTOCOL is None:
+        sums = own_product(own, weights, G=G, PRECISION=PRECISION)
+    else:
+        ok = sync.wait(signal_ptr, step, tl.num_programs(0), spin_limit, PROTOCOL)
+        products = exchanged_product(
+            ring_ptr + sync.slot(step, PROTOCOL) * SLOT,
+            at,
+            anchor,
+            weights,
+            w_ptr,
+            own_first,
             step,
-            error_ptr,
+            signal_ptr,
             spin_limit,
-            alive,
             G=G,
             PLANES=PLANES,
             H=H,
+            PITCH=PITCH,
             BLOCK_B=BLOCK_B,
-            BLOCK_K=BLOCK_K,
+            BLOCK_H=BLOCK_H,
+            CHUNKS=CHUNKS,
+            RESIDENT=RESIDENT,
+            AHEAD=AHEAD,
             SPLIT=SPLIT,
             PRECISION=PRECISION,
             PROTOCOL=PROTOCOL,
+            PAIRWISE=PAIRWISE,
         )
-    if RESIDENT < CHUNKS:
-        # Not pipelined: that would turn the reads of the ring into asynchronous copies, which go
-        # through L1 where a thread reads less than 16 bytes, and may find what was there before.
-        for streamed in tl.range(RESIDENT, CHUNKS, AHEAD, num_stages=1):
-            sums, alive = multiply_chunks(
-                slot_ptr,
-                streamed,
-                load_weights(
-                    w_hh_ptr,
-                    streamed,
-                    offs_h,
-                    BACKWARD=BACKWARD,
-                    G=G,
-                    H=H,
-                    BLOCK_K=BLOCK_K,
-                    COUNT=AHEAD,
-                    SPLIT=SPLIT,
-                ),
-                sums,
-                step,
-                error_ptr,
-                spin_limit,
-                alive,
-                G=G,
-                PLANES=PLANES,
-                H=H,
-                BLOCK_B=BLOCK_B,
-                BLOCK_K=BLOCK_K,
-                SPLIT=SPLIT,
-                PRECISION=PRECISION,
-                PROTOCOL=PROTOCOL,
-            )
-    return add_up(sums, SPLIT=SPLIT), alive
+        sums = ()
+        for i in tl.static_range(len(products)):
+            sums = sums + (products[i] + sync.poison(ok),)
+    return sums
 
 
 @triton.jit
-def multiply_chunks(
-    slot_ptr,  # [BLOCK_B, PLANES, H]
-    first,
-    weights,  # of so many chunks: G each
-    sums,
+def exchanged_product(
+    slot_ptr,  # what the group publishes as `step`, see `fragments.offset_in_slot`
+    at,  # `fragments.vectors`
+    anchor,  # see `sync.load`
+    weights,  # RESIDENT * G
+    w_ptr,  # [G, H, PITCH] of this direction, for the chunks that are not resident
+    own_first,
     step,
-    error_ptr,
+    signal_ptr,
     spin_limit,
-    alive,
     G: tl.constexpr,
     PLANES: tl.constexpr,
     H: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,
+    PAIRWISE: tl.constexpr,
 ):
-    """Adds chunks of K to the sums. All their left operands are read from the ring before
-    the first is used: one trip to L2, which is far longer than the products."""
-    COUNT: tl.constexpr = len(weights) // G
-    offs_b = tl.arange(0, BLOCK_B)
-    offs = ()
-    masks = ()
-    for i in tl.static_range(COUNT):
-        k = units_of_chunk(first + i, BLOCK_K=BLOCK_K, SPLIT=SPLIT)
-        if SPLIT == 1:
-            b = offs_b[:, None]
-            k = k[None, :]
-        else:
-            b = offs_b[None, :, None]
-            k = k[:, None, :]
-        for plane in tl.static_range(PLANES):
-            offs = offs + (b * (PLANES * H) + (plane * H + k),)
-            # Every row exists in the ring, also those beyond the batch.
-            masks = masks + (k < H,)
-    lefts, alive = sync.load(
-        slot_ptr, offs, masks, step, error_ptr, spin_limit, alive, weights[0].dtype, PROTOCOL
-    )
-    for i in tl.static_range(COUNT):
-        for plane in tl.static_range(PLANES):
-            left = lefts[i * PLANES + plane]
-            sums = multiply(left, weights, sums, FIRST=i * G + plane, PRECISION=PRECISION)
-    return sums, alive
+    """The product with what all programs of the group hold."""
+    sums = ()
+    for _ in tl.static_range(G // PLANES):
+        sums = sums + (tl.zeros([SPLIT, BLOCK_B, BLOCK_H], tl.float32),)
+    coming = ()
+    if RESIDENT < CHUNKS:
+        coming = load_weights(
+            w_ptr, RESIDENT, own_first, COUNT=1, G=G, H=H, PITCH=PITCH, BLOCK_H=BLOCK_H, SPLIT=SPLIT
+        )
+    for first in tl.static_range(0, CHUNKS, AHEAD):
+        # The left operands of all these chunks are on their way before the first is looked at:
+        # one trip to L2, which is far longer than the products.
+        lefts = sync.load(
+            slot_ptr + first * PLANES * SPLIT * BLOCK,
+            at,
+            anchor,
+            step,
+            signal_ptr,
+            spin_limit,
+            COUNT=min(AHEAD, CHUNKS - first) * PLANES,
+            VECTORS=at.numel // at.shape[1] // (SPLIT * LANES),
+            STRIDE=SPLIT * BLOCK,
+            PAIRWISE=PAIRWISE,
+            PROTOCOL=PROTOCOL,
+        )
+        for chunk in tl.static_range(first, min(first + AHEAD, CHUNKS)):
+            right = weights[chunk * G : (chunk + 1) * G]
+            if chunk >= RESIDENT:
+                right = coming
+                if chunk + 1 < CHUNKS:  # is on its way while this one is multiplied
+                    coming = load_weights(
+                        w_ptr,
+                        chunk + 1,
+                        own_first,
+                        COUNT=1,
+                        G=G,
+                        H=H,
+                        PITCH=PITCH,
+                        BLOCK_H=BLOCK_H,
+                        SPLIT=SPLIT,
+                    )
+            for plane in tl.static_range(PLANES):
+                left = left_operand(lefts[(chunk - first) * PLANES + plane], SPLIT=SPLIT)
+                sums = multiply(left, right, sums, FIRST=plane, PRECISION=PRECISION)
+    return add_up(sums, SPLIT=SPLIT)
+
+
+@triton.constexpr_function
+def halvings(n):
+    """How often n, a power of two, can be halved."""
+    return n.bit_length() - 1
 
 
 @triton.jit
-def units_of_chunk(chunk, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
-    """The units along K of a chunk: [BLOCK_K], or [SPLIT, BLOCK_K // SPLIT]."""
-    if SPLIT == 1:
-        units = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-    else:
-        # Not a reshape of the line above, of which the compiler would not see that neighbours
-        # are neighbours in memory: it would read them one by one.
-        PART: tl.constexpr = BLOCK_K // SPLIT
-        groups = chunk * BLOCK_K + tl.arange(0, SPLIT) * PART
-        units = groups[:, None] + tl.arange(0, PART)[None, :]
-    return units
+def add_up(sums, SPLIT: tl.constexpr):
+    """The finished sums, [BLOCK_B, BLOCK_H] each.
+
+    The groups of warps hand each other their sums through shared memory: of up to four gates
+    at a time, so that they meet once for all of them.
+    """
+    totals = ()
+    COUNT: tl.constexpr = len(sums)
+    for i in tl.static_range(0, COUNT - COUNT % 4, 4):
+        joined = tl.join(tl.join(sums[i], sums[i + 1]), tl.join(sums[i + 2], sums[i + 3]))
+        left, right = tl.split(fold(joined))
+        first, second = tl.split(left)
+        third, fourth = tl.split(right)
+        totals = totals + (first, second, third, fourth)
+    FIRST: tl.constexpr = COUNT - COUNT % 4
+    if COUNT % 4 >= 2:
+        first, second = tl.split(fold(tl.join(sums[FIRST], sums[FIRST + 1])))
+        totals = totals + (first, second)
+    if COUNT % 2 == 1:
+        totals = totals + (fold(sums[COUNT - 1]),)
+    return totals
+
+
+@triton.jit
+def fold(x):
+    """The sum over the first axis.
+
+    Not tl.sum, which sends partial sums through shared memory in a layout with bank conflicts:
+    here the axis comes to lie within each thread, in one change of layout.
+    """
+    SPLIT: tl.constexpr = x.shape[0]
+    COUNT: tl.constexpr = x.numel // SPLIT
+    y = tl.trans(tl.reshape(x, (SPLIT, COUNT)))
+    for i in tl.static_range(halvings(SPLIT) - 1):
+        left, right = tl.split(tl.reshape(y, (COUNT, SPLIT >> (i + 1), 2)))
+        y = left + right
+    if SPLIT > 1:
+        left, right = tl.split(y)
+        y = left + right
+    return tl.reshape(y, x.shape[1:])

@@ -1,15 +1,16 @@
 """The backward time loop, for every cell.
 
     for t, from the last step to the first:
+        dh_t += dh_gates_{t+1} @ W_hh
         dx_gates_t, dh_gates_t, d_state, d_params = CELL_BACKWARD(d_state + d_output_t, ...)
-        dh_{t-1} += dh_gates_t @ W_hh
 
-The mirror image of `scan_forward`: the same tiles, the same owners, the same three schedules. A
-program keeps the gradients of its units' states in float32 registers, and the columns of W_hh
-that lead back to its units on the chip. What the programs hand each other is dh_gates_t, all G
-gates of it, because every unit's gradient needs those of all units. It goes through the ring
-of `sync` although dh_gates is written out as well: a ring stays in L2, has no rows missing where
-sequences have ended, and can carry the step number that some protocols put beside each value.
+The mirror image of `scan_forward`: the same tiles, the same owners, the same schedules. A program
+keeps the gradients of its units' states in float32 registers, and the columns of W_hh that lead
+back to its units. What the programs hand each other is dh_gates_t, all G gates of it, because
+every unit's gradient needs those of all units. It goes through the ring of `sync` although
+dh_gates is written out as well: a ring stays in L2, has no rows missing where sequences have
+ended, and has an order that suits its readers. Step 1 of the exchange publishes zeros, so that
+every step begins with a product; one more follows the last, for the initial state.
 
 The gradients of the weights are not summed here, but afterwards, as single large products of
 dx_gates and dh_gates with the layer's inputs and outputs.
@@ -25,12 +26,20 @@ from fusedrnn.kernels.extras import (
     divide,
     keep_where,
     load_flags,
-    load_fresh,
     start_over,
     zoneout_shares,
 )
-from fusedrnn.kernels.product import exchanged_product, load_weights, own_product
-from fusedrnn.kernels.tiles import as_float32, load_planes, row_of, select, store_planes
+from fusedrnn.kernels.fragments import offset_in_slot, vectors
+from fusedrnn.kernels.product import load_all_weights, load_weights, recurrent_product
+from fusedrnn.kernels.tiles import (
+    as_float32,
+    load_each,
+    load_planes,
+    one_by_one,
+    row_of,
+    select,
+    store_planes,
+)
 
 
 @triton.jit
@@ -83,11 +92,49 @@ def load_states(
     return states
 
 
+@triton.jit
+def publish_gates(
+    ring_ptr,
+    signal_ptr,
+    offs_own,  # of the first plane
+    rounded,  # G tiles
+    step,
+    last,
+    SLOT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROTOCOL: tl.constexpr,
+):
+    """Publishes a program's dh_gates as its part of `step`."""
+    for g in tl.static_range(len(rounded)):
+        offs = offs_own + g * (16 * BLOCK_K)
+        sync.publish(ring_ptr, SLOT, offs, rounded[g], step, last, PROTOCOL)
+    sync.arrive(signal_ptr, step, PROTOCOL)
+
+
+@triton.jit
+def pass_back(
+    product,  # dh_gates @ W_hh
+    d_state,
+    h_mask,  # one tile, or ()
+    begins,  # [BLOCK_B, 1]: where a sequence began with the step of dh_gates, or ()
+    d_fresh,
+):
+    """The gradients of the states before a step, complete; and of those that it started from."""
+    for i in tl.static_range(len(h_mask)):
+        product *= h_mask[i]
+    d_state = (d_state[0] + product,) + d_state[1:]
+    for i in tl.static_range(len(begins)):
+        # The gradient ends where the sequence began: at the state that it started from.
+        d_fresh = add(d_fresh, keep_where(begins[i], d_state[: len(d_fresh)]))
+        d_state = start_over(d_state, (), begins[i])
+    return d_state, d_fresh
+
+
 @triton.jit(do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b"])
 def scan_backward_kernel(
     d_output_ptr,  # [N, D, H]
     d_final_ptrs,  # S x [D, B, H]
-    w_hh_ptr,  # [D, G, H, H]: gate, unit, unit of the previous step
+    w_ptr,  # [D, G, H, PITCH]: gate, unit of the previous step, unit
     state_ptrs,  # S x [D, B, H]
     param_ptrs,  # P x [D, H]
     output_ptr,  # [N, D, H]
@@ -105,7 +152,7 @@ def scan_backward_kernel(
     h_mask_ptr,  # [D, B, H], or None: multiplies h before the recurrent product
     zoneout_ptr,  # [N, D, S, H] int8 where ZONEOUT is "drawn", [S] where "expected", or None
     clip,  # bound of the gradient of every h_t, or None
-    ring_ptr,  # [groups, slots, BLOCK_B, G, H], or None where PROTOCOL is
+    ring_ptr,  # [groups, slots, slot_size], or None where PROTOCOL is
     signal_ptr,  # [groups, ...], likewise
     error_ptr,  # [1], likewise
     ring_stride,  # from one group to the next; a group is a batch tile of a direction
@@ -123,42 +170,48 @@ def scan_backward_kernel(
     KEPT: tl.constexpr,  # planes of each of kept_ptrs: K or G
     G: tl.constexpr,
     H: tl.constexpr,
+    PITCH: tl.constexpr,  # H, or a little more
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,  # of BLOCK_K, over all of H
-    RESIDENT: tl.constexpr,  # so many of them stay on the chip, the others are read in each step
+    RESIDENT: tl.constexpr,  # so many of them stay in registers, the others are read in each step
     AHEAD: tl.constexpr,  # chunks whose left operands are read together
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
-    FLAGS_BLOCK: tl.constexpr,
+    PAIRWISE: tl.constexpr,  # see `sync.assembly`
 ):
     direction = first_d + tl.program_id(2)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    offs_b = first_b + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask_b = (offs_b < B)[:, None]
-    mask_h = (offs_h < H)[None, :]
-    mask_bh = mask_b & mask_h
+    own_first = tl.program_id(0) * BLOCK_H
+    offs_h = own_first + tl.arange(0, BLOCK_H)
+    if PROTOCOL is not None:
+        offs_h = one_by_one(offs_h)
     own_h = offs_h[None, :]
-    length = T
-    if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + offs_b, mask=offs_b < B, other=0).to(tl.int32)[:, None]
+    mask_h = own_h < H
 
-    # Loaded once: the weights of the resident chunks, the parameters, the initial states.
-    w_hh_ptr += direction * G * H * H
-    weights = load_weights(
-        w_hh_ptr,
-        0,
-        offs_h,
-        BACKWARD=True,
-        G=G,
-        H=H,
-        BLOCK_K=BLOCK_K,
-        COUNT=RESIDENT,
-        SPLIT=SPLIT,
-    )
+    # Loaded once: the weights of the resident chunks, the parameters.
+    w_ptr += direction * G * H * PITCH
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    WIDE: tl.constexpr = DTYPE.primitive_bitwidth == 32
+    SLOT: tl.constexpr = BLOCK_B * G * CHUNKS * BLOCK_K
+    at = None
+    anchor = None
+    if PROTOCOL is None:
+        weights = load_all_weights(w_ptr, offs_h, G=G, H=H, PITCH=PITCH)
+    else:
+        weights = load_weights(
+            w_ptr,
+            0,
+            own_first,
+            COUNT=RESIDENT,
+            G=G,
+            H=H,
+            PITCH=PITCH,
+            BLOCK_H=BLOCK_H,
+            SPLIT=SPLIT,
+        )
     params = ()
     d_params = ()
     for i in tl.static_range(len(param_ptrs)):
@@ -167,86 +220,112 @@ def scan_backward_kernel(
         )
         d_params = d_params + (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
     params = as_float32(params)
-    offs_state = (direction * tl.cast(B, tl.int64) + offs_b[:, None]) * H + own_h
-    initial = ()
-    d_state = ()
-    for i in tl.static_range(len(state_ptrs)):
-        initial = initial + (tl.load(state_ptrs[i] + offs_state, mask=mask_bh, other=0.0),)
-        d_state = d_state + (tl.load(d_final_ptrs[i] + offs_state, mask=mask_bh, other=0.0),)
-    d_state = as_float32(d_state)
-    fresh = load_fresh(fresh_ptrs, offs_state, mask_bh)
-    d_fresh = ()
-    for _ in tl.static_range(len(fresh_ptrs)):
-        d_fresh = d_fresh + (tl.zeros([BLOCK_B, BLOCK_H], tl.float32),)
-    if h_mask_ptr is not None:
-        h_mask = tl.load(h_mask_ptr + offs_state, mask=mask_bh, other=0.0).to(tl.float32)
 
-    alive = 1
-    if PROTOCOL is not None:
-        group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-        ring_ptr += tl.cast(group, tl.int64) * ring_stride
-        signal_ptr += group * signal_stride
-        # Rows beyond the batch are exchanged too, as zeros: one mask less in the polls.
-        tile_b = tl.arange(0, BLOCK_B)
-        offs_own = tile_b[:, None] * (G * H) + own_h
-
-    # A step needs d_output, what the forward pass kept, and the states before and after it. Those
-    # before it are those after the step that the loop visits next, so each is loaded once.
+    # And the lengths, the states before the first step, what states start over from, what
+    # multiplies h, and what goes round the loop.
     back = 2 * direction - 1
     t = (1 - direction) * (T - 1)
-    rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
-    active = mask_b & (t < length)
-    mask = mask_bh & active
-    (d_output,) = load_planes(d_output_ptr, rows, own_h, mask, direction, D=D, PLANES=1, H=H)
-    next_rows, there = find_rows(t + back, offsets_ptr, T, stride_t, stride_b, length, offs_b)
-    (d_output_next,) = load_planes(
-        d_output_ptr, next_rows, own_h, mask_bh & there, direction, D=D, PLANES=1, H=H
-    )
-    kept = ()
-    for i in tl.static_range(len(kept_ptrs)):
-        kept = kept + load_planes(kept_ptrs[i], rows, own_h, mask, direction, D=D, PLANES=KEPT, H=H)
+    offs_b = first_b + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = (offs_b < B)[:, None]
+    mask_bh = mask_b & mask_h
+    length = T
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + offs_b, mask=offs_b < B, other=0).to(tl.int32)[:, None]
+    offs_state = (direction * tl.cast(B, tl.int64) + offs_b[:, None]) * H + own_h
+    initial = ()
+    for i in tl.static_range(len(state_ptrs)):
+        initial = initial + (tl.load(state_ptrs[i] + offs_state, mask=mask_bh, other=0.0),)
+    d_state = load_each(d_final_ptrs, offs_state, mask_bh)
+    fresh = load_each(fresh_ptrs, offs_state, mask_bh)
+    zero = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    d_fresh = ()
+    for _ in tl.static_range(len(fresh_ptrs)):
+        d_fresh = d_fresh + (zero,)
+    begins = ()  # where a sequence began with the step of dh_gates
+    if reset_ptr is not None:
+        begins = ((tl.zeros([BLOCK_B, 1], tl.int32) != 0),)
+    h_mask = ()
+    if h_mask_ptr is not None:
+        h_mask = load_each((h_mask_ptr,), offs_state, mask_bh)
     new = load_states(
-        t,
-        initial,
-        output_ptr,
-        states_ptr,
-        offsets_ptr,
-        T,
-        stride_t,
-        stride_b,
-        length,
-        offs_b,
-        own_h,
-        mask_bh,
-        direction,
-        D=D,
-        H=H,
-    )
-    prev = load_states(
-        t + back,
-        initial,
-        output_ptr,
-        states_ptr,
-        offsets_ptr,
-        T,
-        stride_t,
-        stride_b,
-        length,
-        offs_b,
-        own_h,
-        mask_bh,
-        direction,
-        D=D,
-        H=H,
-    )
+        t, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, length,
+        offs_b, own_h, mask_bh, direction, D=D, H=H,
+    )  # fmt: skip
+    rounded = ()  # dh_gates of the step that the loop visited last, as they are exchanged
+    for _ in tl.static_range(G):
+        rounded = rounded + (zero.to(DTYPE),)
+    offs_own = None
+    if PROTOCOL is not None:
+        group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        ring_ptr += group.to(tl.int64) * ring_stride
+        signal_ptr += group * signal_stride
+        # Rows beyond the batch are exchanged too, and units beyond H, as zeros.
+        tile_b = tl.arange(0, BLOCK_B)[:, None]
+        offs_own = offset_in_slot(tile_b, own_h, BLOCK_K=BLOCK_K, PLANES=G, WIDE=WIDE)
+        at = vectors(SPLIT=SPLIT, WIDE=WIDE)
+        anchor = sync.layout_of_loads(ring_ptr, at)
+        publish_gates(
+            ring_ptr, signal_ptr, offs_own, rounded, 1, T + 1,
+            SLOT=SLOT, BLOCK_K=BLOCK_K, PROTOCOL=PROTOCOL,
+        )  # fmt: skip
 
     for step in range(T):
+        rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
+        active = mask_b & (t < length)
+        mask = mask_bh & active
+
+        # What the cell needs is asked for before anything is waited for: d_output, what the
+        # forward pass kept, and the states before the step. Those after it were those before the
+        # step that the loop visited last.
+        (d_output,) = load_planes(d_output_ptr, rows, own_h, mask, direction, D=D, PLANES=1, H=H)
+        kept = ()
+        for i in tl.static_range(len(kept_ptrs)):
+            kept = kept + load_planes(
+                kept_ptrs[i], rows, own_h, mask, direction, D=D, PLANES=KEPT, H=H
+            )
+        prev = load_states(
+            t + back, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, length,
+            offs_b, own_h, mask_bh, direction, D=D, H=H,
+        )  # fmt: skip
+        begins_here = ()
+        if reset_ptr is not None:
+            begins_here = (load_flags(reset_ptr, rows, mask_b, direction, D=D),)
+
+        # dh_t += dh_gates_{t+1} @ W_hh
+        (product,) = recurrent_product(
+            rounded,
+            ring_ptr,
+            signal_ptr,
+            at,
+            anchor,
+            weights,
+            w_ptr,
+            own_first,
+            step + 1,
+            spin_limit,
+            SLOT=SLOT,
+            G=G,
+            PLANES=G,
+            H=H,
+            PITCH=PITCH,
+            BLOCK_B=BLOCK_B,
+            BLOCK_H=BLOCK_H,
+            CHUNKS=CHUNKS,
+            RESIDENT=RESIDENT,
+            AHEAD=AHEAD,
+            SPLIT=SPLIT,
+            PRECISION=PRECISION,
+            PROTOCOL=PROTOCOL,
+            PAIRWISE=PAIRWISE,
+        )
+        d_state, d_fresh = pass_back(product, d_state, h_mask, begins, d_fresh)
+        begins = begins_here
+
         values = as_float32(kept)
         prev_32 = as_float32(prev)
         new_32 = as_float32(new)
         if reset_ptr is not None:
-            begins = load_flags(reset_ptr, rows, mask_b, direction, D=D)
-            prev_32 = start_over(prev_32, fresh, begins)
+            prev_32 = start_over(prev_32, fresh, begins[0])
         if CELL_FORWARD is None:
             saved = values
         else:
@@ -265,20 +344,18 @@ def scan_backward_kernel(
         if ZONEOUT is not None:
             d_prev = add(d_prev, d_kept)
         # A row that is over passes its gradient on, and has none of its own.
-        d_prev = select(active, d_prev, d_state)
+        d_state = select(active, d_prev, d_state)
+        new = prev
         rounded = ()
         for g in tl.static_range(G):
-            d_gate = tl.where(active, dh_gates[g], 0.0).to(w_hh_ptr.dtype.element_ty)
-            rounded = rounded + (d_gate,)
-
+            rounded = rounded + (tl.where(active & mask_h, dh_gates[g], 0.0).to(DTYPE),)
         if PROTOCOL is not None:
-            slot_ptr = ring_ptr + sync.slot(step + 1, PROTOCOL) * (BLOCK_B * G * H)
-            for g in tl.static_range(G):
-                offs_gate = offs_own + g * H
-                sync.store(slot_ptr, offs_gate, rounded[g], mask_h, step + 1, PROTOCOL)
-            sync.arrive(signal_ptr, tl.program_id(0), step + 1, alive, PROTOCOL)
+            publish_gates(
+                ring_ptr, signal_ptr, offs_own, rounded, step + 2, T + 1,
+                SLOT=SLOT, BLOCK_K=BLOCK_K, PROTOCOL=PROTOCOL,
+            )  # fmt: skip
 
-        # While the others catch up: write what only later launches read, fetch the next step.
+        # While the others catch up: write what only later launches read.
         exists = mask_bh
         if offsets_ptr is not None:
             exists = mask
@@ -291,90 +368,35 @@ def scan_backward_kernel(
                 + (d_params[i] + tl.where(active, d_param[i], 0.0),)
                 + d_params[i + 1 :]
             )
-        if step + 1 < T:
-            t += back
-            rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
-            active = mask_b & (t < length)
-            mask = mask_bh & active
-            kept = ()
-            for i in tl.static_range(len(kept_ptrs)):
-                kept = kept + load_planes(
-                    kept_ptrs[i], rows, own_h, mask, direction, D=D, PLANES=KEPT, H=H
-                )
-            new = prev
-            prev = load_states(
-                t + back,
-                initial,
-                output_ptr,
-                states_ptr,
-                offsets_ptr,
-                T,
-                stride_t,
-                stride_b,
-                length,
-                offs_b,
-                own_h,
-                mask_bh,
-                direction,
-                D=D,
-                H=H,
-            )
+        t += back
 
-        # dh_{t-1} += dh_gates_t @ W_hh
-        if PROTOCOL is None:
-            sums = own_product(rounded, weights, G=G, PRECISION=PRECISION)
-        else:
-            alive = sync.wait(
-                signal_ptr,
-                step + 1,
-                tl.num_programs(0),
-                error_ptr,
-                spin_limit,
-                alive,
-                PROTOCOL,
-                FLAGS_BLOCK,
-            )
-            sums, alive = exchanged_product(
-                ring_ptr + sync.slot(step + 1, PROTOCOL) * (BLOCK_B * G * H),
-                weights,
-                w_hh_ptr,
-                offs_h,
-                step + 1,
-                error_ptr,
-                spin_limit,
-                alive,
-                BACKWARD=True,
-                G=G,
-                H=H,
-                BLOCK_B=BLOCK_B,
-                BLOCK_H=BLOCK_H,
-                BLOCK_K=BLOCK_K,
-                CHUNKS=CHUNKS,
-                RESIDENT=RESIDENT,
-                AHEAD=AHEAD,
-                SPLIT=SPLIT,
-                PRECISION=PRECISION,
-                PROTOCOL=PROTOCOL,
-            )
-        # Two steps ahead, and only here: a load that the states meet behind the product makes the
-        # compiler lay them out as loads are, one element a thread, and not as the split product
-        # is, of which every group of warps holds all (ten changes of layout a step less).
-        d_output = d_output_next
-        next_rows, there = find_rows(t + back, offsets_ptr, T, stride_t, stride_b, length, offs_b)
-        (d_output_next,) = load_planes(
-            d_output_ptr, next_rows, own_h, mask_bh & there, direction, D=D, PLANES=1, H=H
-        )
-        dh = sums[0]
-        if h_mask_ptr is not None:
-            dh *= h_mask
-        dh += d_prev[0]
-        if PROTOCOL is not None:
-            dh += sync.poison(alive)
-        d_state = (dh,) + d_prev[1:]
-        if reset_ptr is not None:
-            # The gradient ends where the sequence began: at the state that it started from.
-            d_fresh = add(d_fresh, keep_where(begins, d_state[: len(d_fresh)]))
-            d_state = start_over(d_state, (), begins)
+    (product,) = recurrent_product(
+        rounded,
+        ring_ptr,
+        signal_ptr,
+        at,
+        anchor,
+        weights,
+        w_ptr,
+        own_first,
+        T + 1,
+        spin_limit,
+        SLOT=SLOT,
+        G=G,
+        PLANES=G,
+        H=H,
+        PITCH=PITCH,
+        BLOCK_B=BLOCK_B,
+        BLOCK_H=BLOCK_H,
+        CHUNKS=CHUNKS,
+        RESIDENT=RESIDENT,
+        AHEAD=AHEAD,
+        SPLIT=SPLIT,
+        PRECISION=PRECISION,
+        PROTOCOL=PROTOCOL,
+        PAIRWISE=PAIRWISE,
+    )
+    d_state, d_fresh = pass_back(product, d_state, h_mask, begins, d_fresh)
 
     for i in tl.static_range(len(d_state_ptrs)):
         d_initial = d_state[i].to(d_state_ptrs[i].dtype.element_ty)
@@ -387,3 +409,5 @@ def scan_backward_kernel(
         total = tl.sum(d_params[i], axis=0)
         offs = (batch_tile * D + direction) * H + offs_h
         tl.store(d_param_ptrs[i] + offs, total, mask=offs_h < H)
+    if PROTOCOL is not None:
+        sync.report(signal_ptr, error_ptr)

@@ -1,50 +1,54 @@
-"""How the programs of one launch wait for each other.
+"""How the programs of one launch hand each other what they compute.
 
 Programs of one *group* (one batch tile, one direction) exchange a tile of `h` (forward) or of
 the gates' gradients (backward) at every step; groups never wait for each other. A time loop
 spells a step like this, whatever the protocol:
 
-    alive = 1
     publish h_0 as step 1, as below
     for t in range(T):
-        alive = sync.wait(signal_ptr, t + 1, n_programs, error_ptr, spin_limit, alive, PROTOCOL,
-                          FLAGS_BLOCK)
+        ok = sync.wait(signal_ptr, t + 1, n_programs, spin_limit, PROTOCOL)
         slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
-        (h,), alive = sync.load(slot_ptr, (offs,), (mask,), t + 1, error_ptr, spin_limit, alive,
-                                DTYPE, PROTOCOL)
-        h_gates = dot(h, w) + sync.poison(alive)
+        lefts = sync.load(slot_ptr, at, anchor, t + 1, signal_ptr, spin_limit, ...)
+        h_gates = dot(lefts, w) + sync.poison(ok)
         h_own = ...
-        slot_ptr = ring_ptr + sync.slot(t + 2, PROTOCOL) * slot_size
-        sync.store(slot_ptr, offs_own, h_own, mask_own, t + 2, PROTOCOL)
-        sync.arrive(signal_ptr, program, t + 2, alive, PROTOCOL)
+        sync.publish(ring_ptr, slot_size, offs_own, h_own, t + 2, last, PROTOCOL)
+        sync.arrive(signal_ptr, t + 2, PROTOCOL)
         ...                                          # whatever nobody waits for
+    sync.report(signal_ptr, error_ptr)
 
-Steps count from 1: step 0 is what an untouched workspace says. User data is never polled in
-place, where it could look like anything: h_0 goes through `store` as all else does. `ring_ptr`
-and `signal_ptr` point at the group's own part of the workspace (`Workspace.ring_stride`,
-`.signal_stride`).
-
-Rules for the caller:
-- Every program of the group publishes every step, with the same masks for which the others
-  load: a word that is polled and never stored is waited for until the limit.
-- A step's loads (of all chunks) come before its store: two ring slots rest on it.
-- `load` and the flags of `wait` poll tiles. A polled tile has at least 32 * num_warps elements,
-  so that no two threads poll the same element and the verdict is one for the whole block.
-- The time loop does not end at a timeout. `alive` becomes 0, no later step spins or arrives,
-  and `poison` turns everything that follows into NaN; the error word says why.
-- All programs are resident at once (cooperative launch), or the first wait times out.
+Steps count from 1. User data is never polled in place, where it could look like anything: h_0
+goes through `publish` as all else does. `ring_ptr` and `signal_ptr` point at the group's own part
+of the workspace (`Workspace.ring_stride`, `.signal_stride`).
 
 Protocols (what `PROTOCOL` may be):
-- "counter": one counter a group; release to arrive, acquire to wait. The sound default.
-- "ll": a word holds a value and its step; readers poll the words themselves. No fence at all.
-  Rests on each 32- or 64-bit word being read and written at once, as PTX promises for volatile
-  accesses; the stores are plain, which the model calls a race and hardware does not mind.
-- "flags": every program has a word for the step that it has published; readers poll them all.
-- "sentinel": the ring has a slot for each step, filled with a pattern that no value has;
-  readers poll until it is gone. Rests on hardware as "ll" does.
 
-For NVIDIA. On AMD (gfx942, Triton 3.6 to 3.9) a block barrier does not wait for the stores of the
-other waves, so a release speaks for its own wave only, and no protocol here is sound.
+"sentinel"  The value is the flag. A slot holds -0.0 until a value has been stored there, and every
+            thread polls the elements that it needs itself, each of which is read and written
+            at once; no fence, no counter and no barrier lies between a store and the product that
+            waits for it. A value of -0.0 is published as 0.0; NaN is a value like others. The
+            ring has 2 * LAP slots. When a program publishes step s, all have read step s - LAP
+            (each has published s - 1, for which it needed s - 2), and it puts -0.0 back into its
+            part of that slot. That these reach everybody before the slot is polled again is what
+            the one fence of a lap is for: in every LAP-th step all programs arrive and wait, as
+            with the counter. What this rests on: elements of 16 or 32 bits are coherent, relaxed
+            loads and stores of them are not torn, and a store does not overtake the loads that
+            its value was computed from, or that a block barrier lies behind. (PTX orders relaxed
+            accesses to different addresses by no rule, and leaves open what a load of two 16-bit
+            elements at once sees of stores of one; hardware reads both from one sector of L2.)
+
+"counter"   One counter a group: release to arrive, acquire to wait, in every step; two slots.
+            Sound by the letter of the memory model.
+
+Rules for the caller:
+- Every program of the group publishes its part of every step, all of it: an element that is
+  polled and never stored is waited for until the limit.
+- A step's loads (of all chunks) come before its publication: the reuse of slots rests on it.
+- The time loop does not end at a time-out. Who gives up, says so in a word of the group, so that
+  nobody waits long for anything any more, and goes on with NaN, which reaches all results; `report`
+  says at which step.
+- All programs are resident at once (cooperative launch), or the first wait times out.
+
+The data go round in 16 bytes a lane, see `fragments`.
 """
 
 from dataclasses import dataclass
@@ -53,17 +57,14 @@ import torch
 import triton
 import triton.language as tl
 
-PROTOCOLS = ("counter", "ll", "flags", "sentinel")
+PROTOCOLS = ("sentinel", "counter")
 
-_LINE = 32  # int32 words in 128 bytes: counters of different groups share no cache line
-_WORDS = {
-    "counter": {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16},
-    "ll": {torch.float16: torch.int32, torch.bfloat16: torch.int32, torch.float32: torch.int64},
-    "sentinel": {torch.float16: torch.int16, torch.bfloat16: torch.int16},
-}
-_WORDS["counter"][torch.float32] = torch.float32
-_WORDS["sentinel"][torch.float32] = torch.int32
-_WORDS["flags"] = _WORDS["counter"]
+LAP = tl.constexpr(64)
+
+# A group's signal, in int32 words: the counter, and, 128 bytes further, the step at which somebody
+# gave up. Counters of different groups share no cache line.
+_GAVE_UP = tl.constexpr(32)
+_SIGNAL = 64
 
 
 # --- on the device -----------------------------------------------------------------------------
@@ -73,194 +74,281 @@ _WORDS["flags"] = _WORDS["counter"]
 def slot(step, PROTOCOL: tl.constexpr):
     """Index of the ring slot that holds `step`.
 
-    Two slots are enough, because step s + 2 is stored over step s only by a program that has
-    waited for step s + 1 of all, which each of them published after its last read of step s.
-    A sentinel cannot be put back while others poll, so there every step has its own slot.
+    For the counter two are enough, because step s + 2 is stored over step s only by a program
+    that has waited for step s + 1 of all, which each published after its last read of step s.
     """
+    step = tl.cast(step, tl.int32)
     if PROTOCOL == "sentinel":
-        index = step
+        index = step % (2 * LAP)
     else:
-        index = step & 1
+        index = step % 2
     return index
 
 
 @triton.jit
-def store(slot_ptr, offs, tile, mask, step, PROTOCOL: tl.constexpr):
-    """Stores this program's own tile, in the dtype that is exchanged, as its part of `step`."""
-    if PROTOCOL == "ll":
-        if tile.dtype.primitive_bitwidth == 16:
-            bits = tile.to(tl.int16, bitcast=True).to(tl.int32)
-            word = (bits << 16) | (step & 0xFFFF)
-        else:
-            bits = tile.to(tl.int32, bitcast=True).to(tl.int64)
-            word = (bits << 32) | step
-    elif PROTOCOL == "sentinel":
-        # In integers: compilers know that a float operation keeps a NaN a NaN and drop it.
-        if tile.dtype.primitive_bitwidth == 16:
-            bits = tile.to(tl.int16, bitcast=True)
-            word = tl.where(bits == -1, 0x7FFF, bits).to(tl.int16)
-        else:
-            bits = tile.to(tl.int32, bitcast=True)
-            word = tl.where(bits == -1, 0x7FFFFFFF, bits).to(tl.int32)
-    else:
-        word = tile
-    tl.store(slot_ptr + offs, word, mask=mask, cache_modifier=".cg")
-
-
-@triton.jit
-def arrive(signal_ptr, program, step, alive, PROTOCOL: tl.constexpr):
-    """Says that this program, the `program`-th of its group, has stored all of `step`.
-
-    A program that has timed out says nothing, so that nobody takes its poison for data.
-    """
-    if PROTOCOL == "counter":
-        # One thread releases for all, and Triton puts no barrier before it.
-        tl.debug_barrier()
-        tl.atomic_add(signal_ptr, alive, sem="release", scope="gpu")
-    elif PROTOCOL == "flags":
-        tl.debug_barrier()
-        tl.atomic_max(signal_ptr + program, step * alive, sem="release", scope="gpu")
-
-
-@triton.jit
-def wait(
-    signal_ptr,
+def publish(
+    ring_ptr,  # [slots, slot_size]
+    slot_size,
+    offs,  # of this program's own tile in a slot
+    tile,  # in the dtype that is exchanged
     step,
-    n_programs,
-    error_ptr,
-    spin_limit,
-    alive,
+    last,  # the last step of the launch
     PROTOCOL: tl.constexpr,
-    FLAGS_BLOCK: tl.constexpr = 1,
 ):
-    """Waits until the whole group has arrived at `step`; returns the new `alive`.
+    """Stores this program's own tile as its part of `step`."""
+    BITS: tl.constexpr = tile.dtype.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    bits = tile.to(INTEGER, bitcast=True)
+    if PROTOCOL == "sentinel":
+        # In integers: of a float, compilers may think that x + 0.0 is x.
+        minus_zero = tl.full((), -(2 ** (BITS - 1)), INTEGER)
+        bits = tl.where(bits == minus_zero, tl.zeros_like(bits), bits)
+        _store(ring_ptr + slot(step, PROTOCOL) * slot_size + offs, bits)
+        step = tl.cast(step, tl.int32)
+        if (step > LAP) & (step + LAP <= last):
+            again_ptr = ring_ptr + slot(step + LAP, PROTOCOL) * slot_size
+            _store(again_ptr + offs, tl.zeros_like(bits) + minus_zero)
+    else:
+        _store(ring_ptr + slot(step, PROTOCOL) * slot_size + offs, bits)
 
-    The verdict of the counter comes from a scalar atomic, which Triton hands to the whole block,
-    so no warp gives up while another goes on. "ll" and "sentinel" wait in `load` instead.
-    """
-    if PROTOCOL == "counter":
-        target = step * n_programs
-        limit = spin_limit * alive
-        # The result of every acquire is used: Triton 3.6 and 3.7 delete those that are not.
-        arrived = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="gpu")
-        spins = 0
-        while (arrived < target) & (spins < limit):
-            arrived = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="gpu")
-            spins += 1
-        # One thread acquired for all.
-        tl.debug_barrier()
-        alive = _verdict(arrived >= target, step, error_ptr, alive)
-    elif PROTOCOL == "flags":
-        offs = tl.arange(0, FLAGS_BLOCK)
-        mask = offs < n_programs
-        limit = spin_limit * alive
-        seen = tl.min(tl.load(signal_ptr + offs, mask=mask, other=step, volatile=True))
-        spins = 0
-        while (seen < step) & (spins < limit):
-            seen = tl.min(tl.load(signal_ptr + offs, mask=mask, other=step, volatile=True))
-            spins += 1
-        # Volatile is relaxed: what it saw is read once more, flag by flag, with acquire.
-        flags = tl.atomic_add(
-            signal_ptr + offs, tl.zeros_like(offs), mask=mask, sem="acquire", scope="gpu"
+
+@triton.jit
+def _store(ptr, bits):
+    """Stores elements past L1, each at once."""
+    if bits.dtype.primitive_bitwidth == 16:
+        tl.inline_asm_elementwise(
+            "st.relaxed.gpu.global.b16 [$1], $2; mov.b32 $0, 0;",
+            "=r,l,h",
+            [ptr.to(tl.int64), bits],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
-        tl.debug_barrier()
-        arrived = tl.min(tl.where(mask, flags, step))
-        alive = _verdict(arrived >= step, step, error_ptr, alive)
-    return alive
+    else:
+        tl.inline_asm_elementwise(
+            "st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0;",
+            "=r,l,r",
+            [ptr.to(tl.int64), bits],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def arrive(signal_ptr, step, PROTOCOL: tl.constexpr):
+    """Says that this program has published `step`, where somebody waits for that."""
+    if PROTOCOL == "counter" or tl.cast(step, tl.int32) % LAP == 0:
+        _arrive(signal_ptr)
+
+
+@triton.jit
+def _arrive(signal_ptr):
+    # One thread releases for all, and Triton puts no barrier before it.
+    tl.debug_barrier()
+    tl.atomic_add(signal_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(signal_ptr, step, n_programs, spin_limit, PROTOCOL: tl.constexpr):
+    """Waits until the whole group has arrived at `step`, where it does; False after a time-out."""
+    step = tl.cast(step, tl.int32)
+    ok = step > 0
+    if PROTOCOL == "counter":
+        ok = _wait(signal_ptr, step * n_programs, step, spin_limit)
+    elif step % LAP == 0:
+        ok = _wait(signal_ptr, step // LAP * n_programs, step, spin_limit)
+    return ok
+
+
+@triton.jit
+def _wait(signal_ptr, target, step, spin_limit):
+    # Atomics of a scalar, which Triton hands to the whole block: no warp gives up while another
+    # goes on. The result of every acquire is used: Triton 3.6 and 3.7 delete those that are not.
+    arrived = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="gpu")
+    spins = 0
+    gave_up = 0
+    while (arrived < target) & (spins < spin_limit):
+        gave_up = tl.atomic_add(signal_ptr + _GAVE_UP, 0, sem="relaxed", scope="gpu")
+        arrived = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="gpu")
+        spins = tl.where(gave_up != 0, spin_limit, spins + 1)
+    # One thread acquired for all.
+    tl.debug_barrier()
+    if arrived < target:
+        if gave_up == 0:  # the word keeps the first step that was missed
+            tl.atomic_max(signal_ptr + _GAVE_UP, step, sem="relaxed", scope="gpu")
+        # Later arrivals of those who go on must not stand for those who are missing.
+        tl.atomic_min(signal_ptr, -(2**31), sem="relaxed", scope="gpu")
+    return arrived >= target
 
 
 @triton.jit
 def load(
-    slot_ptr,
-    offs,
-    masks,
+    slot_ptr,  # from the first of these chunks on
+    at,  # `fragments.vectors`: [lanes, LENGTH]
+    anchor,  # `layout_of_loads`
     step,
-    error_ptr,
+    signal_ptr,
     spin_limit,
-    alive,
-    DTYPE: tl.constexpr,
+    COUNT: tl.constexpr,
+    VECTORS: tl.constexpr,  # rows of `at` that a thread holds
+    STRIDE: tl.constexpr,  # elements from chunk to chunk
+    PAIRWISE: tl.constexpr,  # see `assembly`
     PROTOCOL: tl.constexpr,
 ):
-    """Reads tiles of one shape, a tuple of offsets and masks each, of what the group published as
-    `step`; returns a tuple of tiles (DTYPE) and `alive`.
+    """COUNT tiles shaped like `at`, of what the group published as `step`.
 
-    All of them are on their way before one is looked at, and are polled together: one trip to
-    L2, and registers for all. Zero where a mask is false. Every read bypasses L1, which other
-    multiprocessors do not update.
+    One block of assembly for each thread, so that all loads are on their way before one is looked
+    at. With "sentinel" a thread asks again for the vectors in which an element is missing, and
+    after `spin_limit` times, or where another has given up, takes NaN for them.
+
+    The block reads one vector for each row of `at`, and writes the row's elements into consecutive
+    registers. So a thread must hold whole rows. It does, because `anchor` was loaded from memory
+    so, and the compiler lays out as it was loaded what is computed from it (bench/aot.py and
+    `launch` look at the compiled code).
     """
-    if PROTOCOL == "ll" or PROTOCOL == "sentinel":
-        limit = spin_limit * alive
-        words, late = _poll(slot_ptr, offs, masks, step, PROTOCOL)
-        spins = 0
-        while (late != 0) & (spins < limit):
-            words, late = _poll(slot_ptr, offs, masks, step, PROTOCOL)
-            spins += 1
-        tiles = (_value(words[0], DTYPE, PROTOCOL),)
-        for i in tl.static_range(1, len(offs)):
-            tiles = tiles + (_value(words[i], DTYPE, PROTOCOL),)
-        alive = _verdict(late == 0, step, error_ptr, alive)
-        if PROTOCOL == "ll":
-            # Every thread has read this slot before any thread publishes the next step: a store
-            # of the step after that overwrites what is read here, and waits for nothing else.
-            tl.debug_barrier()
+    DTYPE: tl.constexpr = slot_ptr.dtype.element_ty
+    LENGTH: tl.constexpr = at.shape[1]
+    nothing = tl.zeros_like(at)
+    return tl.inline_asm_elementwise(
+        assembly(COUNT, VECTORS, STRIDE * 16 // LENGTH, LENGTH, PAIRWISE, PROTOCOL == "sentinel"),
+        operands(COUNT, VECTORS, LENGTH),
+        [
+            (slot_ptr + at).to(tl.int64),
+            anchor,
+            (signal_ptr + _GAVE_UP + nothing).to(tl.int64),
+            spin_limit + nothing,
+            step + nothing,
+        ],
+        dtype=types(COUNT, DTYPE),
+        is_pure=False,
+        pack=VECTORS * LENGTH,
+    )
+
+
+@triton.jit
+def layout_of_loads(slot_ptr, at):
+    """What `load` takes as its anchor; the values do not matter."""
+    tile = tl.load(slot_ptr + at, cache_modifier=".cg")
+    INTEGER: tl.constexpr = tl.int16 if tile.dtype.primitive_bitwidth == 16 else tl.int32
+    return tile.to(INTEGER, bitcast=True)
+
+
+@triton.constexpr_function
+def types(COUNT, DTYPE):
+    return [DTYPE] * COUNT
+
+
+@triton.constexpr_function
+def operands(COUNT, VECTORS, LENGTH):
+    """The registers of `assembly`: 4 for every vector, then those of the inputs, one for every
+    element of 32 or 64 bits, or for as many as 32 bits hold."""
+    elements = VECTORS * LENGTH
+    inputs = ["l"] * elements + ["r"] * (4 * VECTORS)
+    inputs += ["l"] * elements + ["r"] * elements + ["r"] * elements
+    return ",".join(["=&r"] * (4 * COUNT * VECTORS) + inputs)
+
+
+@triton.constexpr_function
+def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE, POLLS):
+    """PTX of `load` for one thread: VECTORS rows of each of COUNT chunks, STRIDE bytes apart.
+
+    -0.0 is the least integer. Where there is a minimum of pairs of int16 (PAIRWISE, from compute
+    capability 9.0 on), the least of all elements tells whether one is missing. Elsewhere a 16-bit
+    half of y is 0 where (y - 1) & ~y is negative.
+    """
+    elements = VECTORS * LENGTH
+    vectors = range(COUNT * VECTORS)
+    words = [[f"${4 * n + i}" for i in range(4)] for n in vectors]
+    pointers = 4 * len(vectors)
+    gave_up = pointers + elements + 4 * VECTORS
+    limit, step = gave_up + elements, gave_up + 2 * elements
+
+    def load(n):
+        pointer = f"[${pointers + n % VECTORS * LENGTH} + {n // VECTORS * STRIDE}]"
+        return f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(words[n])}}}, {pointer};"
+
+    loads = [load(n) for n in vectors]
+    if not POLLS:
+        return "\n".join(loads)
+
+    if LENGTH == 4:
+        merge = ["min.s32 {0}, {0}, {1};"]
+        summarize = ["min.s32 {0}, {1}, {2};", "min.s32 x, {3}, {4};", "min.s32 {0}, {0}, x;"]
+        test = ["setp.eq.b32 {1}, {0}, 0x80000000;"]
+    elif PAIRWISE:
+        merge = ["min.s16x2 {0}, {0}, {1};"]
+        summarize = ["min.s16x2 {0}, {1}, {2};", "min.s16x2 x, {3}, {4};", "min.s16x2 {0}, {0}, x;"]
+        test = [
+            "prmt.b32 x, {0}, {0}, 0x1032;",
+            "min.s16x2 x, x, {0};",
+            "setp.eq.b32 {1}, x, 0x80008000;",
+        ]
     else:
-        tiles = (tl.load(slot_ptr + offs[0], mask=masks[0], other=0.0, cache_modifier=".cg"),)
-        for i in tl.static_range(1, len(offs)):
-            tile = tl.load(slot_ptr + offs[i], mask=masks[i], other=0.0, cache_modifier=".cg")
-            tiles = tiles + (tile,)
-    return tiles, alive
+        merge = ["or.b32 {0}, {0}, {1};"]
+        summarize = ["mov.b32 {0}, 0;"]
+        for i in range(1, 5):
+            summarize += [
+                f"xor.b32 x, {{{i}}}, 0x80008000;",
+                "sub.u32 y, x, 0x00010001;",
+                "not.b32 x, x;",
+                "and.b32 x, x, y;",
+                "or.b32 {0}, {0}, x;",
+            ]
+        test = ["and.b32 x, {0}, 0x80008000;", "setp.ne.b32 {1}, x, 0;"]
+
+    def filled(template, *names):
+        return [line.format(*names) for line in template]
+
+    lines = [
+        f".reg .pred missing, late<{len(vectors)}>;",
+        f".reg .b32 least<{len(vectors)}>, all, x, y, left, told;",
+        f"mov.b32 left, ${limit};",
+        *loads,
+        "AGAIN:",
+    ]
+    for n in vectors:
+        lines += filled(summarize, f"least{n}", *words[n])
+    lines += ["mov.b32 all, least0;"]
+    for n in vectors[1:]:
+        lines += filled(merge, "all", f"least{n}")
+    lines += [
+        *filled(test, "all", "missing"),
+        "@!missing bra DONE;",
+        "setp.eq.s32 missing, left, 0;",
+        "@missing bra TIMED_OUT;",
+        "sub.s32 left, left, 1;",
+        f"ld.relaxed.gpu.global.b32 told, [${gave_up}];",
+    ]
+    for n in vectors:
+        lines += filled(test, f"least{n}", f"late{n}")
+    lines += [f"@late{n} {load(n)}" for n in vectors]
+    nan = "0x7FFFFFFF" if LENGTH == 4 else "0x7FFF7FFF"
+    lines += [
+        "setp.eq.s32 missing, told, 0;",
+        "@missing bra AGAIN;",
+        "bra GIVE_UP;",
+        "TIMED_OUT:",
+        f"st.relaxed.gpu.global.b32 [${gave_up}], ${step};",
+        "GIVE_UP:",
+        *(f"mov.b32 {word}, {nan};" for vector in words for word in vector),
+        "DONE:",
+    ]
+    return "\n".join(["{", *lines, "}"])
 
 
 @triton.jit
-def _poll(slot_ptr, offs, masks, step, PROTOCOL: tl.constexpr):
-    """Reads the words once; returns them, and whether one of them is not yet that of `step`."""
-    words = (tl.load(slot_ptr + offs[0], mask=masks[0], other=0, volatile=True),)
-    late = _is_late(words[0], step, PROTOCOL) & masks[0]
-    for i in tl.static_range(1, len(offs)):
-        words = words + (tl.load(slot_ptr + offs[i], mask=masks[i], other=0, volatile=True),)
-        late |= _is_late(words[i], step, PROTOCOL) & masks[i]
-    return words, tl.max(late.to(tl.int32))
+def poison(ok):
+    """0 while all is well and NaN after a time-out: add it to what was computed from a load."""
+    return tl.where(ok, 0.0, float("nan"))
 
 
 @triton.jit
-def poison(alive):
-    """0 while all is well and NaN after a timeout: add it to what was computed from a load."""
-    return tl.where(alive != 0, 0.0, float("nan"))
-
-
-@triton.jit
-def _verdict(ok, step, error_ptr, alive):
-    """Records the first timeout of this program in the error word; returns the new `alive`."""
-    timed_out = (ok == 0) & (alive != 0)
+def report(signal_ptr, error_ptr):
+    """At the end of a program: sets the error word if anybody in its group has given up."""
+    step = tl.atomic_add(signal_ptr + _GAVE_UP, 0, sem="relaxed", scope="gpu")
     # A plain store: the error word may lie in host memory, where atomics need not work.
-    tl.store(error_ptr, step, mask=timed_out)
-    return alive * ok.to(tl.int32)
-
-
-@triton.jit
-def _is_late(words, step, PROTOCOL: tl.constexpr):
-    """Where a polled word is not yet the one of `step`."""
-    if PROTOCOL == "sentinel":
-        late = words == -1
-    elif words.dtype.primitive_bitwidth == 32:
-        # 16 bits of the step are enough: before step s, a slot holds step s - 2, or the zeros of
-        # the cleared ring where s <= 2.
-        late = (words & 0xFFFF) != (step & 0xFFFF)
-    else:
-        late = words.to(tl.int32) != step
-    return late
-
-
-@triton.jit
-def _value(words, DTYPE: tl.constexpr, PROTOCOL: tl.constexpr):
-    """The values in polled words."""
-    if PROTOCOL == "sentinel":
-        bits = words
-    elif words.dtype.primitive_bitwidth == 32:
-        bits = (words >> 16).to(tl.int16)
-    else:
-        bits = (words >> 32).to(tl.int32)
-    return bits.to(DTYPE, bitcast=True)
+    tl.store(error_ptr, step, mask=step != 0)
 
 
 # --- on the host -------------------------------------------------------------------------------
@@ -271,20 +359,18 @@ class Workspace:
     """What one launch exchanges through; fresh for every launch, so no launch can hurt the next.
 
     Attributes:
-        ring: [groups, slots, slot_size] words.
-        signal: [groups, signal_stride] int32, zero: counters or flags.
+        ring: [groups, slots, slot_size].
+        signal: [groups, 64] int32, zero.
         error: [1] int32: 0, or the step at which a wait timed out.
-        flags_block: the FLAGS_BLOCK of `wait`.
     """
 
     ring: torch.Tensor
     signal: torch.Tensor
     error: torch.Tensor
-    flags_block: int
 
     @property
     def ring_stride(self) -> int:
-        """Words from one group's ring to the next."""
+        """Elements from one group's ring to the next."""
         return self.ring.stride(0)
 
     @property
@@ -293,55 +379,53 @@ class Workspace:
         return self.signal.stride(0)
 
 
-def ring_dtype(dtype: torch.dtype, protocol: str) -> torch.dtype:
-    """The dtype of a ring that exchanges values of `dtype`."""
-    _check_protocol(protocol)
-    words = _WORDS[protocol]
-    if dtype not in words:
-        raise ValueError(f"dtype must be one of {sorted(map(str, words))}, got {dtype}")
-    return words[dtype]
-
-
 def workspace(
     protocol: str,
     *,
     groups: int,
     programs: int,
     steps: int,
-    slot_size: int,
+    chunks: int,
+    planes: int,
+    block_b: int,
+    block_h: int,
+    block_k: int,
     dtype: torch.dtype,
     device: torch.device | str,
-    num_warps: int,
     error: torch.Tensor | None = None,
 ) -> Workspace:
-    """Allocates and clears what one launch exchanges through.
+    """Allocates and fills what one launch exchanges through.
 
     Args:
         groups: batch tiles times directions.
-        programs: programs of each group.
+        programs: programs of each group, of block_h units each.
         steps: steps that are published, counted from 1.
-        slot_size: elements that a group publishes in a step.
+        chunks, planes, block_b, block_k: of a slot, see `fragments.offset_in_slot`.
         error: [1] int32, zero, to use as the error word; by default one on the device.
     Raises:
         ValueError: a protocol, dtype or size that cannot be had.
     """
-    word = ring_dtype(dtype, protocol)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     if steps * programs >= 2**31:
         raise ValueError(f"steps * programs must stay below 2**31, got {steps} * {programs}")
-    slots = steps + 1 if protocol == "sentinel" else 2
-    shape = (groups, slots, slot_size)
-    if protocol == "ll":
-        ring = torch.zeros(shape, dtype=word, device=device)
-    elif protocol == "sentinel":
-        ring = torch.full(shape, -1, dtype=word, device=device)
-    else:
-        ring = torch.empty(shape, dtype=word, device=device)
-    flags_block = max(triton.next_power_of_2(programs), 32 * num_warps)
-    stride = flags_block if protocol == "flags" else _LINE
-    signal = torch.zeros((groups, stride), dtype=torch.int32, device=device)
+    slots = min(steps + 1, 2 * LAP.value) if protocol == "sentinel" else 2
+    blocks = (groups, slots, block_b // 16, chunks, planes, block_k // 16)
+    elements = (2, 8, 4, 4) if dtype == torch.float32 else (8, 4, 8)
+    ring = torch.full((*blocks, *elements), -0.0, dtype=dtype, device=device)
+    # Units of the last chunk that nobody owns are 0 from the beginning.
+    block, rest = divmod(programs * block_h - (chunks - 1) * block_k, 16)
+    last = ring[:, :, :, -1]
+    if rest:  # 8 units: half of a block
+        half = (slice(1, 2),) if dtype == torch.float32 else (slice(None), slice(2, 4))
+        last[(slice(None),) * 4 + (block, *half)] = 0.0
+    last[:, :, :, :, block + (rest > 0) :] = 0.0
+    signal = torch.zeros((groups, _SIGNAL), dtype=torch.int32, device=device)
     if error is None:
         error = torch.zeros(1, dtype=torch.int32, device=device)
-    return Workspace(ring, signal, error, flags_block)
+    return Workspace(ring.view(groups, slots, -1), signal, error)
 
 
 def spin_limit(device: torch.device | str) -> int:
@@ -357,8 +441,3 @@ def raise_if_timed_out(error: torch.Tensor) -> None:
             f"a wait between the programs of one launch timed out at step {step}: its results are "
             "NaN from there on. All programs must run at once; does another process hold the GPU?"
         )
-
-
-def _check_protocol(protocol: str) -> None:
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")

@@ -15,6 +15,18 @@ import triton.language as tl
 
 
 @triton.jit
+def one_by_one(offs):
+    """The same offsets, of which the compiler does not know that they are neighbours.
+
+    Loads of two elements at once are taken apart right behind the load, and so waited for, however
+    much later they are needed.
+    """
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [offs], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def row_of(
     t,
     offs_b,  # [BLOCK_B]
@@ -66,6 +78,19 @@ def store_planes(
     for plane in tl.static_range(len(tiles)):
         tile = tl.where(active, tiles[plane], 0.0)
         tl.store(base + plane * H, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_each(
+    ptrs,  # S x [D, B, H], or ()
+    offs,  # [BLOCK_B, BLOCK_H]
+    mask,
+):
+    """Their tiles in float32, 0 where masked."""
+    tiles = ()
+    for i in tl.static_range(len(ptrs)):
+        tiles = tiles + (tl.load(ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32),)
+    return tiles
 
 
 @triton.jit

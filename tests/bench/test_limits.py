@@ -1,7 +1,9 @@
 """The model's formulas, by hand, with units."""
 
+import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -180,11 +182,109 @@ def test_what_fails_is_named():
     failed = {}
 
     def roundtrip(protocol, programs, device, steps):
-        if protocol == "flags":
+        if protocol == "sentinel":
             raise RuntimeError("timed out\nafter a while")
         return -1.0 if programs == 2 else 1.5
 
     trips = module.roundtrips(Device(), failed, roundtrip, counts=(2, 4))
     assert trips["counter"] == {4: pytest.approx(1.5e-6)}  # a negative difference is noise
-    assert "flags" not in trips
-    assert failed["round trip flags 4"] == "RuntimeError: timed out"
+    assert "sentinel" not in trips
+    assert failed["round trip sentinel 4"] == "RuntimeError: timed out"
+
+
+# A machine: clocks of an operation of each probe, and of nothing; a tenth of a microsecond each
+# hundred and seventy clocks.
+MACHINE = {
+    "l2_load": 270.0, "dram_load": 600.0, "fence": 500.0, "red": 396.0, "poll": 290.0,
+    "hand_over": 450.0, "shared_load": 30.0, "ldmatrix": 33.0, "shuffle": 24.0, "special": 18.0,
+    "mma": 33.0, "barrier": 20.0, "special_clocks": 8.0, "mma_clocks": 8.5,
+}  # fmt: skip
+
+
+def run_on(machine):
+    """As `limits_kernels.run_probe`; every second run of a kind is disturbed."""
+    from bench.limits_kernels import PROBES
+
+    calls = itertools.count()
+
+    def run(name, repeats):
+        cycles = 5000 + machine[name] * PROBES[name].each * repeats
+        cycles *= 1 + next(calls) % 2
+        return cycles, cycles / 1.7
+
+    return run
+
+
+def test_the_meters_parameters():
+    failed = {}
+    found = module.clocks(run_on(MACHINE), failed, multiprocessors=133, l2=133 * 1.7e9 * 24)
+    assert failed == {}
+    same = set(MACHINE) - {"red", "poll", "hand_over"}
+    assert found == pytest.approx({name: MACHINE[name] for name in same} | {
+        "clock_ghz": 1.7,
+        "red_per_program": 3.0,  # 396 clocks each while 132 programs, an even number, add
+        "poll_phase": 145.0,
+        "store_visible": 450 - 270 / 2 - 145,
+        "l2_bytes_per_clock": 24.0,
+    })  # fmt: skip
+
+
+def test_a_parameter_that_cannot_be_measured_is_named():
+    def run(name, repeats):
+        if name == "poll":
+            raise RuntimeError("no such instruction\nat line 3")
+        return run_on(MACHINE | {"shuffle": -1.0})(name, repeats)
+
+    failed = {}
+    found = module.clocks(run, failed, multiprocessors=132, l2=0.0)
+    missing = {"poll_phase", "store_visible", "l2_bytes_per_clock", "shuffle"}
+    assert failed["clocks poll"] == "RuntimeError: no such instruction"
+    assert failed["clocks poll_phase"] == "ValueError: poll was not measured"
+    assert failed["clocks shuffle"].startswith("ValueError: came out as -1")
+    assert set(failed) == {f"clocks {name}" for name in (*missing, "poll")}
+    assert not missing & set(found)
+    assert found["fence"] == pytest.approx(500)
+
+
+def test_a_broken_device_ends_the_measuring():
+    def run(name, repeats):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        module.clocks(run, {}, 132, 0.0)
+
+
+def test_a_gpu_is_measured(monkeypatch):
+    """All of it but the kernels, which need one."""
+    from bench import limits_kernels, roundtrip
+
+    gpu = Device()
+    gpu.torch = SimpleNamespace(type="cuda")
+    gpu.properties = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 << 20)
+    monkeypatch.setattr(module, "matmul_rate", lambda device, dtype, size: 1e14)
+    monkeypatch.setattr(module, "copy_rate", lambda device, size: 3e12)
+    for name, value in (("l2_rate", 132 * 1.7e9 * 24), ("shared_rate", 2e11),
+                        ("launch_seconds", 2e-6), ("shared_bytes", 232_448)):  # fmt: skip
+        monkeypatch.setattr(limits_kernels, name, lambda device, v=value: v)
+    monkeypatch.setattr(roundtrip, "roundtrip", lambda p, n, device, steps: 1.5)
+    run = run_on(MACHINE)
+    names = {id(probe): name for name, probe in limits_kernels.PROBES.items()}
+    monkeypatch.setattr(
+        limits_kernels, "run_probe", lambda device, probe, repeats: run(names[id(probe)], repeats)
+    )
+    lines = []
+    measured = module.measure_limits(gpu, lines.append)
+    assert measured.failed == {}
+    assert measured.clocks["store_visible"] == pytest.approx(450 - 270 / 2 - 145)
+    assert measured.clocks["l2_bytes_per_clock"] == pytest.approx(24)
+    assert measured.caches == ()
+    assert any("fence 500" in line for line in lines)
+
+
+def test_limits_of_before_have_no_clocks(limits):
+    import json
+
+    values = json.loads(json.dumps(replace(limits, clocks={"fence": 600.0}).as_dict()))
+    assert Limits.from_dict(values).clocks == {"fence": 600.0}
+    del values["clocks"]
+    assert Limits.from_dict(values).clocks == {}

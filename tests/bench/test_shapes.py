@@ -1,10 +1,12 @@
 import random
 
 import pytest
+import torch
 
 from bench import shapes
 from bench.backends import WHAT
 from bench.shapes import Shape, of_row
+from fusedrnn.cells import REGISTRY
 
 
 def test_the_plan_begins_with_the_goals():
@@ -102,6 +104,11 @@ def test_an_unknown_distribution():
         shapes.length_list("poem", 10, 2)
 
 
+def test_precision():
+    found = [Shape("lstm", dtype, 1, 1, 1, 1).precision for dtype in shapes.DTYPES]
+    assert found == [("bf16", "tf32"), ("fp16", "tf32"), ("fp32", "tf32"), ("fp32", "ieee")]
+
+
 def test_steps_in():
     padded = Shape("lstm", "bf16", 64, 8, 32, 32)
     packed = Shape("lstm", "bf16", 64, 8, 32, 32, lengths="text")
@@ -124,3 +131,36 @@ def test_the_tiny_plan_is_small_and_keeps_every_kind():
         assert {getattr(p.shape, flag) for p in full} - {"speech"} <= {
             getattr(p.shape, flag) for p in tiny
         }
+
+
+def test_the_workloads_of_real_projects_are_measured_under_their_names():
+    """Every one is a cell that exists, and is in the GPU's plan in all passes, early."""
+    found = shapes.workloads()
+    assert len({s.name for s in found}) == len({s.key for s in found}) == len(found)
+    for project in ("bonito-hac", "bonito-sup", "puffer", "sample-factory", "demucs", "pyannote",
+                    "piano", "encodec", "rnnoise", "open-unmix"):  # fmt: skip
+        assert [s for s in found if s.name.startswith(project)], project
+    assert {s.cell for s in found} <= set(REGISTRY)
+    assert {s.dtype for s in found} <= set(shapes.DTYPES)
+    planned = {p.shape: p for p in shapes.gpu_plan() if p.tier == "workloads"}
+    for shape in found:
+        assert planned[shape].passes == shapes.PASSES
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # counted by hand: D * G * H * (inputs + H + 2 biases), layer by layer
+        ("bonito-sup", 5 * 4 * 1024 * (1024 + 1024 + 2)),
+        ("pyannote", 2 * 4 * 128 * (60 + 128 + 2) + 3 * 2 * 4 * 128 * (256 + 128 + 2)),
+        ("piano transcription", 2 * 3 * 256 * (768 + 256 + 2) + 2 * 3 * 256 * (512 + 256 + 2)),
+        ("open-unmix", 2 * 4 * 256 * (512 + 256 + 2) + 2 * 2 * 4 * 256 * (512 + 256 + 2)),
+    ],
+)
+def test_a_workload_has_as_many_parameters_as_its_project(name, parameters):
+    from bench.problem import CLASSES
+
+    (shape,) = [s for s in shapes.workloads() if s.name == name]
+    module = getattr(torch.nn, CLASSES[shape.cell])(
+        shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional, device="meta"
+    )
+    assert sum(p.numel() for p in module.parameters()) == parameters

@@ -2,7 +2,7 @@
 
 Run in a process of its own: triton either interprets or compiles.
 
-    python compile_exchange.py PROTOCOL:DTYPE:TARGET ...        e.g. ll:bf16:90, counter:fp32:gfx942
+    python compile_exchange.py PROTOCOL:DTYPE:TARGET ...        e.g. sentinel:bf16:90
 """
 
 from __future__ import annotations
@@ -10,41 +10,27 @@ from __future__ import annotations
 import json
 import sys
 
-import torch
 import triton
-import triton.language as tl
 from exchange import roundtrip
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedrnn.kernels import sync
-
-DTYPES = {"bf16": (torch.bfloat16, tl.bfloat16), "fp32": (torch.float32, tl.float32)}
-WORDS = {
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+SPLIT = {"bf16": 8, "fp32": 4}
 
 
 def assembly(protocol: str, dtype: str, target: str) -> str:
-    torch_dtype, tl_dtype = DTYPES[dtype]
     constants = {
-        "DTYPE": tl_dtype,
-        "PROTOCOL": protocol,
-        "FLAGS_BLOCK": 32 * roundtrip.NUM_WARPS,
-        "BLOCK_B": roundtrip.BLOCK_B,
         "BLOCK_H": roundtrip.BLOCK_H,
-        "CHUNK": roundtrip.CHUNK,
-        "CHUNKS": 1,
+        "CHUNKS": 3,
+        "AHEAD": 2,
+        "SPLIT": SPLIT[dtype],
+        "PROTOCOL": protocol,
+        "PAIRWISE": int(target) >= 90,
     }
     types = dict.fromkeys(roundtrip.exchange_kernel.arg_names, "i32")
     types |= dict.fromkeys(constants, "constexpr")
-    types |= {name: f"*{dtype}" for name in ("x_ptr", "h0_ptr", "output_ptr")}
-    types |= {"ring_ptr": WORDS[sync.ring_dtype(torch_dtype, protocol)], "decay": "fp32"}
-    types |= {"signal_ptr": "*i32", "error_ptr": "*i32"}
+    types |= {name: f"*{dtype}" for name in ("x_ptr", "h0_ptr", "output_ptr", "ring_ptr")}
+    types |= {"decay": "fp32", "signal_ptr": "*i32", "error_ptr": "*i32"}
     names = list(types)
     divisible = [n for n, t in types.items() if t[0] == "*"] + ["ring_stride", "H"]
     source = ASTSource(
@@ -53,12 +39,10 @@ def assembly(protocol: str, dtype: str, target: str) -> str:
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    if target.startswith("gfx"):
-        gpu, output = GPUTarget("hip", target, 64), "amdgcn"
-    else:
-        gpu, output = GPUTarget("cuda", int(target), 32), "ptx"
-    options = {"num_warps": roundtrip.NUM_WARPS, "num_stages": 1}
-    return triton.compile(source, target=gpu, options=options).asm[output]
+    options = {"num_warps": SPLIT[dtype], "num_stages": 1}
+    return triton.compile(source, target=GPUTarget("cuda", int(target), 32), options=options).asm[
+        "ptx"
+    ]
 
 
 if __name__ == "__main__":

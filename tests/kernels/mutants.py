@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from races import Race
 from scheduler import Deadlock
 
@@ -27,6 +28,8 @@ class Mutant:
         kernel: changes to the kernel that uses it.
         caught: how it may show.
         always: in every interleaving, not only in some.
+        lap: steps of a lap of the sentinel's ring.
+        dtype, pairwise: where only they run the changed line.
     """
 
     name: str
@@ -35,333 +38,466 @@ class Mutant:
     sync: tuple[Change, ...] = ()
     kernel: tuple[Change, ...] = ()
     always: bool = field(default=False, kw_only=True)
+    lap: int = field(default=2, kw_only=True)
+    dtype: torch.dtype = field(default=torch.float32, kw_only=True)
+    pairwise: bool = field(default=False, kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.protocol}: {self.name}"
 
 
-_RELEASE_RELAXED = Change('sem="release"', 'sem="relaxed"')
-_ACQUIRE_RELAXED = Change('sem="acquire"', 'sem="relaxed"')
-_RELEASE_IN_BLOCK = Change('sem="release", scope="gpu"', 'sem="release", scope="cta"')
-_ACQUIRE_IN_BLOCK = Change('sem="acquire", scope="gpu"', 'sem="acquire", scope="cta"')
-_ONE_SLOT = Change("index = step & 1", "index = step & 0")
-_THROUGH_L1 = Change('other=0.0, cache_modifier=".cg"', "other=0.0")
-_BARRIER = "        tl.debug_barrier()\n"
-_ADD = "        tl.atomic_add(signal_ptr, alive"
-_MAX = "        tl.atomic_max(signal_ptr + program, step"
-_COUNTER_VERDICT = "        alive = _verdict(arrived >= target"
-_FLAGS_VERDICT = "        arrived = tl.min(tl.where(mask, flags, step))"
-_FLAGS_POLL = "tl.load(signal_ptr + offs, mask=mask, other=step, volatile=True)"
-_NO_POLL = (
-    Change("while (late != 0) &", "while (late < 0) &"),
-    Change("_verdict(late == 0", "_verdict(late >= 0"),
+# Of the counter, in every step or once a lap.
+_ADD = "    tl.atomic_add(signal_ptr, 1"
+_BARRIER = "    tl.debug_barrier()\n"
+_VERDICT = "    if arrived < target:"
+_ORDER = {
+    "release relaxed": (Change('sem="release"', 'sem="relaxed"'),),
+    "acquire relaxed": (Change('sem="acquire"', 'sem="relaxed"'),),
+    "release in its block": (Change('sem="release", scope="gpu"', 'sem="release", scope="cta"'),),
+    "acquire in its block": (Change('sem="acquire", scope="gpu"', 'sem="acquire", scope="cta"'),),
+    "no barrier before the release": (Change(_BARRIER + _ADD, _ADD),),
+    "no barrier after the acquire": (Change(_BARRIER + _VERDICT, _VERDICT),),
+}
+_NO_WAIT = (
+    Change("while (arrived < target) &", "while (arrived < 0) &"),
+    Change(_VERDICT, "    if arrived < 0:"),
+    Change("return arrived >= target", "return arrived >= 0"),
 )
-_POLL_PAST_L1_ONLY = Change("other=0, volatile=True", 'other=0, cache_modifier=".cg"')
-
-COUNTER = (
-    Mutant(
-        "no wait",
-        "counter",
-        (Race,),
-        (
-            Change("(arrived < target) &", "(arrived < 0) &"),
-            Change("_verdict(arrived >= target", "_verdict(arrived >= 0"),
+_TARGET = {"counter": "step * n_programs", "sentinel": "step // LAP * n_programs"}
+_BEFORE = {"counter": "(step - 1) * n_programs", "sentinel": "(step // LAP - 1) * n_programs"}
+_AFTER = {"counter": "(step + 1) * n_programs", "sentinel": "(step // LAP + 1) * n_programs"}
+BARRIERS = tuple(
+    mutant
+    for protocol in ("counter", "sentinel")
+    for mutant in (
+        Mutant("no wait", protocol, (Race,), _NO_WAIT),
+        Mutant("no arrival", protocol, (Deadlock,), (Change(_ADD, _ADD[:-1] + "0"),), always=True),
+        Mutant("arrives twice", protocol, (Race,), (Change(_ADD, _ADD[:-1] + "2"),)),
+        Mutant(
+            "waits for those before",
+            protocol,
+            (Race,),
+            (
+                Change(
+                    f"_wait(signal_ptr, {_TARGET[protocol]},",
+                    f"_wait(signal_ptr, {_BEFORE[protocol]},",
+                ),
+            ),
         ),
-    ),
-    Mutant("no arrive", "counter", (Deadlock,), (Change(_ADD, _ADD + " * 0"),), always=True),
-    Mutant("arrive twice", "counter", (Race,), (Change(_ADD, _ADD + " * 2"),)),
-    Mutant(
-        "waits for the step before",
-        "counter",
-        (Race,),
-        (Change("target = step * n_programs", "target = (step - 1) * n_programs"),),
-    ),
-    Mutant(
-        "waits for the step after",
-        "counter",
-        (Deadlock,),
-        (Change("target = step * n_programs", "target = (step + 1) * n_programs"),),
-        always=True,
-    ),
-    Mutant(
-        "waits for all but one",
-        "counter",
-        (Race,),
-        (Change("target = step * n_programs", "target = step * n_programs - 1"),),
-    ),
-    Mutant("release relaxed", "counter", (Race,), (_RELEASE_RELAXED,), always=True),
-    Mutant("acquire relaxed", "counter", (Race,), (_ACQUIRE_RELAXED,), always=True),
-    Mutant("release in its block", "counter", (Race,), (_RELEASE_IN_BLOCK,), always=True),
-    Mutant("acquire in its block", "counter", (Race,), (_ACQUIRE_IN_BLOCK,), always=True),
-    Mutant(
-        "no barrier before the release",
-        "counter",
-        (Race,),
-        (Change(_BARRIER + _ADD, _ADD),),
-        always=True,
-    ),
-    Mutant(
-        "no barrier after the acquire",
-        "counter",
-        (Race,),
-        (Change(_BARRIER + _COUNTER_VERDICT, _COUNTER_VERDICT),),
-        always=True,
-    ),
-    Mutant("reads through L1", "counter", (Race,), (_THROUGH_L1,), always=True),
-    Mutant("one slot", "counter", (Race,), (_ONE_SLOT,)),
-)
-
-FLAGS = (
-    Mutant(
-        "no wait",
-        "flags",
-        (Race,),
-        (Change("(seen < step) &", "(seen < 0) &"), Change("arrived >= step", "arrived >= 0")),
-    ),
-    Mutant("no arrive", "flags", (Deadlock,), (Change(_MAX, _MAX + " * 0"),), always=True),
-    Mutant(
-        "waits for the step before",
-        "flags",
-        (Race,),
-        (
-            Change("(seen < step) &", "(seen < step - 1) &"),
-            Change("arrived >= step", "arrived >= step - 1"),
+        Mutant(
+            "waits for those after",
+            protocol,
+            (Deadlock,),
+            (
+                Change(
+                    f"_wait(signal_ptr, {_TARGET[protocol]},",
+                    f"_wait(signal_ptr, {_AFTER[protocol]},",
+                ),
+            ),
+            always=True,
         ),
-    ),
-    Mutant(
-        "forgets one flag",
-        "flags",
-        (Race,),
-        (Change("mask = offs < n_programs", "mask = offs < n_programs - 1"),),
-    ),
-    Mutant("release relaxed", "flags", (Race,), (_RELEASE_RELAXED,), always=True),
-    Mutant("acquire relaxed", "flags", (Race,), (_ACQUIRE_RELAXED,), always=True),
-    Mutant("release in its block", "flags", (Race,), (_RELEASE_IN_BLOCK,), always=True),
-    Mutant("acquire in its block", "flags", (Race,), (_ACQUIRE_IN_BLOCK,), always=True),
-    Mutant(
-        "no barrier before the release",
-        "flags",
-        (Race,),
-        (Change(_BARRIER + _MAX, _MAX),),
-        always=True,
-    ),
-    Mutant(
-        "no barrier after the acquire",
-        "flags",
-        (Race,),
-        (Change(_BARRIER + _FLAGS_VERDICT, _FLAGS_VERDICT),),
-        always=True,
-    ),
-    Mutant(
-        "polls through L1",  # where nothing invalidates it, it never sees what it waits for
-        "flags",
-        (Race, RuntimeError),
-        (Change(_FLAGS_POLL, _FLAGS_POLL.replace(", volatile=True", "")),),
-    ),
-    Mutant("reads through L1", "flags", (Race,), (_THROUGH_L1,), always=True),
-    Mutant("one slot", "flags", (Race,), (_ONE_SLOT,)),
+        Mutant(
+            "waits for all but one",
+            protocol,
+            (Race,),
+            (Change(f"{_TARGET[protocol]},", f"{_TARGET[protocol]} - 1,"),),
+        ),
+        *(
+            Mutant(name, protocol, (Race,), changes, always=True)
+            for name, changes in _ORDER.items()
+        ),
+    )
 )
 
-_LL_BARRIER = "            tl.debug_barrier()\n    else:"
-LL = (
-    Mutant("no poll", "ll", (WrongResult, Race), _NO_POLL),
+COUNTER = (Mutant("one slot", "counter", (Race,), (Change("index = step % 2\n", "index = 0\n"),)),)
+
+_AGAIN = "if (step > LAP) & (step + LAP <= last):"
+_AGAIN_SLOT = "slot(step + LAP, PROTOCOL)"
+_AGAIN_VALUE = "_store(again_ptr + offs, tl.zeros_like(bits) + minus_zero)"
+_VALUE = "ring_ptr + slot(step, PROTOCOL) * slot_size + offs, bits)\n        step ="
+_LAST_VECTOR = "for n in vectors[1:]:"
+SLOTS = (
     Mutant(
-        "no barrier after the poll",
-        "ll",
+        "minus zero is not remapped",
+        "sentinel",
+        (Race, Deadlock),
+        (Change("tl.where(bits == minus_zero, tl.zeros_like(bits), bits)", "bits"),),
+        always=True,
+    ),
+    Mutant(
+        "publishes a part",
+        "sentinel",
+        (Race, Deadlock),
+        (Change(_VALUE, _VALUE.replace("+ offs", "+ offs // 2 * 2")),),
+        always=True,
+    ),
+    Mutant("a ring of one lap", "sentinel", (Race, Deadlock), (Change("% (2 * LAP)", "% LAP"),)),
+    Mutant("laps of one step", "sentinel", (Race, Deadlock), lap=1),
+    Mutant(
+        "takes nothing back", "sentinel", (Race,), (Change(_AGAIN, "if step > last:"),), always=True
+    ),
+    Mutant(
+        "takes a part back",
+        "sentinel",
         (Race,),
-        (Change(_LL_BARRIER, "            pass\n    else:"),),
-    ),
-    Mutant(
-        "expects the step before",
-        "ll",
-        (WrongResult, Race, Deadlock),
-        (Change("words.to(tl.int32) != step", "words.to(tl.int32) != step - 1"),),
-    ),
-    Mutant(
-        "expects the step after",
-        "ll",
-        (Deadlock,),
-        (Change("words.to(tl.int32) != step", "words.to(tl.int32) != step + 1"),),
+        (Change(_AGAIN_VALUE, _AGAIN_VALUE.replace("+ offs", "+ offs // 2 * 2")),),
         always=True,
     ),
     Mutant(
-        "stores another step",
-        "ll",
-        (Deadlock,),
-        (Change("word = (bits << 32) | step", "word = (bits << 32) | (step + 1)"),),
+        "takes back with plus zero",
+        "sentinel",
+        (Race,),
+        (Change(_AGAIN_VALUE, _AGAIN_VALUE.replace(" + minus_zero", "")),),
         always=True,
     ),
-    Mutant("polls without volatile", "ll", (Race,), (_POLL_PAST_L1_ONLY,), always=True),
-    Mutant("one slot", "ll", (Race, Deadlock), (_ONE_SLOT,)),
     Mutant(
-        "ring not cleared",
-        "ll",
-        (WrongResult, Race),
-        (Change("ring = torch.zeros(shape", "ring = torch.ones(shape"),),
+        "takes back the slot after",
+        "sentinel",
+        (Race, Deadlock),
+        (Change(_AGAIN_SLOT, "slot(step + LAP + 1, PROTOCOL)"),),
+        always=True,
+    ),
+    Mutant(
+        "takes back what may be read",
+        "sentinel",
+        (Race, Deadlock),
+        (Change(_AGAIN, "if step > 1:"), Change(_AGAIN_SLOT, "slot(step - 1, PROTOCOL)")),
+    ),
+    Mutant(
+        "takes back right before it is polled",
+        "sentinel",
+        (Race, Deadlock),
+        (
+            Change(_AGAIN, "if step >= 2 * LAP:"),
+            Change(_AGAIN_SLOT, "slot(step + 1, PROTOCOL)"),
+        ),
+        always=True,
+        lap=3,  # in a lap of two steps a barrier would lie between
+    ),
+    Mutant(
+        "no lap is waited for",
+        "sentinel",
+        (Race,),
+        (Change("elif step % LAP == 0:", "elif step < 0:"),),
+        always=True,
+    ),
+    Mutant(
+        "the first lap is not waited for",
+        "sentinel",
+        (Race,),
+        (Change("elif step % LAP == 0:", "elif (step % LAP == 0) & (step > 2 * LAP):"),),
+        always=True,
+    ),
+    Mutant(
+        "arrives at no lap",
+        "sentinel",
+        (Deadlock,),
+        (Change("elif tl.cast(step, tl.int32) % LAP == 0:", "elif tl.cast(step, tl.int32) < 0:"),),
+        always=True,
+    ),
+    Mutant(
+        "the ring is not filled",
+        "sentinel",
+        (Race, WrongResult),
+        (Change("torch.full((*blocks, *elements), -0.0", "torch.full((*blocks, *elements), 0.0"),),
+        always=True,
+    ),
+    Mutant(
+        "units that nobody owns are polled",
+        "sentinel",
+        (Deadlock,),
+        (
+            Change("*half)] = 0.0", "*half)] = -0.0"),
+            Change("block + (rest > 0) :] = 0.0", "block + (rest > 0) :] = -0.0"),
+        ),
+        always=True,
     ),
 )
 
-SENTINEL = (
-    Mutant("no poll", "sentinel", (WrongResult, Race), _NO_POLL),
-    Mutant("polls without volatile", "sentinel", (Race,), (_POLL_PAST_L1_ONLY,), always=True),
+_PAIRS = {"dtype": torch.float16, "pairwise": True}
+_HALVES = {"dtype": torch.bfloat16, "pairwise": False}
+POLLS = (
     Mutant(
-        "slots used again",
+        "no poll",
         "sentinel",
         (WrongResult, Race),
-        (Change("        index = step\n", "        index = step & 1\n"),),
+        (Change("@!missing bra DONE;", "bra DONE;"),),
     ),
     Mutant(
-        "ring not filled",
+        "looks at one vector",
         "sentinel",
         (WrongResult, Race),
-        (Change("ring = torch.full(shape, -1", "ring = torch.full(shape, 0"),),
+        (Change(_LAST_VECTOR, "for n in vectors[:0]:"),),
+    ),
+    Mutant(
+        "asks for all but one again",
+        "sentinel",
+        (Deadlock,),
+        (Change('{load(n)}" for n in vectors]', '{load(n)}" for n in vectors[1:]]'),),
+    ),
+    Mutant(
+        "asks for what is there",
+        "sentinel",
+        (Deadlock,),
+        (Change('f"@late{n} {load(n)}"', 'f"@!late{n} {load(n)}"'),),
+    ),
+    Mutant(
+        "looks at three words of four",
+        "sentinel",
+        (WrongResult, Race),
+        (Change('"min.s32 x, {3}, {4};"', '"min.s32 x, {3}, {3};"'),),
+    ),
+    Mutant(
+        "looks at three pairs of four",
+        "sentinel",
+        (WrongResult, Race),
+        (Change('"min.s16x2 x, {3}, {4};"', '"min.s16x2 x, {3}, {3};"'),),
+        **_PAIRS,
+    ),
+    Mutant(
+        "waits only for what lacks both halves",
+        "sentinel",
+        (WrongResult, Race),
+        (Change('"min.s16x2 x, x, {0};"', '"mov.b32 x, {0};"'),),
+        **_PAIRS,
+    ),
+    Mutant(
+        "looks at three words of four, bit by bit",
+        "sentinel",
+        (WrongResult, Race),
+        (Change("for i in range(1, 5):", "for i in range(1, 4):"),),
+        **_HALVES,
+    ),
+    *(
+        Mutant(
+            f"forgets the {name} half",
+            "sentinel",
+            (WrongResult, Race),
+            (Change('"and.b32 x, {0}, 0x80008000;"', f'"and.b32 x, {{0}}, {bits};"'),),
+            **_HALVES,
+        )
+        for name, bits in (("upper", "0x00008000"), ("lower", "0x80000000"))
+    ),
+)
+
+# What a time-out needs. These show only where there is one.
+TIME_OUTS = (
+    Mutant(
+        "forgets NaN",
+        "sentinel",
+        (),
+        (Change('*(f"mov.b32 {word}, {nan};" for vector in words for word in vector)', "*()"),),
+    ),
+    Mutant(
+        "tells nobody",
+        "sentinel",
+        (),
+        (Change('f"st.relaxed.gpu.global.b32 [${gave_up}], ${step};",', ""),),
+    ),
+    Mutant(
+        "listens to nobody",
+        "sentinel",
+        (),
+        (Change('"setp.eq.s32 missing, told, 0;"', '"setp.eq.s32 missing, 0, 0;"'),),
+    ),
+    Mutant("forgets NaN", "counter", (), (Change('tl.where(ok, 0.0, float("nan"))', "0.0"),)),
+    Mutant(
+        "tells nobody",
+        "counter",
+        (),
+        (
+            Change(
+                "tl.atomic_max(signal_ptr + _GAVE_UP, step",
+                "tl.atomic_max(signal_ptr + _GAVE_UP, 0",
+            ),
+        ),
+    ),
+    Mutant(
+        "listens to nobody",
+        "counter",
+        (),
+        (Change("tl.where(gave_up != 0,", "tl.where(spins < 0,"),),
+    ),
+    Mutant(
+        "tells the last step that was missed",
+        "counter",
+        (),
+        (Change("        if gave_up == 0:", "        if gave_up >= 0:"),),
+    ),
+    Mutant(
+        "lets those who go on stand for the missing",
+        "counter",
+        (),
+        (Change("tl.atomic_min(signal_ptr, -(2**31)", "tl.atomic_min(signal_ptr, 2**30"),),
+    ),
+    *(
+        Mutant(
+            "reports nothing",
+            protocol,
+            (),
+            (Change("tl.store(error_ptr, step, mask=step != 0)", "pass"),),
+        )
+        for protocol in ("counter", "sentinel")
     ),
 )
 
 # Mistakes of a caller, made in bench/roundtrip.py.
-_STORE = "sync.store(slot_ptr, rows * H + units, h, own_mask, t + 2, PROTOCOL)"
-_ARRIVE = "sync.arrive(signal_ptr, program, t + 2, alive, PROTOCOL)"
-_LOAD_MASK = "masks = masks + ((batch < B) & (others < H),)"
+_PUBLISH = "sync.publish(ring_ptr, SLOT, own, h, t + 2, T + 1, PROTOCOL)"
+_ARRIVE = "sync.arrive(signal_ptr, t + 2, PROTOCOL)"
+_WAIT = "sync.wait(signal_ptr, t + 1, "
 CALLER = (
-    *(
-        Mutant(
-            "arrives before it has stored",
-            protocol,
-            (Race,),
-            kernel=(Change(f"{_STORE}\n        {_ARRIVE}", f"{_ARRIVE}\n        {_STORE}"),),
-            always=True,
-        )
-        for protocol in ("counter", "flags")
+    Mutant(
+        "arrives before it has published",
+        "counter",
+        (Race,),
+        kernel=(Change(f"{_PUBLISH}\n        {_ARRIVE}", f"{_ARRIVE}\n        {_PUBLISH}"),),
+        always=True,
+    ),
+    Mutant(
+        "waits for the step before",
+        "counter",
+        (Race,),
+        kernel=(Change(_WAIT, "sync.wait(signal_ptr, tl.maximum(t, 1), "),),
+    ),
+    Mutant(
+        "waits for the lap after a poll that needs it",
+        "sentinel",
+        (Race,),
+        kernel=(Change(_WAIT, "sync.wait(signal_ptr, tl.maximum(t - 1, 1), "),),
+        always=True,
+    ),
+    Mutant(
+        "the last step is not taken back",
+        "sentinel",
+        (Race,),
+        kernel=(Change(_PUBLISH, _PUBLISH.replace("T + 1", "T")),),
+        always=True,
     ),
     *(
         mutant
-        for protocol in ("ll", "sentinel")
+        for protocol in ("counter", "sentinel")
         for mutant in (
             Mutant(
-                "polls what is not stored",
+                "publishes less than is read",
                 protocol,
-                (Deadlock,),
-                kernel=(Change(_LOAD_MASK, _LOAD_MASK.replace("batch < B", "rows < BLOCK_B")),),
+                (WrongResult, Deadlock, Race),
+                kernel=(Change(_PUBLISH, _PUBLISH.replace("own,", "own // 2 * 2,")),),
                 always=True,
             ),
             Mutant(
-                "polls less than is stored",
+                "publishes another step",
                 protocol,
-                (WrongResult,),
-                kernel=(Change(_LOAD_MASK, _LOAD_MASK.replace("< H)", "< H) & (others != 1)")),),
+                (WrongResult, Deadlock, Race),
+                kernel=(Change(_PUBLISH, _PUBLISH.replace("t + 2", "t + 3")),),
                 always=True,
             ),
             Mutant(
-                "stores less than is polled",
+                "reads the slot of the step after",
                 protocol,
-                (Deadlock,),
-                kernel=(Change(_STORE, _STORE.replace("own_mask", "own_mask & (units != 1)")),),
+                (WrongResult, Deadlock, Race),
+                kernel=(Change("sync.slot(t + 1, PROTOCOL)", "sync.slot(t + 2, PROTOCOL)"),),
                 always=True,
             ),
-        )
-    ),
-    *(
-        Mutant(
-            "waits for the step before",
-            protocol,
-            (Race,),
-            kernel=(Change("signal_ptr, t + 1, n_programs", "signal_ptr, t, n_programs"),),
-        )
-        for protocol in ("counter", "flags")
-    ),
-    *(
-        Mutant(
-            "reads the slot of the step after",
-            protocol,
-            caught,
-            kernel=(Change("sync.slot(t + 1, PROTOCOL)", "sync.slot(t + 2, PROTOCOL)"),),
-            always=True,
-        )
-        for protocol, caught in (
-            ("counter", (Race, WrongResult)),
-            ("flags", (Race, WrongResult)),
-            ("ll", (Deadlock,)),
-            ("sentinel", (Deadlock,)),
         )
     ),
 )
 
-# Mistakes of the time loops, made in kernels/scan_forward.py and kernels/scan_backward.py.
-_FORWARD_STORE = "sync.store(slot_ptr, offs_own, h, mask_h, step + 2, PROTOCOL)"
-_FORWARD_ARRIVE = "sync.arrive(signal_ptr, tl.program_id(0), step + 2, alive, PROTOCOL)"
-_BACKWARD_STORE = "sync.store(slot_ptr, offs_gate, rounded[g], mask_h, step + 1, PROTOCOL)"
-_BACKWARD_ARRIVE = "sync.arrive(signal_ptr, tl.program_id(0), step + 1, alive, PROTOCOL)"
-_LOOP_WAIT = "signal_ptr,\n                step + 1,\n"
-FORWARD = (
+# Mistakes of the time loops, made in kernels/product.py, scan_forward.py and scan_backward.py.
+_LOOP_WAIT = "sync.wait(signal_ptr, step,"
+PRODUCT = (
     Mutant(
-        "forward waits for the step before",
+        "waits for the step before",
         "counter",
         (Race,),
-        kernel=(Change(_LOOP_WAIT, _LOOP_WAIT.replace("step + 1", "step")),),
+        kernel=(Change(_LOOP_WAIT, "sync.wait(signal_ptr, tl.maximum(step - 1, 1),"),),
+    ),
+    Mutant(
+        "waits for the lap after a poll that needs it",
+        "sentinel",
+        (Race,),
+        kernel=(Change(_LOOP_WAIT, "sync.wait(signal_ptr, tl.maximum(step - 2, 1),"),),
+        always=True,
+    ),
+    Mutant(
+        "reads the slot of the step after",
+        "sentinel",
+        (Deadlock,),
+        kernel=(Change("sync.slot(step, PROTOCOL)", "sync.slot(step + 1, PROTOCOL)"),),
+        always=True,
+    ),
+)
+_FORWARD_PUBLISH = "sync.publish(ring_ptr, SLOT, offs_own, h, step + 2, T + 1, PROTOCOL)"
+_FORWARD_ARRIVE = "sync.arrive(signal_ptr, step + 2, PROTOCOL)"
+FORWARD = (
+    Mutant(
+        "forward arrives before it has published",
+        "counter",
+        (Race,),
+        kernel=(
+            Change(_FORWARD_ARRIVE, "pass"),
+            Change(_FORWARD_PUBLISH, f"{_FORWARD_ARRIVE}; {_FORWARD_PUBLISH}"),
+        ),
+        always=True,
     ),
     Mutant(
         "forward arrives with the step before",
-        "flags",
+        "sentinel",
         (Deadlock,),
         kernel=(Change(_FORWARD_ARRIVE, _FORWARD_ARRIVE.replace("step + 2", "step + 1")),),
         always=True,
     ),
     Mutant(
-        "forward stores less than is polled",
-        "ll",
-        (Deadlock,),
-        kernel=(Change(_FORWARD_STORE, _FORWARD_STORE.replace("mask_h", "mask_h & (own_h != 1)")),),
+        "forward publishes less than is polled",
+        "sentinel",
+        (Race, Deadlock),
+        kernel=(
+            Change(_FORWARD_PUBLISH, _FORWARD_PUBLISH.replace("offs_own", "offs_own // 2 * 2")),
+        ),
         always=True,
     ),
     Mutant(
-        "forward reads the slot of the step after",
+        "forward does not take the last steps back",
         "sentinel",
-        (Deadlock,),
-        kernel=(Change("sync.slot(step + 1, PROTOCOL)", "sync.slot(step + 2, PROTOCOL)"),),
+        (Race,),
+        kernel=(Change(_FORWARD_PUBLISH, _FORWARD_PUBLISH.replace("T + 1", "T - 1")),),
         always=True,
     ),
 )
+_BACKWARD_PUBLISH = "for g in tl.static_range(len(rounded)):"
+_BACKWARD_ARRIVE = "    sync.arrive(signal_ptr, step, PROTOCOL)\n"
 BACKWARD = (
     Mutant(
-        "backward waits for the step before",
+        "backward arrives before it has published",
         "counter",
         (Race,),
-        kernel=(Change(_LOOP_WAIT, _LOOP_WAIT.replace("step + 1", "step")),),
-    ),
-    Mutant(
-        "backward arrives before it has stored",
-        "flags",
-        (Race,),
         kernel=(
-            Change(f"            {_BACKWARD_ARRIVE}\n", ""),
+            Change(_BACKWARD_ARRIVE, ""),
             Change(
-                f"            for g in tl.static_range(G):\n"
-                f"                offs_gate = offs_own + g * H\n"
-                f"                {_BACKWARD_STORE}",
-                f"            {_BACKWARD_ARRIVE}\n"
-                f"            for g in tl.static_range(G):\n"
-                f"                offs_gate = offs_own + g * H\n"
-                f"                {_BACKWARD_STORE}",
+                f"    {_BACKWARD_PUBLISH}\n        offs = ",
+                f"{_BACKWARD_ARRIVE}    {_BACKWARD_PUBLISH}\n        offs = ",
             ),
         ),
         always=True,
     ),
     Mutant(
-        "backward stores less than is polled",
-        "ll",
+        "backward publishes less than is polled",
+        "sentinel",
         (Deadlock,),
         kernel=(
-            Change(_BACKWARD_STORE, _BACKWARD_STORE.replace("mask_h", "mask_h & (own_h != 1)")),
+            Change(
+                f"{_BACKWARD_PUBLISH}\n        offs = ",
+                f"{_BACKWARD_PUBLISH.replace(')):', ') - 1):')}\n        offs = ",
+            ),
         ),
         always=True,
     ),
     Mutant(
-        "backward stores another step",
-        "ll",
-        (Deadlock,),
-        kernel=(Change(_BACKWARD_STORE, _BACKWARD_STORE.replace("step + 1", "step + 2")),),
+        "backward does not take the last step back",
+        "sentinel",
+        (Race,),
+        kernel=(Change("rounded, step + 2, T + 1,", "rounded, step + 2, T,"),),
         always=True,
     ),
 )
 
-SYNC = (*COUNTER, *LL, *FLAGS, *SENTINEL)
+SYNC = (*BARRIERS, *COUNTER, *SLOTS, *POLLS)

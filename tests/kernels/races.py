@@ -14,9 +14,18 @@ number of barriers it has passed, its *epoch*:
 
 Every program has two clocks. `seen[p][q]`: the last epoch of q whose *stores* p may read.
 `done[p][q]`: the last epoch of q whose *loads* are known to be over, so that p may overwrite
-what they read. An acquire moves both. In a ring whose words carry their own step (declared with
-`Detector.polled`), reading another program's word moves only the second: the value itself is
-all that was published, but it shows that its writer had finished its loads before.
+what they read. An acquire moves both.
+
+A ring whose values are their own flags (declared with `Detector.polled`) is read and written at
+the same time, and has rules of its own:
+
+- A cell takes a value only where it holds the sentinel: else a reader may take the old for the new.
+- Who polls a cell must have seen the store that put the sentinel back: else it may still find the
+  value before that.
+- Reading another program's value orders no stores; but it shows that its writer's loads were over,
+  because the value was computed from all that its writer had polled, by all threads of the writer.
+  `taken[p][q]` counts those, in *turns*: the stores that each program has made to such a ring.
+- Whoever stores into a cell that may be read by a turn it has not heard of, is too early.
 
 The detector also demands that what another program wrote in this launch is read past L1, that a
 polled ring is read volatile, that a program does not read back across its threads what it has
@@ -52,6 +61,7 @@ class Access:
     mask: Any
     volatile: bool = False
     bypass: bool = False
+    values: np.ndarray | None = None  # what is stored, where that matters
 
     def __post_init__(self) -> None:
         addresses = self.pointers.data
@@ -73,8 +83,7 @@ class _Region:
     n_bytes: int
     cell: int  # bytes
     n_programs: int
-    polled: bool
-    ignored: bool
+    sentinel: int | None  # the bits of it, in a polled ring
     writer: np.ndarray = field(init=False)
     write_epoch: np.ndarray = field(init=False)
     write: np.ndarray = field(init=False)  # number of the write
@@ -84,6 +93,9 @@ class _Region:
     # has been overwritten since.
     pending: np.ndarray = field(init=False)
     doomed: np.ndarray = field(init=False)
+    armed: np.ndarray = field(init=False)  # whether it holds the sentinel
+    armer: np.ndarray = field(init=False)  # who put it back last, and when
+    arm_epoch: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         n = -(-self.n_bytes // self.cell)
@@ -92,8 +104,16 @@ class _Region:
         self.write = np.zeros(n, np.int64)
         self.atomic = np.zeros(n, bool)
         self.read_epoch = np.zeros((self.n_programs, n), np.int32)
-        self.pending = np.zeros((self.n_programs, n if self.polled else 0), bool)
+        n = n if self.polled else 0
+        self.pending = np.zeros((self.n_programs, n), bool)
         self.doomed = np.zeros_like(self.pending)
+        self.armed = np.zeros(n, bool)
+        self.armer = np.full(n, _NOBODY, np.int32)
+        self.arm_epoch = np.zeros(n, np.int32)
+
+    @property
+    def polled(self) -> bool:
+        return self.sentinel is not None
 
     def cells(self, access: Access) -> np.ndarray:
         offsets = access.addresses.astype(np.int64) - self.base
@@ -105,7 +125,7 @@ class _Region:
 
 
 class Detector:
-    """Watches launches; `polled` and `ignore` declare what its rules cannot know."""
+    """Watches launches; `polled` and `error_word` declare what its rules cannot know."""
 
     def __init__(self) -> None:
         self._polled: list[torch.Tensor] = []
@@ -113,17 +133,21 @@ class Detector:
         self.regions: list[_Region] = []
 
     def polled(self, ring: torch.Tensor) -> None:
-        """Declares a ring whose words carry their own step, so that readers poll them."""
+        """Declares a ring in which -0.0 stands where there is no value yet."""
         self._polled.append(ring)
 
-    def error_word(self, word: torch.Tensor) -> None:
-        """Declares the word that a timeout sets. Anybody may; and nothing holds after it."""
-        self._error_words.append(word)
+    def error_word(self, words: torch.Tensor) -> None:
+        """Declares words, [n], that a time-out sets. Anybody may; and nothing holds after it."""
+        self._error_words.append(words)
 
     def begin(self, n_programs: int, tensors: list[torch.Tensor]) -> None:
         """Forgets the last launch: between launches everything is ordered."""
-        polled = {t.untyped_storage().data_ptr() for t in self._polled}
-        ignored = {t.untyped_storage().data_ptr() for t in self._error_words}
+        polled = {t.untyped_storage().data_ptr(): t for t in self._polled}
+        self.ignored = {
+            words.data_ptr() + n * words.stride(0) * words.element_size()
+            for words in self._error_words
+            for n in range(words.numel())
+        }
         storages: dict[int, list[torch.Tensor]] = {}
         for tensor in tensors:
             if tensor.untyped_storage().nbytes():
@@ -135,11 +159,14 @@ class Detector:
                 n_bytes=views[0].untyped_storage().nbytes(),
                 cell=min(t.element_size() for t in views),
                 n_programs=n_programs,
-                polled=base in polled,
-                ignored=base in ignored,
+                sentinel=1 << 8 * views[0].element_size() - 1 if base in polled else None,
             )
             for base, views in storages.items()
         ]
+        for region in self.regions:
+            if region.polled:
+                ring = polled[region.base]
+                region.armed = ((ring == 0) & ring.signbit()).view(-1).numpy()
         self.epoch = np.ones(n_programs, np.int32)
         self.seen = np.zeros((n_programs, n_programs), np.int32)
         self.done = np.zeros((n_programs, n_programs), np.int32)
@@ -148,7 +175,10 @@ class Detector:
         self.released: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by address
         self.numbers = itertools.count(1)
         self.tile_of: dict[int, int] = {}  # by number of the write
-        self.done_of: dict[int, np.ndarray] = {}  # what a polled word shows, by number
+        self.turn = np.ones(n_programs, np.int32)
+        self.taken = np.zeros((n_programs, n_programs), np.int32)
+        self.coming_taken = np.zeros_like(self.taken)  # read since the last turn
+        self.taken_of: dict[int, np.ndarray] = {}  # what a polled value shows, by number
 
     # The four kinds of event.
 
@@ -163,9 +193,12 @@ class Detector:
         if region.polled:
             if not access.volatile:
                 self._report(region, access, "reads a polled ring without volatile", foreign)
+            armer = region.armer[cells]
+            unseen = (armer != me) & (region.arm_epoch[cells] > self.seen[me][armer])
+            self._report(region, access, "polls what may not be taken back yet", unseen)
             for number in np.unique(region.write[cells][foreign]):
                 np.maximum(
-                    self.coming_done[me], self.done_of[int(number)], out=self.coming_done[me]
+                    self.coming_taken[me], self.taken_of[int(number)], out=self.coming_taken[me]
                 )
             region.pending[me, cells] = True
             region.doomed[me, cells] = False
@@ -187,15 +220,34 @@ class Detector:
         if found is None:
             return
         region, cells = found
+        if region.polled:
+            self._store_polled(region, cells, access)
+            return
         self._check_write(region, cells, access)
         number = next(self.numbers)
-        if region.polled:
-            if access.size != region.cell:
-                raise Race(f"program {access.program} stores part of a word of {region.name}")
-            self._accept(region, access.program)
-            self.done_of[number] = self._published(self.done, access.program)
         self.tile_of[number] = access.tile
         self._note_write(region, cells, access, number, atomic=False)
+
+    def _store_polled(self, region: _Region, cells: np.ndarray, access: Access) -> None:
+        me = access.program
+        if access.size != region.cell or access.values is None:
+            raise Race(f"program {me} stores part of a word of {region.name}, or by a plain store")
+        back = access.values.view(f"u{access.size}") == region.sentinel
+        self._accept(region, access)
+        np.maximum(self.taken[me], self.coming_taken[me], out=self.taken[me])
+        self._check_write(region, cells, access)
+        over = ~region.armed[cells] & ~back
+        self._report(region, access, "stores over what was not taken back", over)
+        shown = self.taken[me].copy()
+        shown[me] = self.turn[me]
+        for which, taken in ((back, np.zeros_like(shown)), (~back, shown)):
+            number = next(self.numbers)
+            self.taken_of[number] = taken
+            self._note_write(region, cells[which], access, number, atomic=False)
+        region.armed[cells] = back
+        region.armer[cells[back]] = me
+        region.arm_epoch[cells[back]] = self.epoch[me]
+        self.turn[me] += 1
 
     def atomic(self, access: Access, sem: Any, scope: Any) -> None:
         found = self._find(access)
@@ -219,9 +271,6 @@ class Detector:
         self._note_write(region, cells, access, next(self.numbers), atomic=True)
 
     def barrier(self, program: int) -> None:
-        for region in self.regions:
-            if region.polled:
-                self._accept(region, program)
         self.epoch[program] += 1
         np.maximum(self.seen[program], self.coming_seen[program], out=self.seen[program])
         np.maximum(self.done[program], self.coming_done[program], out=self.done[program])
@@ -232,9 +281,11 @@ class Detector:
         if not access.addresses.size:
             return None
         address = int(access.addresses[0])
+        if address in self.ignored:
+            return None
         for region in self.regions:
             if region.base <= address < region.base + region.n_bytes:
-                return None if region.ignored else (region, region.cells(access))
+                return region, region.cells(access)
         raise IndexError(f"program {access.program} accesses no tensor of this launch")
 
     def _published(self, clock: np.ndarray, program: int) -> np.ndarray:
@@ -249,24 +300,25 @@ class Detector:
         foreign = (writer != me) & (writer != _NOBODY)
         unordered = foreign & (region.write_epoch[cells] > self.seen[me][writer])
         self._report(region, access, "overwrites what another may be writing", unordered)
-        reading = region.read_epoch[:, cells] > self.done[me][:, None]
+        over = self.taken if region.polled else self.done
+        reading = region.read_epoch[:, cells] > over[me][:, None]
         reading[me] = False
         self._report(region, access, "overwrites what another may be reading", reading.any(0))
         if region.polled:
-            free = (self.epoch > self.done[me])[:, None] & region.pending[:, cells]
-            free[me] = False
-            region.doomed[:, cells] |= free
+            region.doomed[:, cells] |= region.pending[:, cells]
+            region.doomed[me] = False
 
-    def _accept(self, region: _Region, program: int) -> None:
+    def _accept(self, region: _Region, access: Access) -> None:
         """The program polls no more: what it read last is what it takes.
 
         A poll that fails may meet the very store for which it waits. So whether a store came
         too early for a reader shows only when the reader goes on instead of polling again.
         """
-        if (region.doomed[program] & region.pending[program]).any():
-            raise Race(f"program {program} was still reading what was overwritten: {region.name}")
-        region.read_epoch[program, region.pending[program]] = self.epoch[program]
-        region.pending[program] = False
+        me = access.program
+        doomed = region.doomed[me] & region.pending[me]
+        self._report(region, access, "was still reading what was overwritten", doomed)
+        region.read_epoch[me, region.pending[me]] = self.turn[me]
+        region.pending[me] = False
 
     def _note_write(
         self, region: _Region, cells: np.ndarray, access: Access, number: int, *, atomic: bool

@@ -3,8 +3,9 @@
 The interpreter runs one program after the other, so a program that waits for its neighbours
 would wait for ever. Here every program is a thread, and one baton goes round: a program keeps
 it until it reaches an atomic, a volatile load or a load that bypasses L1 (whatever could see
-another program's work), and there a seeded choice says who goes on. The same seed gives the
-same interleaving.
+another program's work), and there a seeded choice says who goes on. Relaxed stores, which promise
+nothing to those who see only some of them, become visible in two parts, dealt out at random. The
+same seed gives the same interleaving.
 
     with cooperative(seed=3, detector=Detector()):
         kernel[grid](...)
@@ -14,6 +15,7 @@ Workspaces from `sync.workspace` made inside the block are declared to the detec
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 import threading
@@ -23,8 +25,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from inline_asm import run_assembly
 from races import Access, Detector
 from triton._C.libtriton import ir
 
@@ -192,11 +196,12 @@ class _Session:
     def workspace(self, protocol: str, **sizes: Any) -> sync.Workspace:
         """A workspace that the detector knows, and whose unwritten words show up in results."""
         space = self.allocate(protocol, **sizes)
-        if space.ring.is_floating_point():
-            space.ring.fill_(float("nan"))
+        if protocol == "counter":
+            space.ring[space.ring.signbit()] = float("nan")
         if self.detector is not None:
             self.detector.error_word(space.error)
-            if protocol in ("ll", "sentinel"):
+            self.detector.error_word(space.signal[:, sync._GAVE_UP.value])
+            if protocol == "sentinel":
                 self.detector.polled(space.ring)
         return space
 
@@ -263,6 +268,33 @@ class _Session:
         self.wrote()
         return self.store(pointers, value, mask, *rest)
 
+    # And what the assembly does: loads and stores of one tile of addresses, past L1.
+
+    def relaxed_load(self, pointers: Any) -> np.ndarray:
+        self.step_aside("load", pointers)
+        if self.detector is not None:
+            access = Access(self.current(), pointers, None, volatile=True, bypass=True)
+            self.detector.load(access)
+        every = np.ones(pointers.data.shape, bool)
+        kind = interpreter._get_np_dtype(pointers.get_element_ty())
+        return interpreter._interpreter.load(pointers.data, every, every.astype(kind), kind)
+
+    def relaxed_store(self, pointers: Any, values: np.ndarray) -> None:
+        if self.launch is None:
+            self._store_part(pointers, values, np.ones(values.shape, bool))
+            return
+        first = np.array(self.launch.random.choices((True, False), k=values.size))
+        for part in (first, ~first):
+            self._store_part(pointers, values, part.reshape(values.shape))
+            self.step_aside("store", pointers)
+
+    def _store_part(self, pointers: Any, values: np.ndarray, part: np.ndarray) -> None:
+        if self.detector is not None:
+            mask = interpreter.TensorHandle(part, tl.int1)
+            self.detector.store(Access(self.current(), pointers, mask, values=values[part]))
+        self.wrote()
+        interpreter._interpreter.store(pointers.data, values, part)
+
     def atomic_rmw(
         self, operation: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any
     ) -> Any:
@@ -323,6 +355,7 @@ def cooperative(
         "create_atomic_rmw": session.atomic_rmw,
         "create_atomic_cas": session.atomic_cas,
         "create_barrier": session.barrier,
+        "create_inline_asm": functools.partial(run_assembly, session),
     }
     if hasattr(BUILDER, "get_cache_policy"):
         hooks["get_cache_policy"] = lambda cache_modifier, eviction_policy: cache_modifier

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from loops import forward_and_backward
 from races import Detector
 from scan_cases import Case
@@ -13,13 +14,18 @@ from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch, sync
 
 CASES = {  # and how many interleavings of each
-    "rnn": (Case(REGISTRY["rnn_tanh"], T=4, B=2, H=20, D=1), 8),
-    "gru, ragged": (Case(REGISTRY["gru"], T=3, B=2, H=20, D=1, lengths=(1, 3)), 4),
+    "rnn": (Case(REGISTRY["rnn_tanh"], T=6, B=2, H=20, D=1), 6),
+    "gru, ragged": (Case(REGISTRY["gru"], T=4, B=2, H=20, D=1, lengths=(2, 4)), 3),
     "lstm, packed, both directions": (
-        Case(REGISTRY["lstm"], T=3, B=3, H=20, D=2, lengths=(3, 2, 1), layout="packed"),
+        Case(REGISTRY["lstm"], T=4, B=3, H=20, D=2, lengths=(4, 2, 1), layout="packed"),
         2,
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def short_laps(monkeypatch):
+    monkeypatch.setattr(sync, "LAP", tl.constexpr(2))
 
 
 def run(case: Case, protocol: str, seed: int | None) -> list[torch.Tensor]:
@@ -43,10 +49,29 @@ def test_timeout_and_the_call_after_it(protocol, monkeypatch):
     """Programs that run one after the other never meet: as on a GPU that cannot hold them all."""
     case, _ = CASES["rnn"]
     right = run(case, protocol, 0)
+    outputs = []
     with monkeypatch.context() as patch:
         patch.setattr(sync, "spin_limit", lambda device: 20)
-        with pytest.raises(RuntimeError, match=r"timed out at step \d: its results are NaN"):
+        patch.setattr(launch, "scan_forward_kernel", Keeping(launch.scan_forward_kernel, outputs))
+        with pytest.raises(RuntimeError, match="timed out at step 1: its results are NaN"):
             run(case, protocol, None)
+    (output,) = outputs
+    assert output.isnan().all()
     launch.check("cpu")
     after = run(case, protocol, 0)
     assert all(torch.equal(a, b) for a, b in zip(right, after, strict=True))
+
+
+class Keeping:
+    """A kernel, which keeps the outputs of its launches."""
+
+    def __init__(self, kernel, outputs):
+        self.kernel = kernel
+        self.outputs = outputs
+
+    def __getitem__(self, grid):
+        def launched(**arguments):
+            self.outputs.append(arguments["output_ptr"])
+            self.kernel[grid](**arguments)
+
+        return launched

@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("jit_binding.py")
 @pytest.mark.parametrize(
     ("module", "H", "dtype", "cooperative"),
     [
-        ("LSTM", 64, "bfloat16", False),
+        ("LSTM", 8, "bfloat16", False),
         ("GRU", 300, "bfloat16", True),
         ("RNN", 300, "float32", True),
     ],

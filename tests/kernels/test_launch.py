@@ -1,7 +1,5 @@
 """What surrounds a launch: the device it goes to, the error word, what is refused."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -114,21 +112,11 @@ def test_the_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     plan = plan_scan(cell, "forward", torch.float32, B=4, H=16, D=1, device=INTERPRETER)
     assert plan.protocol is None
     launch._launch(
-        Kernel(), plan, Rows(3, 4, 4, 1), steps=3, width=16,
-        like=Tensor(torch.device("cuda", 1)), H=16, D=1,
+        Kernel(), plan, Rows(3, 4, 4, 1), steps=3, planes=1,
+        like=Tensor(torch.device("cuda", 1)), w_ptr=torch.empty(1, 3, 16, 16), H=16, D=1,
     )  # fmt: skip
     assert [index for _, index in launched] == [1]
     assert current == [0]
-
-
-def test_slots_of_the_sentinel_protocol_are_counted_in_32_bits():
-    cell = REGISTRY["lstm"]
-    plan = plan_scan(cell, "backward", torch.float32, B=4, H=16, D=1, device=INTERPRETER)
-    plan = replace(plan, protocol="sentinel")
-    like, error = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-    width = 2**16 // plan.block_b
-    with pytest.raises(ValueError, match="'sentinel' has a slot for each step"):
-        launch._exchange(plan, (1, 1, 1), 2**15, width, like, error)
 
 
 def test_gpus_older_than_the_kernels_are_refused(monkeypatch):

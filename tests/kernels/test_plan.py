@@ -1,12 +1,21 @@
 """The plan never asks for more than the device has, for any shape on any device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fusedrnn.cells import REGISTRY
-from fusedrnn.kernels.plan import INTERPRETER, PASSES, Device, candidates, plan_scan
+from fusedrnn.kernels.plan import (
+    INTERPRETER,
+    PASSES,
+    Device,
+    candidates,
+    cycles,
+    placed,
+    plan_scan,
+)
 
 KIB = 1024
 # Shared memory of a program and of a multiprocessor: sm_80, sm_86 / 89 / 120, sm_90 / 100, gfx942.
@@ -67,20 +76,28 @@ def test_every_plan_fits(capability, multiprocessors):
         assert plan.shared_bytes(cell, which, dtype.itemsize) <= where.shared_per_program, told
         assert plan.chunks * plan.block_k >= H > (plan.chunks - 1) * plan.block_k or H < 16, told
         assert 0 <= plan.resident <= plan.chunks, told
-        assert plan.block_k // plan.split >= 16, told  # of one tensor-core instruction
         for power in (plan.block_b, plan.block_h, plan.block_k, plan.split, plan.num_warps):
             assert power & (power - 1) == 0, told
-        tiles = -(-H // plan.block_h)
+        owners = -(-H // plan.block_h)
         if plan.schedule == "resident":
-            assert (tiles, plan.protocol, plan.resident) == (1, None, plan.chunks), told
+            assert (owners, plan.protocol, plan.resident) == (1, None, plan.chunks), told
             continue
+        # What the layout of the exchange rests on (`fragments`): a warp for each 16 units of a
+        # chunk, and a program's units all in one chunk.
+        assert plan.block_b == 16, told
+        assert plan.block_k == 16 * plan.split, told
+        assert plan.split == plan.num_warps, told
+        assert plan.block_k % plan.block_h == 0, told
+        assert 1 <= plan.ahead <= plan.chunks, told
         # No launch has more programs than run at the same time, and each launch does something.
         assert plan.slab_b % plan.block_b == 0, told
         assert 1 <= plan.slab_d <= D, told
-        grid = tiles * plan.slab_d * -(-min(B, plan.slab_b) // plan.block_b)
+        grid = owners * plan.slab_d * -(-min(B, plan.slab_b) // plan.block_b)
         assert grid <= multiprocessors * plan.programs_each, told
-        # A polled tile must have an element for every thread (`sync`).
-        assert plan.block_b * plan.block_k >= 32 * plan.num_warps, told
+        # Of two programs on a multiprocessor, each has half of its 65,536 registers.
+        assert plan.programs_each * plan.num_warps * 32 * 256 <= 65536, told
+        used = plan.shared_bytes(cell, which, dtype.itemsize) + KIB
+        assert plan.programs_each * used <= where.shared_per_multiprocessor, told
         assert (plan.schedule == "spread") == (plan.resident == plan.chunks), told
 
 
@@ -91,25 +108,46 @@ def test_every_plan_fits_in_full_precision():
             assert used <= H200.shared_per_program, plan
 
 
-def test_only_a_measurement_chooses_ll():
+def test_a_measurement_is_believed_instead_of_the_estimate():
     found = candidates(LSTM, "forward", torch.bfloat16, 512, H200, "tf32")
-    polled = [plan for plan in found if plan.protocol == "ll"]
-    assert polled
-    for B in (1, 64, 4096):
-        plan = plan_scan(LSTM, "forward", torch.bfloat16, B=B, H=512, D=1, device=H200)
-        assert plan.protocol == "counter"
-    times = dict.fromkeys(found, 2.0) | {polled[0]: 1.0}
-    plan = plan_scan(
-        LSTM, "forward", torch.bfloat16, B=1, H=512, D=1, device=H200, step_times=times
+    assert {plan.protocol for plan in found} == {"sentinel"}
+    for fastest in found:
+        times = dict.fromkeys(found, 2.0) | {fastest: 1.0}
+        plan = plan_scan(
+            LSTM, "forward", torch.bfloat16, B=1, H=512, D=1, device=H200, step_times=times
+        )
+        assert replace(plan, slab_b=None, slab_d=None) == fastest
+
+
+def test_the_cheapest_candidate_is_chosen():
+    for B in (1, 64, 1000):
+        costs = {}
+        for plan in candidates(LSTM, "backward", torch.bfloat16, 512, H200, "tf32"):
+            whole, launches, programs = placed(plan, 512, 1, B, H200)
+            cost = cycles(plan, LSTM, "backward", 2, 512, "16-bit", programs, H200)
+            costs[whole] = launches * cost
+        chosen = plan_scan(LSTM, "backward", torch.bfloat16, B=B, H=512, D=1, device=H200)
+        assert costs[chosen] == min(costs.values())
+
+
+def test_a_batch_is_cut_into_as_few_launches_as_hold_it():
+    (plan,) = (
+        p
+        for p in candidates(LSTM, "forward", torch.bfloat16, 512, H200, "tf32")
+        if (p.block_h, p.split) == (16, 8)
     )
-    assert plan.protocol == "ll"
+    # 32 programs hold 512 units, and 132 multiprocessors hold four times 32.
+    for B, launches, programs in ((1, 1, 32), (16, 1, 32), (17, 1, 64), (64, 1, 128), (65, 2, 128)):
+        whole, *counts = placed(plan, 512, 1, B, H200)
+        assert (whole.slab_b, counts) == (64, [launches, programs])
+    assert placed(plan, 132 * 16 + 1, 1, 1, H200) is None
 
 
 @pytest.mark.parametrize(
     ("H", "dtype", "schedule"),
     [
-        (64, torch.bfloat16, "resident"),
-        (128, torch.bfloat16, "resident"),
+        (8, torch.bfloat16, "resident"),
+        (128, torch.bfloat16, "spread"),
         (128, torch.float32, "spread"),
         (300, torch.bfloat16, "spread"),
         (768, torch.bfloat16, "spread"),
@@ -129,7 +167,7 @@ def test_batch_decides_between_few_kernels():
     kernels = {
         tuple(
             plan_scan(LSTM, "forward", torch.bfloat16, B=B, H=512, D=1, device=H200)
-            .constants()
+            .constants(H200)
             .items()
         )
         for B in range(1, 2000)
@@ -164,7 +202,7 @@ def test_interpreter_runs_everything_resident():
     ("where", "H", "why"),
     [
         (Device((8, 0), 8, 163 * KIB, 164 * KIB), 4096, "128 programs .* has 8 multiprocessors"),
-        (Device((7, 0), 80, 16 * KIB, 16 * KIB), 2048, "16384 bytes of shared memory"),
+        (Device((8, 0), 108, 2 * KIB, 2 * KIB), 2048, "2048 bytes of shared memory"),
     ],
 )
 def test_says_why_there_is_no_plan(where, H, why):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from exchange import roundtrip
-from races import Detector, Race
+from races import Access, Detector, Race
 from scheduler import BUILDER, Deadlock, cooperative
+from triton._C.libtriton import ir
+
+from fusedrnn.kernels import sync
 
 
 @triton.jit
@@ -202,3 +208,135 @@ def test_leaving_a_tensor_is_seen():
     with pytest.raises(IndexError, match=r"program 0 leaves torch.float32 \[8\]"):  # noqa: SIM117
         with cooperative(None, detector=Detector()):
             lone_kernel[(1,)](torch.zeros(8), torch.zeros(8), MODE="outside")
+
+
+class Ring:
+    """Two programs, a ring of four elements that is polled, and a counter; event by event."""
+
+    def __init__(self):
+        self.ring = torch.full((4,), -0.0)
+        self.counter = torch.zeros(1, dtype=torch.int32)
+        self.detector = Detector()
+        self.detector.polled(self.ring)
+        self.detector.begin(2, [self.ring, self.counter])
+
+    def access(self, program, tensor, first, count, **kind):
+        addresses = np.uint64(tensor.data_ptr()) + np.arange(first, first + count, dtype="u8") * 4
+        pointers = interpreter.TensorHandle(addresses, tl.pointer_type(tl.int32))
+        return Access(program, pointers, None, **kind)
+
+    def store(self, program, value, first=0, count=2):
+        values = np.full(count, value, np.float32).view(np.int32)
+        self.detector.store(self.access(program, self.ring, first, count, values=values))
+
+    def poll(self, program, first=0, count=2):
+        self.detector.load(
+            self.access(program, self.ring, first, count, volatile=True, bypass=True)
+        )
+
+    def meet(self, *programs, barriers=True):
+        """All release, then all acquire."""
+        for sem in (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE):
+            for program in programs:
+                before = barriers and sem == ir.MEM_SEMANTIC.RELEASE
+                after = barriers and sem == ir.MEM_SEMANTIC.ACQUIRE
+                if before:
+                    self.detector.barrier(program)
+                access = self.access(program, self.counter, 0, 1)
+                self.detector.atomic(access, sem, ir.MEM_SYNC_SCOPE.GPU)
+                if after:
+                    self.detector.barrier(program)
+
+
+def test_a_polled_ring_round_once():
+    """Program 0 owns the first two elements; program 1 answers in the others."""
+    ring = Ring()
+    ring.poll(1)
+    ring.store(0, 1.0)
+    ring.poll(1)
+    ring.store(1, 2.0, first=2)
+    ring.poll(0, first=2)
+    ring.store(0, -0.0)  # program 1 has read them, for it has answered
+    ring.meet(0, 1)
+    ring.poll(1)
+    ring.store(0, 3.0)
+    ring.poll(1)
+
+
+def test_a_value_over_a_value_is_a_race():
+    ring = Ring()
+    ring.store(0, 1.0)
+    with pytest.raises(Race, match=r"program 0 stores over what was not taken back.* 2 of 2"):
+        ring.store(0, 2.0)
+
+
+def test_a_ring_that_was_not_filled_is_a_race():
+    ring = Ring()
+    ring.ring[1] = 0.0
+    ring.detector.begin(2, [ring.ring, ring.counter])
+    with pytest.raises(Race, match=r"stores over what was not taken back.* 1 of 2"):
+        ring.store(0, 2.0)
+
+
+def test_taking_back_what_is_read_is_a_race():
+    ring = Ring()
+    ring.store(0, 1.0)
+    ring.poll(1)
+    ring.store(0, -0.0)
+    with pytest.raises(Race, match="program 1 was still reading what was overwritten"):
+        ring.store(1, 2.0, first=2)
+
+
+def test_taking_back_without_an_answer_is_a_race():
+    ring = Ring()
+    ring.store(0, 1.0)
+    ring.poll(1)
+    ring.store(1, 2.0, first=2)
+    with pytest.raises(Race, match="program 0 overwrites what another may be reading"):
+        ring.store(0, -0.0)
+
+
+@pytest.mark.parametrize("how", ["nothing", "no barriers", "before"])
+def test_polling_what_may_not_be_taken_back_yet_is_a_race(how):
+    ring = Ring()
+    ring.store(0, 1.0)
+    if how == "before":
+        ring.meet(0, 1)
+    ring.store(0, -0.0)
+    if how == "no barriers":
+        ring.meet(0, 1, barriers=False)
+    ring.poll(0)  # its own stores it knows
+    with pytest.raises(Race, match="program 1 polls what may not be taken back yet"):
+        ring.poll(1)
+
+
+def test_a_polled_ring_is_accessed_by_relaxed_loads_and_stores():
+    ring = Ring()
+    ring.store(0, 1.0)
+    with pytest.raises(Race, match="program 1 reads a polled ring without volatile"):
+        ring.detector.load(ring.access(1, ring.ring, 0, 2, bypass=True))
+    with pytest.raises(Race, match="or by a plain store"):
+        ring.detector.store(ring.access(1, ring.ring, 2, 2))
+
+
+@triton.jit
+def two_cells_kernel(data_ptr, seen_ptr, TURNS: tl.constexpr):
+    """Program 0 stores two elements at once, relaxed; program 1 looks at both, again and again."""
+    offs = tl.arange(0, 2)
+    if tl.program_id(0) == 0:
+        sync._store(data_ptr + offs, tl.full((2,), 1, tl.int32))
+    else:
+        for turn in range(TURNS):
+            both = tl.load(data_ptr + offs, volatile=True)
+            tl.store(seen_ptr + turn, tl.sum(both * (1 + offs)))
+
+
+def test_relaxed_stores_are_seen_in_parts():
+    seen = set()
+    for seed in range(40):
+        found = torch.zeros(4, dtype=torch.int32)
+        with cooperative(seed):
+            two_cells_kernel[(2,)](torch.zeros(2, dtype=torch.int32), found, TURNS=4)
+        assert all(a & b == a for a, b in itertools.pairwise(found.tolist()))
+        seen.update(found.tolist())
+    assert seen == {0, 1, 2, 3}

@@ -1,7 +1,8 @@
-"""The waits of one launch: right results under every interleaving, timeouts that end it."""
+"""The waits of one launch: right results under every interleaving, time-outs that end it."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,26 @@ import torch
 import triton
 import triton.language as tl
 from exchange import BENCH, expected, roundtrip
+from mutants import TIME_OUTS
 from mutation import mutated
-from races import Detector
-from scheduler import Deadlock, cooperative
+from races import Detector, Race
+from scheduler import cooperative
 
 from fusedrnn.kernels import sync
+from fusedrnn.kernels.fragments import offset_in_slot
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = {  # T, B, H; three programs a group, masked rows, units and chunks; interleavings
-    "one group": ((5, 3, 6), 16),
-    "two groups": ((4, 6, 5), 6),
+SHAPES = {  # T, B, H; three programs a group, masked rows and units, two chunks; interleavings
+    "one group": ((7, 3, 20), 8),
+    "two groups": ((5, 18, 20), 4),
 }
-BLOCKS = {"block_b": 4, "block_h": 2, "chunk": 4}
+BLOCKS = {"split": 1, "ahead": 2}
+
+
+@pytest.fixture
+def lap(monkeypatch):
+    """Lets the ring come round within few steps."""
+    return lambda steps: monkeypatch.setattr(sync, "LAP", tl.constexpr(steps))
 
 
 @pytest.fixture
@@ -29,14 +38,16 @@ def inputs():
         generator = torch.Generator().manual_seed(0)
         T, B, H = shape
         values = torch.randint(-16, 16, (T + 1, B, H), generator=generator) / 8
+        values[0, :, ::5] = -0.0  # the sentinel
         return values[1:].to(dtype), values[0].to(dtype)
 
     return make
 
 
 @pytest.mark.parametrize(("shape", "seeds"), SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_interleavings_agree(protocol, shape, seeds, inputs):
+@pytest.mark.parametrize(("protocol", "steps"), [("counter", 2), ("sentinel", 2), ("sentinel", 3)])
+def test_interleavings_agree(protocol, steps, shape, seeds, inputs, lap):
+    lap(steps)
     x, h0 = inputs(shape)
     for seed in range(seeds):
         with cooperative(seed, detector=Detector()):
@@ -44,13 +55,33 @@ def test_interleavings_agree(protocol, shape, seeds, inputs):
         torch.testing.assert_close(output, expected(x, h0), msg=lambda m, s=seed: f"{s}: {m}")
 
 
+@pytest.mark.parametrize(("split", "ahead"), [(1, 1), (2, 1), (4, 1)])
+def test_chunks_and_warps(split, ahead, inputs, lap):
+    lap(2)
+    x, h0 = inputs((5, 3, 20))
+    with cooperative(split, detector=Detector()):
+        output = roundtrip.exchange("sentinel", x, h0, split=split, ahead=ahead)
+    torch.testing.assert_close(output, expected(x, h0))
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_dtypes_are_exchanged_bit_for_bit(protocol, dtype, inputs):
-    x, h0 = inputs((4, 2, 4), dtype)
+def test_dtypes_are_exchanged_bit_for_bit(protocol, dtype, pairwise, inputs, lap):
+    """Sums of 16 values of few bits are exact in float32, in any order."""
+    lap(2)
+    x, h0 = inputs((2 if dtype == torch.float32 else 6, 2, 16), dtype)
     with cooperative(1, detector=Detector()):
-        output = roundtrip.exchange(protocol, x, h0, **BLOCKS)
+        output = roundtrip.exchange(protocol, x, h0, pairwise=pairwise, **BLOCKS)
     torch.testing.assert_close(output, expected(x, h0), rtol=0, atol=0)
+
+
+def test_laps_of_full_length(inputs):
+    """Past the end of the ring, where the first slots are used again."""
+    x, h0 = inputs((2 * sync.LAP.value + 12, 1, 9))
+    with cooperative(1, detector=Detector()):
+        output = roundtrip.exchange("sentinel", x, h0, **BLOCKS)
+    torch.testing.assert_close(output, expected(x, h0))
 
 
 @triton.jit
@@ -61,27 +92,47 @@ def relay_kernel(
     signal_ptr,
     error_ptr,
     spin_limit,
-    DTYPE: tl.constexpr,
     PROTOCOL: tl.constexpr,
-    FLAGS_BLOCK: tl.constexpr,
+    PAIRWISE: tl.constexpr,
+    LENGTH: tl.constexpr,
     N: tl.constexpr,
 ):
     """Two programs tell each other their half of x, in one step."""
-    program = tl.program_id(0)
-    own = program * N + tl.arange(0, N)
-    other = (1 - program) * N + tl.arange(0, N)
-    mask = own < 2 * N
-    slot_ptr = ring_ptr + sync.slot(1, PROTOCOL) * 2 * N
-    sync.store(slot_ptr, own, tl.load(x_ptr + own), mask, 1, PROTOCOL)
-    sync.arrive(signal_ptr, program, 1, 1, PROTOCOL)
-    alive = sync.wait(signal_ptr, 1, 2, error_ptr, spin_limit, 1, PROTOCOL, FLAGS_BLOCK)
-    tiles, alive = sync.load(
-        slot_ptr, (other,), (mask,), 1, error_ptr, spin_limit, alive, DTYPE, PROTOCOL
+    own = tl.program_id(0) * N + tl.arange(0, N)
+    other = (1 - tl.program_id(0)) * N + tl.arange(0, N // LENGTH)[:, None] * LENGTH
+    at = other + tl.arange(0, LENGTH)[None, :]
+    anchor = sync.layout_of_loads(ring_ptr, at)
+    sync.publish(ring_ptr, 2 * N, own, tl.load(x_ptr + own), 1, 1, PROTOCOL)
+    sync.arrive(signal_ptr, 1, PROTOCOL)
+    sync.wait(signal_ptr, 1, 2, spin_limit, PROTOCOL)
+    tiles = sync.load(
+        ring_ptr + sync.slot(1, PROTOCOL) * 2 * N,
+        at,
+        anchor,
+        1,
+        signal_ptr,
+        spin_limit,
+        COUNT=1,
+        VECTORS=1,
+        STRIDE=0,
+        PAIRWISE=PAIRWISE,
+        PROTOCOL=PROTOCOL,
     )
-    tl.store(output_ptr + other, tiles[0])
+    tl.store(output_ptr + at, tiles[0])
+    sync.report(signal_ptr, error_ptr)
 
 
-def relay(protocol, bits, dtype, tl_dtype):
+@pytest.mark.parametrize("pairwise", [False, True])
+@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_pattern_arrives(protocol, dtype, pairwise):
+    """Of 16 bits, every one; of 32, random ones and those at the edges. Only -0.0 becomes 0.0."""
+    if dtype == torch.float32:
+        generator = torch.Generator().manual_seed(0)
+        bits = torch.randint(-(2**31), 2**31, (4096,), generator=generator).to(torch.int32)
+        bits[:8] = torch.tensor([-1, 0, 1, -2, 2**31 - 1, -(2**31), 0x7F800000, 0xFFFF])
+    else:
+        bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     x = bits.view(dtype)
     output = torch.zeros_like(x)
     with cooperative(0, detector=Detector()):
@@ -90,10 +141,13 @@ def relay(protocol, bits, dtype, tl_dtype):
             groups=1,
             programs=2,
             steps=1,
-            slot_size=x.numel(),
+            chunks=1,
+            planes=1,
+            block_b=16,
+            block_h=len(x) // 32,
+            block_k=len(x) // 16,
             dtype=dtype,
             device="cpu",
-            num_warps=1,
         )
         relay_kernel[(2,)](
             x_ptr=x,
@@ -102,102 +156,79 @@ def relay(protocol, bits, dtype, tl_dtype):
             signal_ptr=space.signal,
             error_ptr=space.error,
             spin_limit=100,
-            DTYPE=tl_dtype,
             PROTOCOL=protocol,
-            FLAGS_BLOCK=space.flags_block,
-            N=x.numel() // 2,
+            PAIRWISE=pairwise,
+            LENGTH=16 // dtype.itemsize,
+            N=len(x) // 2,
         )
     sync.raise_if_timed_out(space.error)
-    return output.view(bits.dtype)
-
-
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-@pytest.mark.parametrize(
-    ("dtype", "tl_dtype"),
-    [
-        (torch.float32, tl.float32),
-        (torch.bfloat16, tl.bfloat16),
-        (torch.float16, tl.float16),
-    ],
-    ids=str,
-)
-def test_every_bit_pattern_arrives(protocol, dtype, tl_dtype):
-    """Of 16 bits, every one; of 32, random ones and those at the edges. Only the sentinel's own
-    pattern, one of the NaNs, becomes another NaN."""
-    if dtype == torch.float32:
-        generator = torch.Generator().manual_seed(0)
-        bits = torch.randint(-(2**31), 2**31, (4096,), generator=generator).to(torch.int32)
-        bits[:8] = torch.tensor([-1, 0, 1, -2, 2**31 - 1, -(2**31), 0x7F800000, 0xFFFF])
-        remapped = 0x7FFFFFFF
-    else:
-        bits = torch.arange(-(2**15), 2**15).to(torch.int16)
-        remapped = 0x7FFF
-    expect = bits.clone()
+    minus_zero = torch.iinfo(bits.dtype).min
+    assert (bits == minus_zero).sum() == 1
     if protocol == "sentinel":
-        expect[bits == -1] = remapped
-        assert torch.tensor(remapped, dtype=bits.dtype).view(dtype).isnan()
-    assert torch.equal(relay(protocol, bits, dtype, tl_dtype), expect)
-
-
-def test_a_sentinel_that_is_not_remapped_is_waited_for_in_vain(monkeypatch, tmp_path):
-    mutant = mutated(
-        Path(sync.__file__),
-        tmp_path,
-        ("tl.where(bits == -1, 0x7FFF, bits)", "bits"),
-    )
-    monkeypatch.setattr(sync, "store", mutant.store)
-    bits = torch.arange(-4, 4).to(torch.int16)
-    with pytest.raises(Deadlock):
-        relay("sentinel", bits, torch.bfloat16, tl.bfloat16)
-
-
-@pytest.mark.parametrize("protocol", ["ll", "flags"])
-def test_steps_beyond_16_bits(protocol, inputs, tmp_path):
-    """The tag of a 16-bit LL word wraps round; a flag goes on."""
-    x, h0 = inputs((6, 2, 4), torch.bfloat16)
-    kernel = mutated(
-        BENCH / "roundtrip.py",
-        tmp_path,
-        ("sync.slot(1,", "sync.slot(0xFFFD,"),
-        ("own_mask, 1, PROTOCOL", "own_mask, 0xFFFD, PROTOCOL"),
-        ("program, 1, alive", "program, 0xFFFD, alive"),
-        ("t + 1", "t + 0xFFFD"),
-        ("t + 2", "t + 0xFFFE"),
-    )
-    with cooperative(3, detector=Detector()):
-        output = kernel.exchange(protocol, x, h0, **BLOCKS)
-    torch.testing.assert_close(output, expected(x, h0), rtol=0, atol=0)
+        bits = torch.where(bits == minus_zero, 0, bits)
+    assert torch.equal(output.view(bits.dtype), bits)
 
 
 ABSENT = (  # program 1 leaves after two steps, where waits are short
     "for t in range(T):",
-    "for t in range(tl.where((program == 1) & (spin_limit < 99), 2, T)):",
+    "for t in range(tl.where((tl.program_id(0) == 1) & (spin_limit < 99), 2, T)):",
 )
+
+
+def refusal(run) -> str:
+    try:
+        run()
+    except RuntimeError as error:  # or a subclass: Triton has one of its own
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def absent(protocol, x, h0, seed, folder, monkeypatch, limit=60) -> None:
+    """Checks what a launch leaves behind in which program 1 of 3 leaves after two steps."""
+    module = mutated(BENCH / "roundtrip.py", folder, ABSENT)
+    outputs, counter = [], Counting()
+    monkeypatch.setattr(module, "torch", FullLike(outputs))
+    with cooperative(seed, on_deadlock="spin", detector=counter):
+        told = refusal(lambda: module.exchange(protocol, x, h0, spin_limit=limit, **BLOCKS))
+    (output,) = outputs
+    assert re.match("RuntimeError: .* timed out at step 4: its results are NaN", told)
+    # The steps before it are right, and those of the others in which it was missed first.
+    right = expected(x, h0)
+    torch.testing.assert_close(output[:2], right[:2])
+    others = [n for n in range(x.shape[2]) if n // 8 != 1]
+    torch.testing.assert_close(output[2][:, others], right[2][:, others])
+    assert output[3:, :, others].isnan().all()
+    # Two programs wait once for so long, and in other steps look once at everything: at four
+    # vectors, at whether somebody gave up, and at the missing ones again.
+    assert limit < counter.polls < 2 * (limit + len(x)) * 10
+    # The next call finds nothing of it.
+    with cooperative(seed, detector=Detector()):
+        output = module.exchange(protocol, x, h0, spin_limit=5000, **BLOCKS)
+    torch.testing.assert_close(output, right)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_timeout_ends_the_launch(protocol, seed, inputs, tmp_path):
-    x, h0 = inputs((6, 3, 6))
-    kernel = mutated(BENCH / "roundtrip.py", tmp_path, ABSENT)
-    outputs = []
-    kernel.torch = FullLike(outputs)
-    with (
-        cooperative(seed, on_deadlock="spin", detector=Detector()),
-        pytest.raises(RuntimeError, match=r"timed out at step 4: its results are NaN") as caught,
-    ):
-        kernel.exchange(protocol, x, h0, spin_limit=30, **BLOCKS)
-    assert type(caught.value) is RuntimeError
-    (output,) = outputs
-    torch.testing.assert_close(output[:2], expected(x, h0)[:2])
-    others = torch.tensor([0, 1, 4, 5])
-    torch.testing.assert_close(output[2][:, others], expected(x, h0)[2][:, others])
-    assert output[3:].isnan().all()
+def test_timeout_ends_the_launch(protocol, seed, inputs, lap, tmp_path, monkeypatch):
+    lap(2)
+    x, h0 = inputs((20, 3, 20))
+    absent(protocol, x, h0, seed, tmp_path, monkeypatch)
 
-    # The next call finds nothing of it.
-    with cooperative(seed, detector=Detector()):
-        output = kernel.exchange(protocol, x, h0, spin_limit=5000, **BLOCKS)
-    torch.testing.assert_close(output, expected(x, h0))
+
+@pytest.mark.parametrize("mutant", TIME_OUTS, ids=str)
+def test_mistakes_in_time_outs(mutant, inputs, tmp_path, monkeypatch):
+    module = mutated(Path(sync.__file__), tmp_path, *mutant.sync)
+    module.LAP = tl.constexpr(mutant.lap)
+    for name in ("wait", "load", "poison", "report"):
+        monkeypatch.setattr(sync, name, getattr(module, name))
+    x, h0 = inputs((20, 3, 20))
+
+    def some_interleavings():
+        for seed in range(4):
+            absent(mutant.protocol, x, h0, seed, tmp_path, monkeypatch)
+
+    with pytest.raises((AssertionError, Race)):
+        some_interleavings()
 
 
 class FullLike:
@@ -214,25 +245,6 @@ class FullLike:
         return self.kept[-1]
 
 
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_after_a_timeout_nobody_spins(protocol, inputs, tmp_path):
-    """A dead program polls once a step: the launch costs one limit, not one for every step."""
-    polls = []
-    for steps in (10, 30):
-        x, h0 = inputs((steps, 2, 6))
-        kernel = mutated(BENCH / "roundtrip.py", tmp_path, ABSENT)
-        counter = Counting()
-        with (
-            cooperative(0, on_deadlock="spin", detector=counter),
-            pytest.raises(RuntimeError, match="timed out"),
-        ):
-            kernel.exchange(protocol, x, h0, spin_limit=90, **BLOCKS)
-        polls.append(counter.polls)
-    # Two programs, two chunks or one counter, some accesses a step; one more limit would be 180.
-    assert polls[0] > 150
-    assert polls[1] - polls[0] < 20 * 2 * 6
-
-
 class Counting(Detector):
     """Counts polls."""
 
@@ -241,7 +253,7 @@ class Counting(Detector):
         self.polls = 0
 
     def load(self, access):
-        self.polls += access.bypass
+        self.polls += access.volatile
         super().load(access)
 
     def atomic(self, access, sem, scope):
@@ -249,51 +261,74 @@ class Counting(Detector):
         super().atomic(access, sem, scope)
 
 
-def test_ring_dtypes():
-    assert sync.ring_dtype(torch.bfloat16, "counter") == torch.bfloat16
-    assert sync.ring_dtype(torch.float16, "ll") == torch.int32
-    assert sync.ring_dtype(torch.float32, "ll") == torch.int64
-    assert sync.ring_dtype(torch.float16, "sentinel") == torch.int16
-    assert sync.ring_dtype(torch.float32, "flags") == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("protocol", "dtype", "message"),
-    [
-        ("mutex", torch.float32, r"protocol must be one of \('counter'.*got 'mutex'"),
-        ("ll", torch.float64, r"dtype must be one of .*float16.* got torch.float64"),
-    ],
-)
-def test_ring_dtype_refuses(protocol, dtype, message):
-    with pytest.raises(ValueError, match=message):
-        sync.ring_dtype(dtype, protocol)
-
-
 SIZES = {
     "groups": 3,
     "programs": 5,
     "steps": 7,
-    "slot_size": 12,
+    "chunks": 2,
+    "planes": 3,
+    "block_b": 16,
+    "block_h": 8,
+    "block_k": 32,
     "dtype": torch.float32,
     "device": "cpu",
-    "num_warps": 4,
 }
 
 
 @pytest.mark.parametrize("protocol", sync.PROTOCOLS)
 def test_workspace(protocol):
     space = sync.workspace(protocol, **SIZES)
-    assert space.ring.shape == (3, 8 if protocol == "sentinel" else 2, 12)
-    assert space.ring.dtype == sync.ring_dtype(torch.float32, protocol)
+    assert space.ring.shape == (3, 8 if protocol == "sentinel" else 2, 16 * 3 * 2 * 32)
+    assert space.ring.dtype == torch.float32
     assert space.ring_stride == space.ring[0].numel()
-    assert space.signal_stride == (128 if protocol == "flags" else 32)
-    assert space.flags_block == 128
+    assert space.signal_stride == space.signal[0].numel()
+    assert space.signal_stride * 4 % 256 == 0  # the counter and the word beside it, in lines of 128
     assert not space.signal.any()
     assert not space.error.any()
-    if protocol == "ll":
-        assert not space.ring.any()
     if protocol == "sentinel":
-        assert (space.ring == -1).all()
+        many = sync.workspace(protocol, **{**SIZES, "steps": 1000})
+        assert many.ring.shape[1] == 2 * sync.LAP.value
+
+
+@triton.jit
+def own_kernel(
+    slot_ptr,
+    PLANES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Writes 1 where a program publishes."""
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    rows = tl.arange(0, 16)[:, None]
+    offs = offset_in_slot(rows, units, BLOCK_K=BLOCK_K, PLANES=PLANES, WIDE=WIDE)
+    for plane in range(PLANES):
+        tl.store(slot_ptr + offs + plane * 16 * BLOCK_K, tl.full(offs.shape, 1, tl.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("programs", "block_h", "chunks", "block_k"),
+    [
+        (3, 8, 2, 16),  # half a block of the last chunk has no owner
+        (4, 8, 2, 16),  # every unit has one
+        (5, 8, 1, 64),  # half a block, and one more
+        (1, 8, 1, 128),
+        (6, 8, 1, 64),  # one block
+        (5, 16, 2, 64),
+        (3, 32, 1, 128),
+    ],
+)
+def test_units_without_an_owner_are_zero(programs, block_h, chunks, block_k, dtype):
+    sizes = {"programs": programs, "block_h": block_h, "chunks": chunks, "block_k": block_k}
+    ring = sync.workspace("sentinel", **{**SIZES, **sizes, "dtype": dtype}).ring
+    owned = torch.zeros(ring.shape[2], dtype=torch.int32)
+    own_kernel[(programs,)](
+        owned, PLANES=3, BLOCK_H=block_h, BLOCK_K=block_k, WIDE=dtype == torch.float32
+    )
+    assert owned.sum() == 3 * 16 * programs * block_h
+    assert not ring.any()
+    assert torch.equal(ring.signbit(), (owned == 1).expand_as(ring))
 
 
 def test_workspace_takes_the_error_word():
@@ -301,9 +336,17 @@ def test_workspace_takes_the_error_word():
     assert sync.workspace("counter", **SIZES, error=error).error is error
 
 
-def test_workspace_refuses_what_a_counter_cannot_count():
-    with pytest.raises(ValueError, match=r"below 2\*\*31, got 1000000000 \* 5"):
-        sync.workspace("counter", **{**SIZES, "steps": 10**9})
+@pytest.mark.parametrize(
+    ("protocol", "changes", "message"),
+    [
+        ("mutex", {}, r"protocol must be one of \('sentinel'.*got 'mutex'"),
+        ("counter", {"dtype": torch.float64}, r"dtype must be float16, .* got torch.float64"),
+        ("counter", {"steps": 10**9}, r"below 2\*\*31, got 1000000000 \* 5"),
+    ],
+)
+def test_workspace_refuses(protocol, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sync.workspace(protocol, **{**SIZES, **changes})
 
 
 def test_raise_if_timed_out():

@@ -1,0 +1,204 @@
+"""The time loops as compiled, executed on the CPU: what the interpreter cannot show.
+
+It knows no threads, so it does not see where the compiler puts the elements of a tile, which
+register of the assembly in `sync.load` goes where, and what tensor cores take from which lane.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ptx_machine import Code, names, parse
+
+from fusedrnn.kernels import layout
+
+pytest.importorskip("triton.backends.nvidia")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PROBLEMS = (
+    "lstm fp16",
+    "lstm bf16, streaming, lengths, 8.0",
+    "lstm fp16, counter, 4 warps",
+    "gru bf16, packed, 4 warps",
+    "gru fp32, counter, 8.0",
+    "rnn fp16",
+    "rnn bf16, resident",
+    "rnn fp32, resident",
+    "rnn fp32, ieee, lengths",
+)
+SMALL = "rnn fp16"
+
+
+def run(cache: Path, *problems: str, package: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs problems in a process that compiles.
+
+    cache: folder in which Triton keeps what it compiled. package: folder of another fusedrnn.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    if package is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+    return subprocess.run(
+        [sys.executable, HERE / "compiled_scan.py", *problems],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def records(done: subprocess.CompletedProcess) -> dict[str, dict]:
+    found = map(json.loads, done.stdout.splitlines())
+    return {record["problem"]: record for record in found}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The records of all problems, and the TTGIR and PTX of their kernels."""
+    cache = tmp_path_factory.mktemp("triton")
+    done = run(cache, *PROBLEMS)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return records(done), texts(cache, "ttgir"), texts(cache, "ptx")
+
+
+def texts(cache: Path, kind: str) -> list[str]:
+    return [file.read_text() for file in sorted(cache.rglob(f"scan_*.{kind}"))]
+
+
+def warps(text: str) -> int:
+    return int(re.search(r'"ttg.num-warps" = (\d+)', text)[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_both_passes_compute_the_recurrence(name, compiled):
+    record = compiled[0][name]
+    too_far = {what: share for what, share in record["share"].items() if not share <= 1}
+    assert too_far == {}
+    assert {"state 0", "final 0", "dx_gates", "dh_gates", "d_state 0"} <= set(record["share"])
+
+
+def test_some_elements_had_to_be_asked_for_again(compiled):
+    """Else the reloads in the assembly would not have been executed. Neither the counter nor a
+    resident program has any."""
+    for name, record in compiled[0].items():
+        none = "counter" in name or "resident" in name
+        assert (sum(record["retries"]) == 0) == none, name
+
+
+def test_the_layout_is_as_needed(compiled):
+    assert len(compiled[1]) == 2 * len(PROBLEMS)
+    exchanging = [text for text in compiled[1] if "tt.elementwise_inline_asm" in text]
+    assert len(exchanging) == 2 * sum("resident" not in name for name in PROBLEMS)
+    for text in exchanging:
+        assert layout.faults(text, warps(text)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("[1, 8], threadsPerWarp = [32, 1]", "[1, 4], threadsPerWarp = [32, 1]", "lies as"),
+        ("[1, 8], threadsPerWarp = [32, 1]", "[1, 8], threadsPerWarp = [16, 2]", "lies as"),
+        ("[1, 8], threadsPerWarp = [32, 1], warpsPerCTA = [2, 1], order = [1, 0]",
+         "[1, 8], threadsPerWarp = [32, 1], warpsPerCTA = [2, 1], order = [0, 1]", "lies as"),
+        ("[1, 8], threadsPerWarp = [32, 1], warpsPerCTA = [2, 1]",
+         "[1, 8], threadsPerWarp = [32, 1], warpsPerCTA = [1, 2]", "lies as"),
+        ("packed_element = 8", "packed_element = 16", "goes into 16 elements"),
+        ("packed_element = 8", "packed_element = 1", "no assembly"),
+    ],
+)  # fmt: skip
+def test_another_layout_is_found(old, new, fault, compiled):
+    having = [text for text in compiled[1] if old in text and warps(text) == 2]
+    assert having
+    for text in having:
+        assert any(fault in found for found in layout.faults(text.replace(old, new), 2))
+
+
+def origins(code: Code, register: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """Opcodes of what a register holds, looked up through moves."""
+    found = set()
+    for instruction in code.instructions:
+        if instruction.opcode.startswith(("st", "red", "bra", "ret", "bar")):
+            continue
+        if register not in names(instruction.operands[0]):
+            continue
+        if instruction.opcode.startswith("mov"):
+            for source in names(instruction.operands[1]):
+                if source in code.registers and source not in seen:
+                    found |= origins(code, source, seen | {source})
+        else:
+            found.add(instruction.opcode)
+    return found
+
+
+def test_what_is_loaded_is_multiplied_as_it_lies_in_the_registers(compiled):
+    """Shared memory, shuffles and shifts would show as another origin: only names change."""
+    products = 0
+    for code in map(parse, compiled[2]):
+        lefts = [names(i.operands[1]) for i in code.instructions if i.opcode.startswith("mma")]
+        opcodes = {i.opcode for i in code.instructions}
+        load = "ld.relaxed.gpu.global.v4.b32"
+        if lefts and load in opcodes:
+            products += 1
+            assert {load} == set().union(*(origins(code, r) for r in itertools.chain(*lefts)))
+    without = ("resident", "ieee")
+    assert products == 2 * sum(not any(word in name for word in without) for name in PROBLEMS)
+
+
+# Mistakes, and what gives them away. The first is none for the interpreter.
+LOADED = 'tile = tl.load(slot_ptr + at, cache_modifier=".cg")'
+MUTANTS = {
+    "a tile that was not loaded": (
+        "sync.py",
+        LOADED,
+        "tile = at.to(tl.int16).to(slot_ptr.dtype.element_ty, bitcast=True)",
+        "BadAccess",
+    ),
+    "words of a vector in another order": (
+        "sync.py", '[f"${4 * n + i}" for i in', '[f"${4 * n + (i ^ 1)}" for i in', "numbers"
+    ),
+    "reads another group's vector": (
+        "fragments.py", "offset = group * BLOCK", "offset = (SPLIT - 1 - group) * BLOCK", "numbers"
+    ),
+    "halves of K in another order": (
+        "fragments.py", "tile = tl.permute(tile, (0, 4, 1, 3, 2, 5))",
+        "tile = tl.permute(tile, (0, 4, 1, 2, 3, 5))", "numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MUTANTS)
+def mutant(request, tmp_path_factory):
+    """A copy of the package with a mistake in it, what running it gave, and its TTGIR."""
+    file, old, new, shows = MUTANTS[request.param]
+    folder = tmp_path_factory.mktemp("mutant")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fusedrnn", folder / "fusedrnn", ignore=ignored)
+    kernels = folder / "fusedrnn" / "kernels"
+    shutil.copytree(ROOT / "kernels", kernels, ignore=ignored)
+    source = (kernels / file).read_text()
+    assert source.count(old) == 1, f"{file} must have {old!r} for this mutant to be one"
+    (kernels / file).write_text(source.replace(old, new))
+    done = run(folder / "cache", SMALL, package=folder)
+    return shows, done, texts(folder / "cache", "ttgir")
+
+
+def test_mistakes_are_noticed(mutant):
+    shows, done, layouts = mutant
+    if shows == "numbers":
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert records(done)[SMALL]["share"]["final 0"] > 10
+    else:
+        assert done.returncode != 0
+        assert shows in done.stderr
+        assert all(layout.faults(text, warps(text)) for text in layouts)
