@@ -64,7 +64,6 @@ class Job:
         return " ".join(
             [self.target, self.cell, self.which, self.save, self.dtype, self.precision]
             + [f"H={self.H}", p.schedule, tile, str(p.num_warps), str(p.max_registers)]
-            + [str(p.protocol)]
             + ["plain"] * self.plain
         )
 
@@ -107,13 +106,6 @@ def arguments(job: Job) -> dict[str, Any]:
         "PRECISION": job.precision,
         **plan.constants(TARGETS[job.target]),
     }
-    if plan.protocol is None:
-        values.update(
-            dict.fromkeys(
-                ("ring_ptr", "signal_ptr", "error_ptr")
-                + ("ring_stride", "signal_stride", "spin_limit")
-            )
-        )
     return values
 
 
@@ -181,13 +173,12 @@ def faults(job: Job, compiled, reading: Reading) -> list[str]:
     if not job.plain:
         # Packed rows are found by an offset that is loaded first.
         reading = replace(reading, early=())
-    found = gate(reading, job.target, job.dtype == "fp32" and job.precision == "ieee")
+    found = gate(reading, job.target)
     plan, device = job.plan, TARGETS[job.target]
     cell, item = REGISTRY[job.cell], DTYPES[job.dtype].itemsize
     if reading.shared > device.shared_per_program:
         found.append(f"shared memory {reading.shared} > limit {device.shared_per_program}")
-    exact = item == 4 and job.precision == "ieee"
-    promised = plan.shared_bytes(cell, job.which, item, exact)
+    promised = plan.shared_bytes(cell, job.which)
     if reading.shared > promised:
         found.append(f"shared memory {reading.shared} > planned {promised}")
     loop = time_loop(compiled.asm["ttgir"])
@@ -195,29 +186,25 @@ def faults(job: Job, compiled, reading: Reading) -> list[str]:
     products = ("tt.dot ", "warp_group_dot", "tc_gen5_mma")
     if not any(name in line for line in loop for name in products):
         found.append("no product in the time loop")
-    if job.precision != "ieee" and not re.search(r"mma\.sync|wgmma\.mma|tcgen05\.mma", ptx):
+    if not re.search(r"mma\.sync|wgmma\.mma|tcgen05\.mma", ptx):
         found.append("no tensor-core instruction")
-    if plan.resident == plan.chunks and (plan.protocol is not None or plan.block_k > plan.block_b):
+    if plan.resident == plan.chunks:
         # The ring is read past L1 (.cg, volatile); any other load of such a shape is a weight: see
-        # `load_all_weights` in product.py and `load_right_operand` in fragments.py. (Up to 16 units
-        # in one program, they have the shape of all that a step loads.)
-        shape = f"{plan.block_k}x{plan.block_h}x"
-        if plan.protocol is not None:
-            rows = plan.block_h // 8 * plan.split * 32
-            shape = f"{2 * rows}x2x" if item == 4 else f"{rows}x4x"
+        # `load_right_operand` in fragments.py.
+        rows = plan.block_h // 8 * plan.split * 32
+        shape = f"{2 * rows}x2x" if item == 4 else f"{rows}x4x"
         loads = [line for line in loop if "tt.load" in line or "async_copy" in line]
         loads = [line for line in loads if not re.search(r"= cg|isVolatile = true", line)]
         if any(f"tensor<{shape}!tt.ptr" in line for line in loads):
             found.append("weights are loaded in the time loop")
-    if plan.protocol == "counter":
-        if not re.search(r"(atom|red)\S*\.release", ptx):
-            found.append("no release")
-        if not re.search(r"atom\S*\.acquire|ld\S*\.acquire", ptx):
-            found.append("no acquire")
+    if not re.search(r"(atom|red)\S*\.release", ptx):
+        found.append("no release")
+    if not re.search(r"atom\S*\.acquire|ld\S*\.acquire", ptx):
+        found.append("no acquire")
+    if not re.search(r"ld\S*\.relaxed", ptx):
+        found.append("the exchange is read through L1")
     if "cp.async" in ptx:
         found.append("asynchronous copies, which may read the ring through L1")
-    if plan.protocol is not None and not re.search(r"ld\S*\.(cg|volatile|relaxed)", ptx):
-        found.append("the exchange is read through L1")
     return found
 
 

@@ -37,7 +37,7 @@ VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 MADE_FOR = "sm_90"
 HIDDEN = (8, 64, 256, 300, 768, 1536, 2048)
 BATCHES = (1, 256)
-# Resident, spread with an empty rest of a chunk, and as large as streaming.
+# One program, spread with an empty rest of a chunk, and as large as streaming.
 FEW = (8, 300, 1536)
 SOME = (512, 1024)
 
@@ -142,14 +142,6 @@ def jobs() -> list[tuple[aot.Job, int | None]]:
     return list(found.values())
 
 
-EXACT = f"{MADE_FOR}, exact float32"
-
-
-def is_exact(result: dict) -> bool:
-    """Whether a kernel's products know no tensor cores."""
-    return result["dtype"] == "fp32" and result["precision"] == "ieee"
-
-
 def save(path: Path, results: dict[str, dict]) -> None:
     """Writes beside the file and renames: a kill never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,8 +197,8 @@ def page(results: list[dict], version: str) -> str:
         "| target | kernels | registers | spilled | wavefronts / ideal | held to | faults |",
         "|---|---|---|---|---|---|---|",
     ]
-    for target in (*aot.TARGETS, EXACT):
-        rows = [r for r in results if target == (EXACT if is_exact(r) else r["target"])]
+    for target in aot.TARGETS:
+        rows = [r for r in results if target == r["target"]]
         if rows:
             worst = max(r["wavefronts"] / max(1, r["ideal_wavefronts"]) for r in rows)
             lines.append(
@@ -220,8 +212,8 @@ def page(results: list[dict], version: str) -> str:
         f"A step on {MADE_FOR}, as `python -m bench.step_cost` predicts it: microseconds for the",
         "whole batch, with all that is assumed of the hardware at its middle, low and high values.",
         "",
-        "| layer | pass | schedule | tile | protocol | programs | launches | us | low | high |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| layer | pass | schedule | tile | programs | launches | us | low | high |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for named in NAMED:
         for which in PASSES:
@@ -231,7 +223,7 @@ def page(results: list[dict], version: str) -> str:
                     p = r["plan"]
                     lines.append(
                         f"| {named.name} | {which} | {p['schedule']} "
-                        f"| {p['block_b']} x {p['block_h']} | {p.get('protocol', '')} "
+                        f"| {p['block_b']} x {p['block_h']} "
                         f"| {r['programs']} | {r['launches']} | {r['predicted_us']:.2f} "
                         f"| {r['low_us']:.2f} | {r['high_us']:.2f} |"
                     )

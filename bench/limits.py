@@ -56,7 +56,7 @@ class Limits:
         register_bytes, shared_bytes: of one multiprocessor, usable for weights.
         l2_bytes: capacity.
         launch: from one launch to the next.
-        roundtrip: protocol -> number of programs -> seconds per step.
+        roundtrip: number of programs -> seconds per step of an exchange among them.
         caches: CPU only: (bytes, bandwidth) of a read of that size, ascending.
         clocks: GPU only: parameters of the step-cost meter (bench.step_cost.parameters) by their
             names there, in clock cycles, but for clock_ghz and l2_bytes_per_clock; see `clocks`.
@@ -73,7 +73,7 @@ class Limits:
     shared_bytes: int
     l2_bytes: int
     launch: float
-    roundtrip: dict[str, dict[int, float]] = field(default_factory=dict)
+    roundtrip: dict[int, float] = field(default_factory=dict)
     caches: tuple[tuple[int, float], ...] = ()
     clocks: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -87,10 +87,7 @@ class Limits:
     @staticmethod
     def from_dict(values: dict) -> Limits:
         """From a results file, where JSON made strings of the numbers of programs."""
-        trips = {
-            protocol: {int(n): seconds for n, seconds in times.items()}
-            for protocol, times in values["roundtrip"].items()
-        }
+        trips = {int(n): seconds for n, seconds in values["roundtrip"].items()}
         caches = tuple((int(size), rate) for size, rate in values["caches"])
         return Limits(**{**values, "roundtrip": trips, "caches": caches})
 
@@ -99,12 +96,10 @@ class Limits:
         return self.flops[dtype]
 
     def trip(self, programs: int) -> float:
-        """Seconds of a round trip among so many programs, by the fastest protocol."""
+        """Seconds of a round trip among so many programs."""
         if programs <= 1 or not self.roundtrip:
             return 0.0
-        return min(
-            interpolate(sorted(times.items()), programs) for times in self.roundtrip.values()
-        )
+        return interpolate(sorted(self.roundtrip.items()), programs)
 
     def weights_seconds(self, held: float, programs: int) -> float:
         """Seconds for one multiprocessor to go once through `held` bytes of weights, while
@@ -392,9 +387,8 @@ def _measure_cuda(device: Device, show) -> tuple[Limits, dict[str, str]]:
         f"{shared / 1e9:.0f} GB/s a multiprocessor, launch: {launch * 1e6:.2f} us"
     )
     trips = roundtrips(device, failed)
-    for protocol, times in trips.items():
-        line = ", ".join(f"{n}: {s * 1e6:.2f}" for n, s in times.items())
-        show(f"limit round trip, {protocol}, us by programs: {line}")
+    line = ", ".join(f"{n}: {s * 1e6:.2f}" for n, s in trips.items())
+    show(f"limit round trip, us by programs: {line}")
     limits = Limits(
         device.name, properties.multi_processor_count, flops, dram, l2, shared,
         # Half the registers: the other half holds h, the sums and the addresses.
@@ -420,8 +414,6 @@ def clocks(
     several each, per operation. The others follow:
 
         clock_ghz           clocks over nanoseconds of a long run
-        red_per_program     what an addition takes a program while all add to one word, over their
-                            number
         poll_phase          half of the time from one poll to the next: so late does a poll see
                             a word on average
         store_visible       from a store to the moment where another multiprocessor's load can see
@@ -465,14 +457,13 @@ def clocks(
     measure("clock_ghz", clock)
     for name in PROBES:
         measure(name, lambda n=name: each(n))
-    steps = ("red", "poll", "hand_over")  # measured for what follows from them
+    steps = ("poll", "hand_over")  # measured for what follows from them
 
     def known(name: str) -> float:
         if name not in found:
             raise ValueError(f"{name} was not measured")
         return found[name]
 
-    measure("red_per_program", lambda: known("red") / (multiprocessors // 2 * 2))
     measure("poll_phase", lambda: known("poll") / 2)
     measure(
         "store_visible", lambda: known("hand_over") - known("l2_load") / 2 - known("poll_phase")
@@ -486,22 +477,20 @@ def roundtrips(
     failed: dict[str, str],
     roundtrip: Callable[..., float] | None = None,
     counts: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 96, 128),
-) -> dict[str, dict[int, float]]:
-    """Seconds per step of every protocol against the number of programs."""
+) -> dict[int, float]:
+    """Seconds per step of an exchange, by the number of programs."""
     if roundtrip is None:
         from bench.roundtrip import roundtrip
-    from fusedrnn.kernels.sync import PROTOCOLS
 
-    trips: dict[str, dict[int, float]] = {}
-    for protocol in PROTOCOLS:
-        for programs in counts:
-            microseconds = _try(
-                failed, f"round trip {protocol} {programs}",
-                lambda p=protocol, n=programs: roundtrip(p, n, device.torch, steps=1000), 0.0,
-            )  # fmt: skip
-            # A difference of two runs: noise can make it zero or less, which is no measurement.
-            if microseconds > 0:
-                trips.setdefault(protocol, {})[programs] = microseconds * 1e-6
+    trips = {}
+    for programs in counts:
+        microseconds = _try(
+            failed, f"round trip {programs}",
+            lambda n=programs: roundtrip(n, device.torch, steps=1000), 0.0,
+        )  # fmt: skip
+        # A difference of two runs: noise can make it zero or less, which is no measurement.
+        if microseconds > 0:
+            trips[programs] = microseconds * 1e-6
     return trips
 
 

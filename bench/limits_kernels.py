@@ -209,17 +209,6 @@ PROBES = {
         "ld.global.cg.b64 p, [p];" * UNROLL, UNROLL, cycle=64 << 20, cold=True, repeats=200,
         finish="cvt.u32.u64 v, p;",
     ),
-    "fence": Probe(
-        "st.relaxed.gpu.global.b32 [p], v; fence.acq_rel.gpu;" * 4, 4,
-        ".reg .b32 lane; .reg .b64 own;",
-        "mov.u32 lane, %laneid; mul.wide.u32 own, lane, 4; add.s64 p, p, own;",
-    ),
-    # All multiprocessors add to one word, as fast as it takes them.
-    "red": Probe(
-        "@first red.relaxed.gpu.global.add.u32 [p], 1;" * UNROLL, UNROLL,
-        ".reg .b32 lane; .reg .pred first;", "mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;",
-        programs=0,
-    ),
     "poll": Probe(
         f"mov.b32 patience, {UNROLL};" + WAIT.format(label="poll", word="p"), UNROLL,
         WAIT_REGISTERS, "mov.b32 turn, 1;", "mov.b32 v, seen;",

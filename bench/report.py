@@ -294,9 +294,9 @@ def limits_table(limits: dict | None) -> list[str]:
     if limits["caches"]:
         reads = ", ".join(f"{s >> 10} KiB {r / 1e9:.3g}" for s, r in limits["caches"])
         lines.append(f"- matrix-vector products read a matrix of so much at GB/s: {reads}")
-    for protocol, trips in limits["roundtrip"].items():
-        shown = ", ".join(f"{n}: {s * 1e6:.2f}" for n, s in trips.items())
-        lines.append(f"- round trip by {protocol}, us a step by number of programs: {shown}")
+    if limits["roundtrip"]:
+        shown = ", ".join(f"{n}: {s * 1e6:.2f}" for n, s in limits["roundtrip"].items())
+        lines.append(f"- round trip, us a step by number of programs: {shown}")
     if limits.get("clocks"):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in limits["clocks"].items())
         lines.append(f"- clock cycles, unless the name says otherwise: {shown}")

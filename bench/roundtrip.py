@@ -5,7 +5,7 @@ and needs all H of them for its next step:
 
     h_t[b, j] = decay * mean_k h_{t-1}[b, k] + x_t[b, j]
 
-    python bench/roundtrip.py            # microseconds a step, protocol by number of programs
+    python bench/roundtrip.py            # microseconds a step, by number of programs
 """
 
 from __future__ import annotations
@@ -41,13 +41,11 @@ def exchange_kernel(
     CHUNKS: tl.constexpr,  # of 16 * SPLIT units, over all of H
     AHEAD: tl.constexpr,  # chunks that are read together
     SPLIT: tl.constexpr,  # groups of warps, each of which reads 16 units of every chunk
-    PROTOCOL: tl.constexpr,
     PAIRWISE: tl.constexpr,
 ):
     DTYPE: tl.constexpr = ring_ptr.dtype.element_ty
     WIDE: tl.constexpr = DTYPE.primitive_bitwidth == 32
     SLOT: tl.constexpr = ROWS * CHUNKS * ROWS * SPLIT
-    n_programs = tl.num_programs(0)
     group = tl.program_id(1)
     ring_ptr += group.to(tl.int64) * ring_stride
     signal_ptr += group * signal_stride
@@ -64,35 +62,33 @@ def exchange_kernel(
 
     # Rows beyond the batch are exchanged too, and units beyond H, as zeros.
     h0 = tl.load(h0_ptr + batch * H + units, mask=own_mask, other=0.0)
-    sync.publish(ring_ptr, SLOT, own, h0, 1, T + 1, PROTOCOL)
-    sync.arrive(signal_ptr, 1, PROTOCOL)
+    sync.publish(ring_ptr, SLOT, own, h0, 1, T + 1)
+    sync.arrive(signal_ptr, 1)
 
     for t in range(T):
         x = tl.load(x_ptr + batch * H + units, mask=own_mask, other=0.0)
         total = tl.zeros((ROWS,), tl.float32)
-        ok = sync.wait(signal_ptr, t + 1, n_programs, spin_limit, PROTOCOL)
-        slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * SLOT
+        slot_ptr = ring_ptr + sync.slot(t + 1) * SLOT
         for first in tl.static_range(0, CHUNKS, AHEAD):
             lefts = sync.load(
                 slot_ptr + first * SPLIT * BLOCK,
                 at,
                 anchor,
                 t + 1,
+                sync.arrivals(t + 1, tl.num_programs(0)) if first == 0 else 0,
                 signal_ptr,
                 spin_limit,
                 COUNT=min(AHEAD, CHUNKS - first),
                 VECTORS=VECTORS,
                 STRIDE=SPLIT * BLOCK,
                 PAIRWISE=PAIRWISE,
-                PROTOCOL=PROTOCOL,
             )
             for i in tl.static_range(min(AHEAD, CHUNKS - first)):
                 left = left_operand(lefts[i], SPLIT=SPLIT).to(tl.float32)
                 total += tl.sum(tl.sum(left, axis=2), axis=0)
-        mean = total / H + sync.poison(ok)
-        h = tl.where(own_mask, decay * mean[:, None] + x, 0.0).to(DTYPE)
-        sync.publish(ring_ptr, SLOT, own, h, t + 2, T + 1, PROTOCOL)
-        sync.arrive(signal_ptr, t + 2, PROTOCOL)
+        h = tl.where(own_mask, decay * (total / H)[:, None] + x, 0.0).to(DTYPE)
+        sync.publish(ring_ptr, SLOT, own, h, t + 2, T + 1)
+        sync.arrive(signal_ptr, t + 2)
         tl.store(output_ptr + batch * H + units, h, mask=own_mask)
         x_ptr += step_size
         output_ptr += step_size
@@ -100,7 +96,6 @@ def exchange_kernel(
 
 
 def exchange(
-    protocol: str,
     x: torch.Tensor,
     h0: torch.Tensor,
     decay: float = 0.5,
@@ -125,7 +120,6 @@ def exchange(
     if pairwise is None:
         pairwise = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     space = sync.workspace(
-        protocol,
         groups=groups,
         programs=programs,
         steps=T + 1,
@@ -156,7 +150,6 @@ def exchange(
         CHUNKS=chunks,
         AHEAD=ahead,
         SPLIT=split,
-        PROTOCOL=protocol,
         PAIRWISE=pairwise,
         num_warps=split,
         num_stages=1,
@@ -167,7 +160,6 @@ def exchange(
 
 
 def roundtrip(
-    protocol: str,
     programs: int,
     device: torch.device | str = "cuda",
     steps: int = 2000,
@@ -192,12 +184,12 @@ def roundtrip(
     def seconds(n: int) -> float:
         x = torch.randn(n, 16, programs * BLOCK_H, dtype=dtype, device=device)
         h0 = torch.zeros_like(x[0])
-        exchange(protocol, x, h0)  # compiles
+        exchange(x, h0)  # compiles
         times = []
         for _ in range(repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            exchange(protocol, x, h0)
+            exchange(x, h0)
             end.record()
             torch.cuda.synchronize(device)
             times.append(start.elapsed_time(end) * 1e-3)
@@ -208,6 +200,5 @@ def roundtrip(
 
 if __name__ == "__main__":
     counts = (1, 2, 4, 8, 16, 32, 64, 96, 128)
-    print("programs", *counts, sep="\t")
-    for name in sync.PROTOCOLS:
-        print(name, *(f"{roundtrip(name, n):.2f}" for n in counts), sep="\t")
+    for n in counts:
+        print(f"{n:4d} programs {roundtrip(n):6.2f} us")

@@ -264,7 +264,7 @@ def _launch(kernel, plan: Plan, rows: Rows, *, steps, planes, like, **arguments)
                     triton.cdiv(min(slab_b, rows.B - first_b), plan.block_b),
                     min(slab_d, D - first_d),
                 )
-                if plan.protocol is None:
+                if not plan.exchanged:
                     exchange = dict.fromkeys(EXCHANGE)
                 else:
                     _check_grid(grid, plan, device)
@@ -284,7 +284,7 @@ def _launch(kernel, plan: Plan, rows: Rows, *, steps, planes, like, **arguments)
                     **plan.constants(device_of(device)),
                     **plan.options(device_of(device)),
                 )
-                if plan.protocol is not None and compiled is not None:  # None: interpreted
+                if plan.exchanged and compiled is not None:  # None: interpreted
                     layout.check(compiled)
     if device.type != "cuda":
         _raise_if_timed_out(error)
@@ -303,7 +303,6 @@ EXCHANGE = (
 def _exchange(plan: Plan, grid, steps: int, planes: int, like: Tensor, error: Tensor) -> dict:
     """What the programs of one launch wait and exchange through, as arguments of the kernel."""
     space = sync.workspace(
-        plan.protocol,
         groups=grid[1] * grid[2],
         programs=grid[0],
         steps=steps,

@@ -2,9 +2,10 @@
 
 Three schedules, one kernel each for forward and backward:
 
-    resident   one program owns all units, with their weights in shared memory; nothing is exchanged
     spread     programs that run at the same time own BLOCK_H units each, their weights in registers
     streaming  as spread, but not all chunks of K fit: the others are read through L1 in every step
+    resident   one program owns all units, and nothing is exchanged: for the interpreter, which runs
+               one program after the other. A GPU is faster with the others, however few the units.
 
 A plan is the cheapest of a few candidates by an estimate of the clock cycles of a step, among
 those whose registers and shared memory fit a program and whose grid fits the device. The batch
@@ -45,7 +46,6 @@ class Device:
     backend: str = "cuda"
 
 
-# Runs one program after the other, which must therefore not wait for each other.
 INTERPRETER = Device((0, 0), 1, 1 << 50, 1 << 50, "interpreter")
 
 
@@ -59,7 +59,6 @@ class Plan:
         block_k, chunks: K, which is all of H, in equal chunks.
         resident: chunks whose weights stay on the multiprocessor.
         split: groups of warps that share out each chunk.
-        protocol: how programs wait for each other (`sync`); None where there is nobody to.
         max_registers: per thread, or None for the compiler's own choice.
         ahead: chunks whose left operands are read together, before the first is multiplied.
         programs_each: programs that run at the same time on each multiprocessor.
@@ -74,12 +73,16 @@ class Plan:
     resident: int
     split: int
     num_warps: int
-    protocol: str | None = None
     max_registers: int | None = None
     ahead: int = 1
     programs_each: int = 1
     slab_b: int | None = None
     slab_d: int | None = None
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether programs hand each other what they compute."""
+        return self.schedule != "resident"
 
     def constants(self, device: Device) -> dict[str, Any]:
         """The kernels' constexpr arguments."""
@@ -91,7 +94,7 @@ class Plan:
             "RESIDENT": self.resident,
             "AHEAD": self.ahead,
             "SPLIT": self.split,
-            "PROTOCOL": self.protocol,
+            "EXCHANGED": self.exchanged,
             "PAIRWISE": device.capability >= (9, 0),
         }
 
@@ -101,28 +104,15 @@ class Plan:
         options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
         if device.backend == "cuda" and self.max_registers is not None:
             options["maxnreg"] = self.max_registers
-        if self.protocol is not None:
+        if self.exchanged:
             options["launch_cooperative_grid"] = True
         return options
 
-    def shared_bytes(self, cell: Cell, which: str, item: int, exact: bool = False) -> int:
-        """An upper bound of a program's shared memory; the ahead-of-time suite holds it to that.
-
-        Resident: the weights, the left operands on their way into the product, and a tile that
-        changes from one layout to another. Otherwise the partial sums of up to four gates; and
-        with exact products of float32, which know no tensor cores, the operands too.
-        """
-        gates = len(cell.gates)
-        planes = gates if which == "backward" else 1
-        tile = self.block_b * self.block_h
-        if self.protocol is None:
-            return gates * self.block_k * self.block_h * item + planes * tile * item + 4 * tile
-        operands = 0
-        if exact:
-            chunks = min(self.chunks, self.resident + 2)
-            operands = (chunks * gates * self.block_h + planes * self.block_b) * self.block_k * item
-        results = 1 if which == "backward" else min(gates, 4)
-        return operands + 4 * tile * self.split * results + 4 * tile
+    def shared_bytes(self, cell: Cell, which: str) -> int:
+        """An upper bound of a program's shared memory, for the partial sums of up to four gates;
+        the ahead-of-time suite holds it to that."""
+        results = 1 if which == "backward" else min(len(cell.gates), 4)
+        return 4 * self.block_b * self.block_h * (self.split * results + 1)
 
 
 def plan_scan(
@@ -158,7 +148,8 @@ def candidates(
 ) -> list[Plan]:
     """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
     if device.backend == "interpreter":
-        return [_resident(H)]
+        block = max(16, 1 << (H - 1).bit_length())
+        return [Plan("resident", 16, block, block, 1, 1, 1, num_warps=4)]
     return list(_candidates(cell, which, ITEM_SIZE[dtype], H, device, input_precision))
 
 
@@ -169,7 +160,7 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
     step_times = None if times is None else dict(times)
     best, best_cost, least = None, float("inf"), None
     for plan in candidates(cell, which, dtype, H, device, input_precision):
-        if plan.protocol is not None:
+        if plan.exchanged:
             owners = -(-H // plan.block_h)
             least = min(owners, least or owners)
         fitting = placed(plan, H, D, B, device)
@@ -196,7 +187,7 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
 def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, int, int] | None:
     """The plan with the slabs of the batch and of the directions that one launch takes; the number
     of launches, and of programs that run at the same time. None where one slab is too large."""
-    if plan.protocol is None:
+    if not plan.exchanged:
         return plan, 1, 1
     owners = -(-H // plan.block_h)
     room = device.multiprocessors * plan.programs_each
@@ -216,13 +207,10 @@ def _candidates(
     in registers (bench/aot.py)."""
 
     def fits(plan: Plan) -> bool:
-        used = plan.shared_bytes(cell, which, item, exact=precision == "ieee")
+        used = plan.shared_bytes(cell, which)
         shared = device.shared_per_multiprocessor // plan.programs_each - 1024
         return used <= min(shared, device.shared_per_program)
 
-    whole = _resident(H)
-    if whole.block_h <= LARGEST_RESIDENT[item] and fits(whole):
-        yield whole
     gates = len(cell.gates)
     planes = gates if which == "backward" else 1
     kinds = [(16, 8), (16, 4), (8, 4)]
@@ -243,12 +231,15 @@ def _candidates(
             held = max(2, (room - lefts) // weights)
         resident = chunks if held >= chunks else held - 2
         ahead = max(1, min(chunks, (room - min(held, chunks) * weights) // lefts))
+        if item == 4 and precision == "ieee":
+            # Products take longer than the trip, and registers that operands would wait in.
+            ahead = min(ahead, max(1, 16 // lefts))
         if resident < chunks and split < 8:
             continue  # two programs would share what L1 keeps
         schedule = "spread" if resident == chunks else "streaming"
         plan = Plan(
             schedule, 16, block_h, 16 * split, chunks, resident, split, split,
-            "sentinel", 255, ahead, 8 // split,
+            255, ahead, 8 // split,
         )  # fmt: skip
         if fits(plan):
             yield plan
@@ -258,26 +249,15 @@ def _candidates(
 # most gates and everything switched on (bench/aot.py).
 REGISTERS = {"forward": 192, "backward": 168}
 
-# Units up to which one program holds all of them.
-LARGEST_RESIDENT = {2: 128, 4: 64}
-
-
-def _resident(H: int) -> Plan:
-    """One program for all units; K is one chunk, padded to a power of two."""
-    block = max(16, 1 << (H - 1).bit_length())
-    return Plan("resident", 16, block, block, 1, 1, 1, 4 if block <= 32 else 8, max_registers=255)
-
-
 # What a step is made of, in clock cycles: the meter's figures (bench/step_cost), and those of the
 # code fitted to what the meter reads off all candidates (bench/step_cost/ranking.py).
 TRIP = 420  # from a store to a load that finds it, half a poll included
 ANOTHER_TRIP = 100  # where registers hold only a part of what is read
-COUNTER = 900  # a fence, and the counter behind it
 L2_BYTES = 45  # a clock, into one multiprocessor; and into all of them
 L2_BYTES_OF_ALL = 3200
 L1_BYTES = 29
 SHARED_BYTES = 128
-MULTIPLY_ADDS = {"16-bit": 1024, "tf32": 512, "ieee": 128}
+MULTIPLY_ADDS: dict[str, float] = {"16-bit": 1024, "tf32": 512, "ieee": 512 / 3}
 CHAIN = 16  # from one product to the next that adds to it
 CELL = 100  # and all else that a step does once
 CELL_OF_GATE = 83  # for each element of a thread
@@ -303,8 +283,6 @@ def cycles(
     elements = plan.block_b * plan.block_h / (32 * plan.num_warps)
     busy = CELL + CELL_OF_GATE * gates * max(1.0, elements)
     multiply = plan.block_b * weights / MULTIPLY_ADDS[precision]
-    if plan.protocol is None:
-        return busy + multiply + weights * item / SHARED_BYTES
     multiprocessors = min(programs, device.multiprocessors)
     l2 = min(L2_BYTES, L2_BYTES_OF_ALL / multiprocessors)
     busy += max(multiply, plan.chunks * planes * CHAIN * (item // 2))
@@ -312,8 +290,6 @@ def cycles(
     busy += 2 * 4 * plan.split * plan.block_b * plan.block_h * results / SHARED_BYTES
     volume = planes * plan.block_b * K * item / l2
     wait = TRIP + (-(-plan.chunks // plan.ahead) - 1) * ANOTHER_TRIP
-    if plan.protocol == "counter":
-        wait += COUNTER
     if programs > device.multiprocessors:
         return (1 + TOGETHER) * (busy + volume) + wait
     return busy + volume + wait

@@ -83,12 +83,48 @@ def multiply(
     FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sums[i] + left @ weights[FIRST + i], for all i."""
+    """sums[i] + left @ weights[FIRST + i], for all i.
+
+    PRECISION, of float32, is "tf32" or "ieee". Tensor cores know only the first, which has 11 bits.
+    So for the second each factor is taken apart, and three products are added: of the upper parts,
+    and of each with the other's rest. That loses at most 5 * 2^-22 of every product: of both rests
+    what is beyond 11 bits, and the product of the two.
+    """
+    EXACT: tl.constexpr = PRECISION == "ieee" and left.dtype == tl.float32
+    if EXACT:
+        whole = left
+        left, left_rest = take_apart(whole)
+        left_rest = tl.where(whole == left, 0.0, left_rest)  # h may be infinite, weights may not
     totals = ()
     for i in tl.static_range(len(sums)):
-        total = tl.dot(left, weights[FIRST + i], sums[i], input_precision=PRECISION)
-        totals = totals + (total,)
+        right = weights[FIRST + i]
+        total = sums[i]
+        if EXACT:
+            right, right_rest = take_apart(right)
+            total = tl.dot(left_rest, right, total, input_precision="tf32")
+            total = tl.dot(left, right_rest, total, input_precision="tf32")
+        totals = totals + (tl.dot(left, right, total, input_precision="tf32"),)
     return totals
+
+
+@triton.jit
+def take_apart(x):
+    """float32 rounded to 11 bits, as tensor cores take them, and what that leaves."""
+    upper = ((x.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True)
+    return upper, x - upper
+
+
+@triton.jit
+def as_new(weights):
+    """The same values, but the compiler does not know it. The parts of weights would else be kept
+    from step to step, in registers that there are not."""
+    renewed = ()
+    for i in tl.static_range(len(weights)):
+        tile = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [weights[i]], dtype=tl.float32, is_pure=False, pack=1
+        )
+        renewed = renewed + (tile,)
+    return renewed
 
 
 @triton.jit
@@ -109,7 +145,7 @@ def own_product(
 
 @triton.jit
 def recurrent_product(
-    own,  # PLANES tiles [BLOCK_B, BLOCK_H] where PROTOCOL is None: one program owns all units
+    own,  # PLANES tiles [BLOCK_B, BLOCK_H] unless EXCHANGED: one program owns all units
     ring_ptr,  # of the group
     signal_ptr,
     at,
@@ -131,16 +167,13 @@ def recurrent_product(
     AHEAD: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    PROTOCOL: tl.constexpr,
+    EXCHANGED: tl.constexpr,
     PAIRWISE: tl.constexpr,
 ):
     """The product with what a batch tile's units were at `step`; NaN after a time-out."""
-    if PROTOCOL is None:
-        sums = own_product(own, weights, G=G, PRECISION=PRECISION)
-    else:
-        ok = sync.wait(signal_ptr, step, tl.num_programs(0), spin_limit, PROTOCOL)
-        products = exchanged_product(
-            ring_ptr + sync.slot(step, PROTOCOL) * SLOT,
+    if EXCHANGED:
+        sums = exchanged_product(
+            ring_ptr + sync.slot(step) * SLOT,
             at,
             anchor,
             weights,
@@ -160,12 +193,10 @@ def recurrent_product(
             AHEAD=AHEAD,
             SPLIT=SPLIT,
             PRECISION=PRECISION,
-            PROTOCOL=PROTOCOL,
             PAIRWISE=PAIRWISE,
         )
-        sums = ()
-        for i in tl.static_range(len(products)):
-            sums = sums + (products[i] + sync.poison(ok),)
+    else:
+        sums = own_product(own, weights, G=G, PRECISION=PRECISION)
     return sums
 
 
@@ -191,7 +222,6 @@ def exchanged_product(
     AHEAD: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    PROTOCOL: tl.constexpr,
     PAIRWISE: tl.constexpr,
 ):
     """The product with what all programs of the group hold."""
@@ -211,16 +241,18 @@ def exchanged_product(
             at,
             anchor,
             step,
+            sync.arrivals(step, tl.num_programs(0)) if first == 0 else 0,
             signal_ptr,
             spin_limit,
             COUNT=min(AHEAD, CHUNKS - first) * PLANES,
             VECTORS=at.numel // at.shape[1] // (SPLIT * LANES),
             STRIDE=SPLIT * BLOCK,
             PAIRWISE=PAIRWISE,
-            PROTOCOL=PROTOCOL,
         )
         for chunk in tl.static_range(first, min(first + AHEAD, CHUNKS)):
             right = weights[chunk * G : (chunk + 1) * G]
+            if PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32:
+                right = as_new(right)
             if chunk >= RESIDENT:
                 right = coming
                 if chunk + 1 < CHUNKS:  # is on its way while this one is multiplied

@@ -102,13 +102,12 @@ def publish_gates(
     last,
     SLOT: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PROTOCOL: tl.constexpr,
 ):
     """Publishes a program's dh_gates as its part of `step`."""
     for g in tl.static_range(len(rounded)):
         offs = offs_own + g * (16 * BLOCK_K)
-        sync.publish(ring_ptr, SLOT, offs, rounded[g], step, last, PROTOCOL)
-    sync.arrive(signal_ptr, step, PROTOCOL)
+        sync.publish(ring_ptr, SLOT, offs, rounded[g], step, last)
+    sync.arrive(signal_ptr, step)
 
 
 @triton.jit
@@ -152,7 +151,7 @@ def scan_backward_kernel(
     h_mask_ptr,  # [D, B, H], or None: multiplies h before the recurrent product
     zoneout_ptr,  # [N, D, S, H] int8 where ZONEOUT is "drawn", [S] where "expected", or None
     clip,  # bound of the gradient of every h_t, or None
-    ring_ptr,  # [groups, slots, slot_size], or None where PROTOCOL is
+    ring_ptr,  # [groups, slots, slot_size], or None unless EXCHANGED
     signal_ptr,  # [groups, ...], likewise
     error_ptr,  # [1], likewise
     ring_stride,  # from one group to the next; a group is a batch tile of a direction
@@ -180,13 +179,13 @@ def scan_backward_kernel(
     AHEAD: tl.constexpr,  # chunks whose left operands are read together
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
+    EXCHANGED: tl.constexpr,  # between programs; else one owns all units
     PAIRWISE: tl.constexpr,  # see `sync.assembly`
 ):
     direction = first_d + tl.program_id(2)
     own_first = tl.program_id(0) * BLOCK_H
     offs_h = own_first + tl.arange(0, BLOCK_H)
-    if PROTOCOL is not None:
+    if EXCHANGED:
         offs_h = one_by_one(offs_h)
     own_h = offs_h[None, :]
     mask_h = own_h < H
@@ -194,11 +193,11 @@ def scan_backward_kernel(
     # Loaded once: the weights of the resident chunks, the parameters.
     w_ptr += direction * G * H * PITCH
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
-    WIDE: tl.constexpr = DTYPE.primitive_bitwidth == 32
+    WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
     SLOT: tl.constexpr = BLOCK_B * G * CHUNKS * BLOCK_K
     at = None
     anchor = None
-    if PROTOCOL is None:
+    if not EXCHANGED:
         weights = load_all_weights(w_ptr, offs_h, G=G, H=H, PITCH=PITCH)
     else:
         weights = load_weights(
@@ -255,7 +254,7 @@ def scan_backward_kernel(
     for _ in tl.static_range(G):
         rounded = rounded + (zero.to(DTYPE),)
     offs_own = None
-    if PROTOCOL is not None:
+    if EXCHANGED:
         group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
         ring_ptr += group.to(tl.int64) * ring_stride
         signal_ptr += group * signal_stride
@@ -266,7 +265,7 @@ def scan_backward_kernel(
         anchor = sync.layout_of_loads(ring_ptr, at)
         publish_gates(
             ring_ptr, signal_ptr, offs_own, rounded, 1, T + 1,
-            SLOT=SLOT, BLOCK_K=BLOCK_K, PROTOCOL=PROTOCOL,
+            SLOT=SLOT, BLOCK_K=BLOCK_K,
         )  # fmt: skip
 
     for step in range(T):
@@ -315,7 +314,7 @@ def scan_backward_kernel(
             AHEAD=AHEAD,
             SPLIT=SPLIT,
             PRECISION=PRECISION,
-            PROTOCOL=PROTOCOL,
+            EXCHANGED=EXCHANGED,
             PAIRWISE=PAIRWISE,
         )
         d_state, d_fresh = pass_back(product, d_state, h_mask, begins, d_fresh)
@@ -349,10 +348,10 @@ def scan_backward_kernel(
         rounded = ()
         for g in tl.static_range(G):
             rounded = rounded + (tl.where(active & mask_h, dh_gates[g], 0.0).to(DTYPE),)
-        if PROTOCOL is not None:
+        if EXCHANGED:
             publish_gates(
                 ring_ptr, signal_ptr, offs_own, rounded, step + 2, T + 1,
-                SLOT=SLOT, BLOCK_K=BLOCK_K, PROTOCOL=PROTOCOL,
+                SLOT=SLOT, BLOCK_K=BLOCK_K,
             )  # fmt: skip
 
         # While the others catch up: write what only later launches read.
@@ -393,7 +392,7 @@ def scan_backward_kernel(
         AHEAD=AHEAD,
         SPLIT=SPLIT,
         PRECISION=PRECISION,
-        PROTOCOL=PROTOCOL,
+        EXCHANGED=EXCHANGED,
         PAIRWISE=PAIRWISE,
     )
     d_state, d_fresh = pass_back(product, d_state, h_mask, begins, d_fresh)
@@ -409,5 +408,5 @@ def scan_backward_kernel(
         total = tl.sum(d_params[i], axis=0)
         offs = (batch_tile * D + direction) * H + offs_h
         tl.store(d_param_ptrs[i] + offs, total, mask=offs_h < H)
-    if PROTOCOL is not None:
+    if EXCHANGED:
         sync.report(signal_ptr, error_ptr)

@@ -62,7 +62,7 @@ def scan_forward_kernel(
     fresh_ptrs,  # S x [D, B, H]: what it starts from, or () for zeros
     h_mask_ptr,  # [D, B, H], or None: multiplies h before the recurrent product
     zoneout_ptr,  # [N, D, S, H] int8 where ZONEOUT is "drawn", [S] where "expected", or None
-    ring_ptr,  # [groups, slots, slot_size], or None where PROTOCOL is
+    ring_ptr,  # [groups, slots, slot_size], or None unless EXCHANGED
     signal_ptr,  # [groups, ...], likewise
     error_ptr,  # [1], likewise
     ring_stride,  # from one group to the next; a group is a batch tile of a direction
@@ -88,13 +88,13 @@ def scan_forward_kernel(
     AHEAD: tl.constexpr,  # chunks whose left operands are read together
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    PROTOCOL: tl.constexpr,  # of the exchange; None: one program owns all units
+    EXCHANGED: tl.constexpr,  # between programs; else one owns all units
     PAIRWISE: tl.constexpr,  # see `sync.assembly`
 ):
     direction = first_d + tl.program_id(2)
     own_first = tl.program_id(0) * BLOCK_H
     offs_h = own_first + tl.arange(0, BLOCK_H)
-    if PROTOCOL is not None:
+    if EXCHANGED:
         offs_h = one_by_one(offs_h)
     own_h = offs_h[None, :]
     mask_h = own_h < H
@@ -102,11 +102,11 @@ def scan_forward_kernel(
     # Loaded once: the weights of the resident chunks, the bias, the parameters.
     w_ptr += direction * G * H * PITCH
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
-    WIDE: tl.constexpr = DTYPE.primitive_bitwidth == 32
+    WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
     SLOT: tl.constexpr = BLOCK_B * CHUNKS * BLOCK_K
     at = None
     anchor = None
-    if PROTOCOL is None:
+    if not EXCHANGED:
         weights = load_all_weights(w_ptr, offs_h, G=G, H=H, PITCH=PITCH)
     else:
         weights = load_weights(
@@ -148,7 +148,7 @@ def scan_forward_kernel(
     if reset_ptr is not None:
         rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
         state = start_over(state, fresh, load_flags(reset_ptr, rows, mask_b, direction, D=D))
-    if PROTOCOL is not None:
+    if EXCHANGED:
         group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
         ring_ptr += group.to(tl.int64) * ring_stride
         signal_ptr += group * signal_stride
@@ -158,8 +158,8 @@ def scan_forward_kernel(
         at = vectors(SPLIT=SPLIT, WIDE=WIDE)
         anchor = sync.layout_of_loads(ring_ptr, at)
         h = tl.where(mask_h, masked_h(state, h_mask), 0.0).to(DTYPE)
-        sync.publish(ring_ptr, SLOT, offs_own, h, 1, T + 1, PROTOCOL)
-        sync.arrive(signal_ptr, 1, PROTOCOL)
+        sync.publish(ring_ptr, SLOT, offs_own, h, 1, T + 1)
+        sync.arrive(signal_ptr, 1)
 
     for step in range(T):
         rows = row_of(t, offs_b, offsets_ptr, stride_t, stride_b)
@@ -181,7 +181,7 @@ def scan_forward_kernel(
 
         # h_gates = h_{t-1} @ W_hh^T + b_hh
         own = ()
-        if PROTOCOL is None:
+        if not EXCHANGED:
             own = (masked_h(state, h_mask).to(DTYPE),)
         h_gates = recurrent_product(
             own,
@@ -206,7 +206,7 @@ def scan_forward_kernel(
             AHEAD=AHEAD,
             SPLIT=SPLIT,
             PRECISION=PRECISION,
-            PROTOCOL=PROTOCOL,
+            EXCHANGED=EXCHANGED,
             PAIRWISE=PAIRWISE,
         )
         if b_hh_ptr is not None:
@@ -225,10 +225,10 @@ def scan_forward_kernel(
         state = new
         if reset_ptr is not None:
             state = start_over(new, fresh, begins)
-        if PROTOCOL is not None:
+        if EXCHANGED:
             h = tl.where(mask_h, masked_h(state, h_mask), 0.0).to(DTYPE)
-            sync.publish(ring_ptr, SLOT, offs_own, h, step + 2, T + 1, PROTOCOL)
-            sync.arrive(signal_ptr, step + 2, PROTOCOL)
+            sync.publish(ring_ptr, SLOT, offs_own, h, step + 2, T + 1)
+            sync.arrive(signal_ptr, step + 2)
 
         # While the others catch up: write what only later launches read.
         store_planes(output_ptr, (new[0],), rows, own_h, active, exists, direction, D=D, H=H)
@@ -241,5 +241,5 @@ def scan_forward_kernel(
     for i in tl.static_range(len(final_ptrs)):
         final = state[i].to(final_ptrs[i].dtype.element_ty)
         tl.store(final_ptrs[i] + offs_state, final, mask=mask_bh)
-    if PROTOCOL is not None:
+    if EXCHANGED:
         sync.report(signal_ptr, error_ptr)

@@ -2,17 +2,16 @@
 
 Programs of one *group* (one batch tile, one direction) exchange a tile of `h` (forward) or of
 the gates' gradients (backward) at every step; groups never wait for each other. A time loop
-spells a step like this, whatever the protocol:
+spells a step like this:
 
     publish h_0 as step 1, as below
     for t in range(T):
-        ok = sync.wait(signal_ptr, t + 1, n_programs, spin_limit, PROTOCOL)
-        slot_ptr = ring_ptr + sync.slot(t + 1, PROTOCOL) * slot_size
-        lefts = sync.load(slot_ptr, at, anchor, t + 1, signal_ptr, spin_limit, ...)
-        h_gates = dot(lefts, w) + sync.poison(ok)
-        h_own = ...
-        sync.publish(ring_ptr, slot_size, offs_own, h_own, t + 2, last, PROTOCOL)
-        sync.arrive(signal_ptr, t + 2, PROTOCOL)
+        slot_ptr = ring_ptr + sync.slot(t + 1) * slot_size
+        arrivals = sync.arrivals(t + 1, n_programs)
+        lefts = sync.load(slot_ptr, at, anchor, t + 1, arrivals, signal_ptr, spin_limit, ...)
+        h_own = cell(dot(lefts, w), ...)
+        sync.publish(ring_ptr, slot_size, offs_own, h_own, t + 2, last)
+        sync.arrive(signal_ptr, t + 2)
         ...                                          # whatever nobody waits for
     sync.report(signal_ptr, error_ptr)
 
@@ -20,29 +19,28 @@ Steps count from 1. User data is never polled in place, where it could look like
 goes through `publish` as all else does. `ring_ptr` and `signal_ptr` point at the group's own part
 of the workspace (`Workspace.ring_stride`, `.signal_stride`).
 
-Protocols (what `PROTOCOL` may be):
+The value is the flag. A slot holds -0.0, the *sentinel*, until a value has been stored there, and
+every thread polls the elements that it needs itself, each of which is read and written at once; no
+fence, no counter and no barrier lies between a store and the product that waits for it. A value of
+-0.0 is published as 0.0; NaN is a value like others.
 
-"sentinel"  The value is the flag. A slot holds -0.0 until a value has been stored there, and every
-            thread polls the elements that it needs itself, each of which is read and written
-            at once; no fence, no counter and no barrier lies between a store and the product that
-            waits for it. A value of -0.0 is published as 0.0; NaN is a value like others. The
-            ring has 2 * LAP slots. When a program publishes step s, all have read step s - LAP
-            (each has published s - 1, for which it needed s - 2), and it puts -0.0 back into its
-            part of that slot. That these reach everybody before the slot is polled again is what
-            the one fence of a lap is for: in every LAP-th step all programs arrive and wait, as
-            with the counter. What this rests on: elements of 16 or 32 bits are coherent, relaxed
-            loads and stores of them are not torn, and a store does not overtake the loads that
-            its value was computed from, or that a block barrier lies behind. (PTX orders relaxed
-            accesses to different addresses by no rule, and leaves open what a load of two 16-bit
-            elements at once sees of stores of one; hardware reads both from one sector of L2.)
+The ring has 2 * LAP slots. When a program publishes step s, all have read step s - LAP (each has
+published s - 1, for which it needed s - 2), and it puts -0.0 back into its part of that slot. That
+these reach everybody before the slot is polled again is what the one fence of a lap is for: in
+every LAP-th step all programs add to a counter with release, and every thread reads it with
+acquire until all have.
 
-"counter"   One counter a group: release to arrive, acquire to wait, in every step; two slots.
-            Sound by the letter of the memory model.
+What this rests on: elements of 16 or 32 bits are coherent, relaxed loads and stores of them are not
+torn, and a store does not overtake the loads that its value was computed from, or that a block
+barrier lies behind. (PTX orders relaxed accesses to different addresses by no rule, and leaves
+open what a load of two 16-bit elements at once sees of stores of one; hardware reads both from one
+sector of L2.)
 
 Rules for the caller:
 - Every program of the group publishes its part of every step, all of it: an element that is
   polled and never stored is waited for until the limit.
-- A step's loads (of all chunks) come before its publication: the reuse of slots rests on it.
+- A step's loads (of all chunks) come before its publication: the reuse of slots rests on it. The
+  first of them is the one that waits for arrivals.
 - The time loop does not end at a time-out. Who gives up, says so in a word of the group, so that
   nobody waits long for anything any more, and goes on with NaN, which reaches all results; `report`
   says at which step.
@@ -57,8 +55,6 @@ import torch
 import triton
 import triton.language as tl
 
-PROTOCOLS = ("sentinel", "counter")
-
 LAP = tl.constexpr(64)
 
 # A group's signal, in int32 words: the counter, and, 128 bytes further, the step at which somebody
@@ -71,18 +67,9 @@ _SIGNAL = 64
 
 
 @triton.jit
-def slot(step, PROTOCOL: tl.constexpr):
-    """Index of the ring slot that holds `step`.
-
-    For the counter two are enough, because step s + 2 is stored over step s only by a program
-    that has waited for step s + 1 of all, which each published after its last read of step s.
-    """
-    step = tl.cast(step, tl.int32)
-    if PROTOCOL == "sentinel":
-        index = step % (2 * LAP)
-    else:
-        index = step % 2
-    return index
+def slot(step):
+    """Index of the ring slot that holds `step`."""
+    return tl.cast(step, tl.int32) % (2 * LAP)
 
 
 @triton.jit
@@ -93,93 +80,50 @@ def publish(
     tile,  # in the dtype that is exchanged
     step,
     last,  # the last step of the launch
-    PROTOCOL: tl.constexpr,
 ):
     """Stores this program's own tile as its part of `step`."""
     BITS: tl.constexpr = tile.dtype.primitive_bitwidth
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    # In integers: of a float, compilers may think that x + 0.0 is x.
     bits = tile.to(INTEGER, bitcast=True)
-    if PROTOCOL == "sentinel":
-        # In integers: of a float, compilers may think that x + 0.0 is x.
-        minus_zero = tl.full((), -(2 ** (BITS - 1)), INTEGER)
-        bits = tl.where(bits == minus_zero, tl.zeros_like(bits), bits)
-        _store(ring_ptr + slot(step, PROTOCOL) * slot_size + offs, bits)
-        step = tl.cast(step, tl.int32)
-        if (step > LAP) & (step + LAP <= last):
-            again_ptr = ring_ptr + slot(step + LAP, PROTOCOL) * slot_size
-            _store(again_ptr + offs, tl.zeros_like(bits) + minus_zero)
-    else:
-        _store(ring_ptr + slot(step, PROTOCOL) * slot_size + offs, bits)
+    minus_zero = tl.full((), -(2 ** (BITS - 1)), INTEGER)
+    bits = tl.where(bits == minus_zero, tl.zeros_like(bits), bits)
+    _store(ring_ptr + slot(step) * slot_size + offs, bits)
+    step = tl.cast(step, tl.int32)
+    if (step > LAP) & (step + LAP <= last):
+        again_ptr = ring_ptr + slot(step + LAP) * slot_size
+        _store(again_ptr + offs, tl.zeros_like(bits) + minus_zero)
 
 
 @triton.jit
 def _store(ptr, bits):
     """Stores elements past L1, each at once."""
-    if bits.dtype.primitive_bitwidth == 16:
-        tl.inline_asm_elementwise(
-            "st.relaxed.gpu.global.b16 [$1], $2; mov.b32 $0, 0;",
-            "=r,l,h",
-            [ptr.to(tl.int64), bits],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.inline_asm_elementwise(
-            "st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0;",
-            "=r,l,r",
-            [ptr.to(tl.int64), bits],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    WIDE: tl.constexpr = bits.dtype.primitive_bitwidth == 32
+    TEXT: tl.constexpr = "st.relaxed.gpu.global.b32" if WIDE else "st.relaxed.gpu.global.b16"
+    tl.inline_asm_elementwise(
+        TEXT + " [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r" if WIDE else "=r,l,h",
+        [ptr.to(tl.int64), bits],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
-def arrive(signal_ptr, step, PROTOCOL: tl.constexpr):
-    """Says that this program has published `step`, where somebody waits for that."""
-    if PROTOCOL == "counter" or tl.cast(step, tl.int32) % LAP == 0:
-        _arrive(signal_ptr)
+def arrive(signal_ptr, step):
+    """Says, once a lap, that this program has published `step`."""
+    if tl.cast(step, tl.int32) % LAP == 0:
+        # One thread releases for all, and Triton puts no barrier before it.
+        tl.debug_barrier()
+        tl.atomic_add(signal_ptr, 1, sem="release", scope="gpu")
 
 
 @triton.jit
-def _arrive(signal_ptr):
-    # One thread releases for all, and Triton puts no barrier before it.
-    tl.debug_barrier()
-    tl.atomic_add(signal_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def wait(signal_ptr, step, n_programs, spin_limit, PROTOCOL: tl.constexpr):
-    """Waits until the whole group has arrived at `step`, where it does; False after a time-out."""
+def arrivals(step, n_programs):
+    """How many must have come before `step` is polled: 0, but for one step of a lap."""
     step = tl.cast(step, tl.int32)
-    ok = step > 0
-    if PROTOCOL == "counter":
-        ok = _wait(signal_ptr, step * n_programs, step, spin_limit)
-    elif step % LAP == 0:
-        ok = _wait(signal_ptr, step // LAP * n_programs, step, spin_limit)
-    return ok
-
-
-@triton.jit
-def _wait(signal_ptr, target, step, spin_limit):
-    # Atomics of a scalar, which Triton hands to the whole block: no warp gives up while another
-    # goes on. The result of every acquire is used: Triton 3.6 and 3.7 delete those that are not.
-    arrived = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="gpu")
-    spins = 0
-    gave_up = 0
-    while (arrived < target) & (spins < spin_limit):
-        gave_up = tl.atomic_add(signal_ptr + _GAVE_UP, 0, sem="relaxed", scope="gpu")
-        arrived = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="gpu")
-        spins = tl.where(gave_up != 0, spin_limit, spins + 1)
-    # One thread acquired for all.
-    tl.debug_barrier()
-    if arrived < target:
-        if gave_up == 0:  # the word keeps the first step that was missed
-            tl.atomic_max(signal_ptr + _GAVE_UP, step, sem="relaxed", scope="gpu")
-        # Later arrivals of those who go on must not stand for those who are missing.
-        tl.atomic_min(signal_ptr, -(2**31), sem="relaxed", scope="gpu")
-    return arrived >= target
+    return tl.where(step % LAP == 0, step // LAP * n_programs, 0)
 
 
 @triton.jit
@@ -188,19 +132,19 @@ def load(
     at,  # `fragments.vectors`: [lanes, LENGTH]
     anchor,  # `layout_of_loads`
     step,
+    arrived,  # wait for so many `arrivals` first
     signal_ptr,
     spin_limit,
     COUNT: tl.constexpr,
     VECTORS: tl.constexpr,  # rows of `at` that a thread holds
     STRIDE: tl.constexpr,  # elements from chunk to chunk
     PAIRWISE: tl.constexpr,  # see `assembly`
-    PROTOCOL: tl.constexpr,
 ):
     """COUNT tiles shaped like `at`, of what the group published as `step`.
 
     One block of assembly for each thread, so that all loads are on their way before one is looked
-    at. With "sentinel" a thread asks again for the vectors in which an element is missing, and
-    after `spin_limit` times, or where another has given up, takes NaN for them.
+    at. A thread asks again for the vectors in which an element is missing, and after `spin_limit`
+    times, or where another has given up, takes NaN for all of them.
 
     The block reads one vector for each row of `at`, and writes the row's elements into consecutive
     registers. So a thread must hold whole rows. It does, because `anchor` was loaded from memory
@@ -211,14 +155,15 @@ def load(
     LENGTH: tl.constexpr = at.shape[1]
     nothing = tl.zeros_like(at)
     return tl.inline_asm_elementwise(
-        assembly(COUNT, VECTORS, STRIDE * 16 // LENGTH, LENGTH, PAIRWISE, PROTOCOL == "sentinel"),
+        assembly(COUNT, VECTORS, STRIDE * 16 // LENGTH, LENGTH, PAIRWISE),
         operands(COUNT, VECTORS, LENGTH),
         [
             (slot_ptr + at).to(tl.int64),
             anchor,
-            (signal_ptr + _GAVE_UP + nothing).to(tl.int64),
+            (signal_ptr + nothing).to(tl.int64),
             spin_limit + nothing,
             step + nothing,
+            arrived + nothing,
         ],
         dtype=types(COUNT, DTYPE),
         is_pure=False,
@@ -245,13 +190,15 @@ def operands(COUNT, VECTORS, LENGTH):
     element of 32 or 64 bits, or for as many as 32 bits hold."""
     elements = VECTORS * LENGTH
     inputs = ["l"] * elements + ["r"] * (4 * VECTORS)
-    inputs += ["l"] * elements + ["r"] * elements + ["r"] * elements
+    inputs += ["l"] * elements + ["r"] * (3 * elements)
     return ",".join(["=&r"] * (4 * COUNT * VECTORS) + inputs)
 
 
 @triton.constexpr_function
-def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE, POLLS):
+def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE):
     """PTX of `load` for one thread: VECTORS rows of each of COUNT chunks, STRIDE bytes apart.
+
+    Every thread waits for the arrivals itself, so that no barrier has to lie behind that.
 
     -0.0 is the least integer. Where there is a minimum of pairs of int16 (PAIRWISE, from compute
     capability 9.0 on), the least of all elements tells whether one is missing. Elsewhere a 16-bit
@@ -261,16 +208,13 @@ def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE, POLLS):
     vectors = range(COUNT * VECTORS)
     words = [[f"${4 * n + i}" for i in range(4)] for n in vectors]
     pointers = 4 * len(vectors)
-    gave_up = pointers + elements + 4 * VECTORS
-    limit, step = gave_up + elements, gave_up + 2 * elements
+    counter = pointers + elements + 4 * VECTORS
+    limit, step, arrived = (counter + n * elements for n in (1, 2, 3))
+    gave_up = f"[${counter} + {4 * _GAVE_UP.value}]"
 
     def load(n):
         pointer = f"[${pointers + n % VECTORS * LENGTH} + {n // VECTORS * STRIDE}]"
         return f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(words[n])}}}, {pointer};"
-
-    loads = [load(n) for n in vectors]
-    if not POLLS:
-        return "\n".join(loads)
 
     if LENGTH == 4:
         merge = ["min.s32 {0}, {0}, {1};"]
@@ -300,11 +244,28 @@ def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE, POLLS):
     def filled(template, *names):
         return [line.format(*names) for line in template]
 
+    # Around another attempt, so that whether somebody gave up is on its way with it.
+    before = [
+        "setp.eq.s32 missing, left, 0;",
+        "@missing bra TIMED_OUT;",
+        "sub.s32 left, left, 1;",
+        f"ld.relaxed.gpu.global.b32 told, {gave_up};",
+    ]
+    after = ["setp.ne.s32 missing, told, 0;", "@missing bra GIVE_UP;"]
     lines = [
-        f".reg .pred missing, late<{len(vectors)}>;",
-        f".reg .b32 least<{len(vectors)}>, all, x, y, left, told;",
+        f".reg .pred missing, late<{len(words)}>;",
+        f".reg .b32 least<{len(words)}>, all, x, y, left, told;",
         f"mov.b32 left, ${limit};",
-        *loads,
+        f"setp.eq.s32 missing, ${arrived}, 0;",
+        "@missing bra READ;",
+        "WAIT:",
+        *before,
+        f"ld.acquire.gpu.global.b32 x, [${counter}];",
+        *after,
+        f"setp.lt.s32 missing, x, ${arrived};",
+        "@missing bra WAIT;",
+        "READ:",
+        *map(load, vectors),
         "AGAIN:",
     ]
     for n in vectors:
@@ -312,35 +273,21 @@ def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE, POLLS):
     lines += ["mov.b32 all, least0;"]
     for n in vectors[1:]:
         lines += filled(merge, "all", f"least{n}")
-    lines += [
-        *filled(test, "all", "missing"),
-        "@!missing bra DONE;",
-        "setp.eq.s32 missing, left, 0;",
-        "@missing bra TIMED_OUT;",
-        "sub.s32 left, left, 1;",
-        f"ld.relaxed.gpu.global.b32 told, [${gave_up}];",
-    ]
+    lines += [*filled(test, "all", "missing"), "@!missing bra DONE;", *before]
     for n in vectors:
         lines += filled(test, f"least{n}", f"late{n}")
     lines += [f"@late{n} {load(n)}" for n in vectors]
     nan = "0x7FFFFFFF" if LENGTH == 4 else "0x7FFF7FFF"
     lines += [
-        "setp.eq.s32 missing, told, 0;",
-        "@missing bra AGAIN;",
-        "bra GIVE_UP;",
+        *after,
+        "bra AGAIN;",
         "TIMED_OUT:",
-        f"st.relaxed.gpu.global.b32 [${gave_up}], ${step};",
+        f"st.relaxed.gpu.global.b32 {gave_up}, ${step};",
         "GIVE_UP:",
         *(f"mov.b32 {word}, {nan};" for vector in words for word in vector),
         "DONE:",
     ]
     return "\n".join(["{", *lines, "}"])
-
-
-@triton.jit
-def poison(ok):
-    """0 while all is well and NaN after a time-out: add it to what was computed from a load."""
-    return tl.where(ok, 0.0, float("nan"))
 
 
 @triton.jit
@@ -380,7 +327,6 @@ class Workspace:
 
 
 def workspace(
-    protocol: str,
     *,
     groups: int,
     programs: int,
@@ -403,15 +349,13 @@ def workspace(
         chunks, planes, block_b, block_k: of a slot, see `fragments.offset_in_slot`.
         error: [1] int32, zero, to use as the error word; by default one on the device.
     Raises:
-        ValueError: a protocol, dtype or size that cannot be had.
+        ValueError: a dtype or size that cannot be had.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     if steps * programs >= 2**31:
         raise ValueError(f"steps * programs must stay below 2**31, got {steps} * {programs}")
-    slots = min(steps + 1, 2 * LAP.value) if protocol == "sentinel" else 2
+    slots = min(steps + 1, 2 * LAP.value)
     blocks = (groups, slots, block_b // 16, chunks, planes, block_k // 16)
     elements = (2, 8, 4, 4) if dtype == torch.float32 else (8, 4, 8)
     ring = torch.full((*blocks, *elements), -0.0, dtype=dtype, device=device)

@@ -119,7 +119,7 @@ def _write(known: dict) -> None:
 
 def _directions_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
     """How many of D directions of one batch tile run in one launch, all programs together."""
-    if plan.protocol is None:
+    if not plan.exchanged:
         return D
     room = properties.multiprocessors * plan.programs_each
     return min(D, room // -(-H // plan.block_h))

@@ -15,13 +15,13 @@ from bench.step_cost import parameters
 from bench.step_cost.gate import gate
 from bench.step_cost.read import PARTS, Reading, disassemble, predict, read
 from fusedrnn.cells import REGISTRY
-from fusedrnn.kernels.plan import PASSES, Plan, candidates, plan_scan
+from fusedrnn.kernels.plan import PASSES, Plan, candidates, placed, plan_scan
 
 COLUMNS = (
     ("regs", "registers"), ("spill", "spill"), ("smem", "shared"), ("programs", "programs"),
     ("launches", "launches"), ("SASS", "instructions"), ("mma", "products"), ("MUFU", "special"),
-    ("BAR", "barriers"), ("fence", "fences"), ("poll", "polls"), ("waves", "wavefronts"),
-    ("ideal", "ideal_wavefronts"), ("serial", "serial_waits"),
+    ("BAR", "barriers"), ("fence", "fences"), ("polled", "ring_loads"),
+    ("waves", "wavefronts"), ("ideal", "ideal_wavefronts"), ("serial", "serial_waits"),
 )  # fmt: skip
 
 
@@ -32,46 +32,24 @@ def plans(options, which: str) -> list[Plan]:
         ValueError: there is no such plan.
     """
     cell, device = REGISTRY[options.cell], aot.TARGETS[options.target]
-    dtype = aot.DTYPES[options.dtype]
-    shape = dict(B=options.batch, H=options.hidden, D=1, device=device)
-
-    def placed(plan: Plan) -> Plan:
-        """The plan with the batch cut into launches."""
-        times = {plan: 1.0}
-        return plan_scan(
-            cell, which, dtype, **shape, input_precision=options.precision, step_times=times
-        )
-
-    every = candidates(cell, which, dtype, options.hidden, device, options.precision)
-    if options.every_plan:
-        wanted = [p for p in every if options.protocol in (None, p.protocol)]
-        found = []
-        for plan in wanted:
-            try:
-                found.append(placed(plan))
-            except ValueError as error:
-                print(f"left out: {plan}: {error}", file=sys.stderr)
-        if found:
-            return found
-    else:
-        chosen = plan_scan(cell, which, dtype, **shape, input_precision=options.precision)
-        if options.protocol in (None, chosen.protocol):
-            return [chosen]
-        tile = ("schedule", "block_b", "block_h", "block_k", "split")
-        for plan in every:
-            if plan.protocol == options.protocol and all(
-                getattr(plan, name) == getattr(chosen, name) for name in tile
-            ):
-                return [placed(plan)]
-    has = sorted({str(p.protocol) for p in every})
-    raise ValueError(f"--protocol {options.protocol}: no such plan for {which}, there are {has}")
+    dtype, H, B = aot.DTYPES[options.dtype], options.hidden, options.batch
+    precision = options.precision
+    if not options.every_plan:
+        return [
+            plan_scan(cell, which, dtype, B=B, H=H, D=1, device=device, input_precision=precision)
+        ]
+    every = candidates(cell, which, dtype, H, device, precision)
+    found = [fitting[0] for p in every if (fitting := placed(p, H, 1, B, device)) is not None]
+    if not found:
+        raise ValueError(f"no plan at all for {which} of {cell.name!r} with H = {H}")
+    return found
 
 
 def label(job: aot.Job, batch: int) -> str:
     p = job.plan
     dtype = job.precision if job.dtype == "fp32" else job.dtype
     return (
-        f"{job.cell}_{dtype}_{job.H}_{batch}-{job.which}-{p.protocol or 'none'}-"
+        f"{job.cell}_{dtype}_{job.H}_{batch}-{job.which}-"
         f"{p.block_b}x{p.block_h}k{p.block_k}s{p.split}r{p.resident}a{p.ahead}w{p.num_warps}"
     )
 
@@ -88,10 +66,10 @@ def measure(job: aot.Job, batch: int, assumed, keep: Path | None) -> tuple[Readi
     )  # fmt: skip
     info = {
         "cell": job.cell, "dtype": job.dtype, "precision": job.precision, "H": job.H, "B": batch,
-        "pass": job.which, "protocol": job.plan.protocol, "target": job.target,
+        "pass": job.which, "target": job.target,
         "triton": triton.__version__, "plan": asdict(job.plan), **asdict(reading),
         "parts_us": dict(zip(PARTS, reading.parts_us or (), strict=True)),
-        "faults": gate(reading, job.target, job.dtype == "fp32" and job.precision == "ieee"),
+        "faults": gate(reading, job.target),
     }  # fmt: skip
     if keep is not None:
         folder = keep / label(job, batch)
@@ -149,7 +127,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=768, metavar="H")
     parser.add_argument("--batch", type=int, default=16, metavar="B")
     parser.add_argument("--pass", dest="passes", choices=PASSES, help="both by default")
-    parser.add_argument("--protocol", help="of the exchange, instead of the plan's own")
     parser.add_argument("--target", choices=aot.TARGETS, default="sm_90")
     parser.add_argument("--every-plan", action="store_true", help="all that the plan chooses from")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave PTX, SASS, cubin there")

@@ -6,7 +6,7 @@ the next one may follow. Programs have a few dozen blocks, so nothing here minds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -84,30 +84,53 @@ def _reached(after: dict[int, list[int]], start: int) -> set[int]:
     return found
 
 
-def longest(code: Graph) -> Loop:
-    """The outermost loop with most instructions: the time loop of a kernel.
+class TimeLoop:
+    """The outermost loop with most instructions, and what a step runs of it.
 
-    Raises:
-        ValueError: no loop at all.
+    An inner loop is a spin, which waits for other programs: it is passed by where that can be done,
+    and else left at the first chance, as what it costs depends on the others. So is passed by what
+    most steps do not run.
+
+    Attributes:
+        spinning: the instructions of spins.
     """
-    found = loops(code)
-    if not found:
-        raise ValueError("expected code with a loop over the steps, got code without a loop")
-    return max(found, key=lambda loop: sum(len(code.blocks[b]) for b in loop.blocks))
+
+    def __init__(self, code: Graph, products: Collection[int], rare: Collection[int]):
+        """
+        Args:
+            products: instructions that multiply.
+            rare: instructions that mark a way which most steps do not take, where there is another.
+        Raises:
+            ValueError: no loop at all, or products in an inner one, which would be no spin.
+        """
+        found = loops(code)
+        if not found:
+            raise ValueError("expected code with a loop over the steps, got code without a loop")
+        self.code, self.rare = code, frozenset(rare)
+        self.loop = max(found, key=lambda loop: len(self._inside(loop)))
+        self.spinning = self._inside(*self.loop.inner)
+        if self.spinning.intersection(products):
+            raise ValueError("expected a step's products outside of inner loops, got some within")
+
+    def step(self) -> list[int]:
+        """The instructions of a step."""
+
+        def worth(block: int) -> float:
+            here = self.code.blocks[block]
+            shunned = len(self.rare.intersection(here)) + (here[0] in self.spinning)
+            return len(here) - 1e6 * shunned
+
+        return path(self.code, self.loop, worth)
+
+    def _inside(self, *some: Loop) -> frozenset[int]:
+        return frozenset(n for loop in some for b in loop.blocks for n in self.code.blocks[b])
 
 
-def path(
-    code: Graph,
-    loop: Loop,
-    worth: Callable[[int], float],
-    times: Callable[[Loop], int] = lambda inner: 1,
-) -> list[int]:
+def path(code: Graph, loop: Loop, worth: Callable[[int], float]) -> list[int]:
     """The instructions of one turn of `loop`: of all ways round, the one worth most.
 
-    Args:
-        worth: of passing a block.
-        times: how often an inner loop turns, where the way leads through it; 0: it is left at the
-            first chance.
+    Inner loops are left at the first chance, where the way leads through them. `worth`: of passing
+    a block.
     """
     of_block = {b: inner for inner in loop.inner for b in inner.blocks}
     best: dict[int, tuple[float, list[int]] | None] = {}
@@ -117,18 +140,10 @@ def path(
         if block in best:
             return best[block]
         inner = of_block.get(block)
-        if inner is None:
-            value, here = worth(block), list(code.blocks[block])
-            following = set(code.successors[block])
-        else:
-            turns = times(inner)
-            passed = inner.blocks if turns else way_out(code, inner)
-            here = [n for b in passed for n in code.blocks[b]]
-            if turns:
-                here = path(code, inner, worth, times) * turns
-            value = sum(worth(b) for b in passed)
-            left = inner.blocks if turns else passed[-1:]
-            following = {s for b in left for s in code.successors[b]} - inner.blocks
+        passed = [block] if inner is None else way_out(code, inner)
+        here = [n for b in passed for n in code.blocks[b]]
+        value = sum(map(worth, passed))
+        following = set(code.successors[passed[-1]]) - (inner.blocks if inner else frozenset())
         found = None
         for successor in sorted(following & loop.blocks):
             rest = (0.0, []) if successor == loop.header else through(successor)

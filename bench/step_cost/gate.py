@@ -9,13 +9,9 @@ from bench.step_cost.read import Reading
 MOST_WAVEFRONTS = {"sm_80": 1.5, "sm_89": 1.5, "sm_90": 1.25, "sm_120": 1.5}
 
 
-def gate(reading: Reading, target: str, exact: bool = False) -> list[str]:
-    """What is wrong with a kernel; empty for a good one, and for targets that are only reported.
-
-    exact: products of float32 without tensor cores, which are only reported too. Their operands
-    go through shared memory as the compiler likes it, with conflicts and spills.
-    """
-    if exact or target not in MOST_WAVEFRONTS:
+def gate(reading: Reading, target: str) -> list[str]:
+    """What is wrong with a kernel; empty for a good one, and for targets that are only reported."""
+    if target not in MOST_WAVEFRONTS:
         return []
     found = []
     most = MOST_WAVEFRONTS[target]
@@ -30,6 +26,8 @@ def gate(reading: Reading, target: str, exact: bool = False) -> list[str]:
         found.append(f"{reading.spill} bytes spilled")
     if target != "sm_90":
         return found
+    if not reading.ring_loads:
+        found.append("no way round the loop reads what others stored and orders nothing")
     if reading.serial_waits > reading.planned_waits:
         found.append(
             f"loads of the ring wait for one another {reading.serial_waits} times a step, "
@@ -37,6 +35,8 @@ def gate(reading: Reading, target: str, exact: bool = False) -> list[str]:
         )
     if reading.early:
         found.append(f"fetched ahead, and waited for before the poll: {reading.early[0]}")
+    if reading.fences:
+        found.append(f"{reading.fences} fences, acquires or atomics in every step")
     if reading.spin_barriers:
         found.append(f"{reading.spin_barriers} block barriers in a spin")
     return found

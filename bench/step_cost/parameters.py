@@ -40,12 +40,8 @@ class Parameters:
     # From a load's issue to its value: one that hits L2, one that does not.
     l2_load: Range = Range(250, 300, 400, "clocks", _L2)
     dram_load: Range = Range(520, 650, 900, "clocks", _L2)
-    # From a store or RED until a load of another multiprocessor can see it.
+    # From a store until a load of another multiprocessor can see it.
     store_visible: Range = Range(140, 180, 260, "clocks", "half of l2_load, " + _ESTIMATE)
-    # MEMBAR.GPU with a store under way.
-    fence: Range = Range(300, 600, 1000, "clocks", "idle 281, while writing 783: " + _B300)
-    # What each program adds to the time that one counter takes.
-    red_per_program: Range = Range(1, 3, 5, "clocks", _ESTIMATE)
     # How much later than it could be a poll sees what it waits for.
     poll_phase: Range = Range(100, 120, 250, "clocks", "half a poll's trip, " + _ESTIMATE)
     shared_load: Range = Range(29, 30, 33, "clocks", _LUO)

@@ -22,6 +22,10 @@ from bench.step_cost import flow
 BANKS = 32
 LANES = 32
 
+# How programs arrive and wait for arrivals, which they do once in many steps. The barriers of all
+# other steps cannot be passed by.
+RARE = ("bar.", "atom.", "red.", "ld.acquire.")
+
 # Their first operand is read.
 NO_RESULT = ("st.", "stmatrix.", "red.", "bar.", "bra", "prefetch")
 
@@ -35,7 +39,6 @@ class Access:
         width: bytes of a thread, or of a row's 8 threads times the matrices for LDSM and STSM.
         wavefronts: of the warp with most of them; None where the address cannot be computed.
         ideal: wavefronts without conflicts.
-        times: how often in one step.
         text: the statement.
     """
 
@@ -43,7 +46,6 @@ class Access:
     width: int
     wavefronts: float | None
     ideal: float
-    times: int
     text: str
 
 
@@ -100,55 +102,28 @@ def parse(text: str) -> tuple[list[Statement], dict[int, flow.Jump]]:
     return statements, jumps
 
 
-def accesses(
-    text: str, threads: int, trips: int = 1, polled: bool = False
-) -> tuple[list[Access], int]:
-    """The accesses of one step, in order, and the products (mma, wgmma, fma) of one turn of the
-    inner loop over K, 0 without one.
-
-    Args:
-        threads: of a program.
-        trips: turns of the inner loop over K.
-        polled: the data themselves are polled. Whatever has a block barrier and can be left out
-            is then the counter that is waited for once in many steps.
-    """
+def accesses(text: str, threads: int) -> list[Access]:
+    """The accesses of one step of a program of so many threads, in order."""
     statements, jumps = parse(text)
     # A jump beyond the last statement would have nowhere to go.
     statements.append(Statement("end", "ret", ()))
-    code = flow.graph(len(statements), jumps)
-    loop = flow.longest(code)
 
-    def products(blocks) -> int:
-        every = (statements[n].op for b in blocks for n in code.blocks[b])
-        return sum(bool(re.match(r"mma\.|wgmma\.mma|tcgen05\.mma|fma\.", op)) for op in every)
+    def those(*ops: str) -> list[int]:
+        return [n for n, statement in enumerate(statements) if statement.op.startswith(ops)]
 
-    inner_k = [inner for inner in loop.inner if products(inner.blocks)]
-    spins = [inner for inner in loop.inner if not products(inner.blocks)]
-    spinning = {n for inner in spins for b in inner.blocks for n in code.blocks[b]}
-    in_k = {n for inner in inner_k for b in inner.blocks for n in code.blocks[b]}
-
-    def worth(block: int) -> float:
-        barriers = sum(statements[n].op.startswith("bar.") for n in code.blocks[block])
-        return len(code.blocks[block]) - 1e6 * barriers * polled
-
-    order = flow.path(code, loop, worth)
+    products = those("mma.", "wgmma.mma", "tcgen05.mma", "fma.")
+    loop = flow.TimeLoop(flow.graph(len(statements), jumps), products, those(*RARE))
     registers = Registers(statements, threads)
-    found = []
-    for n in order:
-        if n in spinning:
-            continue
-        access = _access(statements[n], registers, trips if n in in_k else 1)
-        if access is not None:
-            found.append(access)
-    return found, sum(products(inner.blocks) for inner in inner_k)
+    found = [_access(statements[n], registers) for n in loop.step()]
+    return [access for access in found if access]
 
 
-def _access(statement: Statement, registers: Registers, times: int) -> Access | None:
+def _access(statement: Statement, registers: Registers) -> Access | None:
     """What a statement does to shared memory, or None."""
     parts = statement.op.split(".")
     name = parts[0]
     if name == "wgmma" and parts[1] == "mma_async":
-        return _wgmma(statement, times)
+        return _wgmma(statement)
     shared = any(part.startswith("shared") for part in parts)
     if not shared or name in ("mbarrier", "fence", "tcgen05", "cvta", "mapa"):
         return None
@@ -161,7 +136,7 @@ def _access(statement: Statement, registers: Registers, times: int) -> Access | 
         assert bits, statement.text
         kind, width, matrices = {"ld": "LDS", "st": "STS"}[name], vector * int(bits[0]) // 8, 0
     else:
-        return Access(name, 4, None, 1, times, statement.text)
+        return Access(name, 4, None, 1, statement.text)
     where = next(o for o in statement.operands if o.startswith("["))
     try:
         addresses = registers.address(where)
@@ -178,9 +153,9 @@ def _access(statement: Statement, registers: Registers, times: int) -> Access | 
                 _waves([a[k : k + group] for k in range(0, LANES, group)], width) for a in chosen
             ]
     except Unknown:
-        return Access(kind, width, None, max(1, width // 4), times, statement.text)
+        return Access(kind, width, None, max(1, width // 4), statement.text)
     wavefronts, ideal = max(warps)
-    return Access(kind, width, wavefronts, ideal, times, statement.text)
+    return Access(kind, width, wavefronts, ideal, statement.text)
 
 
 def _waves(groups: list[list], width: int) -> tuple[int, int]:
@@ -197,7 +172,7 @@ def _waves(groups: list[list], width: int) -> tuple[int, int]:
     return total, ideal
 
 
-def _wgmma(statement: Statement, times: int) -> Access:
+def _wgmma(statement: Statement) -> Access:
     """A product that reads its operands from shared memory itself, in a layout without conflicts
     (PTX ISA, "wgmma.mma_async"): a group of 4 warps reads each of them once."""
     shape = re.search(r"\.m(\d+)n(\d+)k(\d+)\.", statement.op)
@@ -207,7 +182,7 @@ def _wgmma(statement: Statement, times: int) -> Access:
     m, n, k = (int(x) for x in shape.groups())
     rows = n + (0 if statement.operands[1].startswith("{") else m)
     share = rows * k * int(bits[0]) / 8 / (4 * BANKS) / 4
-    return Access("HGMMA", 0, share, share, times, statement.text)
+    return Access("HGMMA", 0, share, share, statement.text)
 
 
 class Registers:

@@ -24,12 +24,12 @@ SHARED = ("LDS", "STS", "LDSM", "STSM", "HGMMA")
 class Reading:
     """Attributes:
     registers, spill, shared: registers of a thread, bytes it spills, bytes of a program.
-    programs: that exchange with each other; 1 where nothing is exchanged.
+    programs: that exchange with each other.
     launches: in sequence, for the whole batch.
     together: programs on one multiprocessor.
-    instructions: of a step, of the warp that also signals; without spin loops.
-    products, special: tensor-core and MUFU instructions of that warp.
-    barriers, fences, polls: block barriers, fences of the GPU, first polls.
+    instructions: of a step, of one warp; without spin loops and what most steps do not run.
+    products, special: of these, tensor-core and MUFU instructions.
+    barriers, fences: of these, block barriers, and what orders accesses of the GPU.
     spin_barriers: block barriers inside of loops that wait for other programs.
     wavefronts, ideal_wavefronts: clocks of shared memory a step, all warps, and those without
         bank conflicts.
@@ -54,7 +54,6 @@ class Reading:
     special: int
     barriers: int
     fences: int
-    polls: int
     spin_barriers: int
     wavefronts: int
     ideal_wavefronts: int
@@ -102,40 +101,33 @@ def read(
             the multiprocessors.
         parameters: without them, no time is predicted.
     """
-    streamed = plan.chunks - plan.resident
-    trips = -(-streamed // plan.ahead) if streamed else 1
-    accesses, k_products = ptx.accesses(
-        ptx_text, 32 * plan.num_warps, trips, plan.protocol not in (None, "counter")
-    )
-    loop = sass.time_loop(sass_text, plan.protocol, trips, k_products)
+    accesses = ptx.accesses(ptx_text, 32 * plan.num_warps)
+    loop = sass.time_loop(sass_text)
     counts = loop.counts()
     known = [a for a in accesses if a.wavefronts is not None]
-    programs = 1 if plan.protocol is None else -(-H // plan.block_h)
+    programs = -(-H // plan.block_h)
     launches = 1 if plan.slab_b is None else -(-B // plan.slab_b)
     running = programs * -(-min(B, plan.slab_b or B) // plan.block_b)
     together = 1 if running <= multiprocessors else plan.programs_each
     busy = min(running, multiprocessors)
-    rounds = -(-plan.chunks // plan.ahead)
-    if k_products:
-        rounds = -(-plan.resident // plan.ahead) + 1
     times: list[float | None] = [None] * len(LEVELS)
     parts = None
     if parameters is not None:
-        wavefronts = by_address(accesses, loop.once)
+        wavefronts = by_address(accesses, loop.step)
         for n, level in enumerate(LEVELS):
             assumed = parameters.at(level)
             share = assumed.l2_bytes_of_all / busy
             assumed.l2_bytes_per_clock = min(assumed.l2_bytes_per_clock, share)
+            # Programs on one multiprocessor need more steps until they share it evenly.
             result = simulate(
                 loop, wavefronts, assumed,
-                warps=plan.num_warps, programs=programs, protocol=plan.protocol, together=together,
+                warps=plan.num_warps, together=together, steps=4 * together,
             )  # fmt: skip
             scale = launches / (assumed.clock_ghz * 1e3)
             times[n] = result.clocks * scale
             if level == "middle":
-                parts = tuple(
-                    x * scale for x in attribute(loop.leader, result.issued, result.clocks)
-                )
+                spent = attribute(loop.step, result.issued, result.clocks)
+                parts = tuple(clocks * scale for clocks in spent)
     low, middle, high = times
     return Reading(
         registers=used["registers"],
@@ -145,20 +137,19 @@ def read(
         launches=launches,
         together=together,
         warps=plan.num_warps,
-        instructions=len(loop.leader),
+        instructions=len(loop.step),
         products=sum(counts[name] for name in sass.PRODUCTS),
         special=counts["MUFU"],
         barriers=counts["BAR"],
-        fences=sum(i.is_fence for i in loop.leader),
-        polls=sum(i.poll for i in loop.leader),
+        fences=sum(i.orders for i in loop.step),
         spin_barriers=loop.spin_barriers,
-        wavefronts=round(plan.num_warps * sum((a.wavefronts or 0) * a.times for a in known)),
-        ideal_wavefronts=round(plan.num_warps * sum(a.ideal * a.times for a in known)),
+        wavefronts=round(plan.num_warps * sum(a.wavefronts or 0 for a in known)),
+        ideal_wavefronts=round(plan.num_warps * sum(a.ideal for a in known)),
         unknown=tuple(a.text for a in accesses if a.wavefronts is None),
-        ring_loads=sum(i.is_ring_load for i in loop.leader),
-        serial_waits=sass.serial_waits(loop.once),
-        planned_waits=rounds - 1,
-        early=tuple(f"{i.address:#x} {i.text}" for i in sass.early_consumers(loop.once)),
+        ring_loads=sum(i.is_ring_load for i in loop.step),
+        serial_waits=sass.serial_waits(loop.step),
+        planned_waits=-(-plan.chunks // plan.ahead) - 1,
+        early=tuple(f"{i.address:#x} {i.text}" for i in sass.early_consumers(loop.step)),
         predicted_us=middle,
         low_us=low,
         high_us=high,
@@ -241,55 +232,50 @@ def by_address(
 def attribute(
     step: tuple[sass.Instruction, ...], issued: tuple[float, ...], clocks: float
 ) -> tuple[float, ...]:
-    """Clocks of a step by PARTS, for the warp that also signals.
+    """Clocks of a step by PARTS, for the first warp.
 
     The landmarks, in the order in which a step meets them, wherever its code begins:
 
-        exchange    from the first store for others, with fence and signal; and from the poll to
-                    the first use of a loaded value
+        exchange    the stores for others; and from the first load of what they stored to the
+                    last wait for a loaded value that the first product needs
         product     from there to the last tensor-core instruction
         reduction   to the last access to shared memory before the first special function, or
                     before the first store where there is none
         cell        to the first store for others
-        stores      what is stored and fetched from the signal to the poll
+        stores      what is stored and fetched from there to the first load
 
-    Where nothing is exchanged, the product begins at the block barrier before its first
-    instruction, the cell behind its last, and the stores lie between the first and the last one.
     A wait counts for the instruction that waits.
+
+    Raises:
+        ValueError: there is no product, no load or no store of what is exchanged.
     """
     n = len(step)
-    exchanged = [k for k, i in enumerate(step) if i.poll or i.is_ring_load]
+    ring = [k for k, i in enumerate(step) if i.is_ring_load]
     matrix = [k for k, i in enumerate(step) if i.name in sass.PRODUCTS or i.name == "FFMA"]
     tensor = [k for k in matrix if step[k].name != "FFMA"] or matrix
-    if not tensor:
-        raise ValueError("expected a product in the time loop, found none")
-    if exchanged:
-        poll = exchanged[0]
-        first_load = next(k for k in exchanged if step[k].is_ring_load)
-        turn = [(poll + k) % n for k in range(n)]
-        outstanding, used = 0, turn[-1]
-        for k in turn[turn.index(first_load) :]:
-            if outstanding & step[k].wait:
-                used = k
-                break
-            if step[k].is_ring_load and step[k].write != sass.NO_BARRIER:
-                outstanding |= 1 << step[k].write
-        label = {k: "exchange" for k in turn[: turn.index(used) + 1]}
-    else:
-        first = max((k for k in range(tensor[0]) if step[k].name == "BAR"), default=0)
-        turn = [(first + k) % n for k in range(n)]
-        label = {}
+    if not tensor or not ring:
+        missing = "load of what others stored" if tensor else "product"
+        raise ValueError(f"expected a {missing} in the time loop, found none")
+    turn = [(ring[0] + k) % n for k in range(n)]
+    outstanding = waited = 0
+    for p, k in enumerate(turn):
+        if outstanding & step[k].wait:
+            waited, outstanding = p, outstanding & ~step[k].wait
+        if k in tensor:
+            break
+        if step[k].is_ring_load and step[k].write != sass.NO_BARRIER:
+            outstanding |= 1 << step[k].write
+    label = {k: "exchange" for k in turn[: waited + 1]}
     last = max(turn.index(k) for k in tensor)
     published = [p for p, k in enumerate(turn) if step[k].is_publication and p > last]
-    signals = [p for p, k in enumerate(turn) if step[k].name in sass.ARRIVALS and p > last]
-    stores = [p for p, k in enumerate(turn) if step[k].name == "STG" and p > last]
-    begin = published[0] if published else stores[0] if stores else n
-    end = (signals or published or [begin])[-1] + 1 if exchanged else begin
+    if not published:
+        raise ValueError("expected a store for others behind the product, found none")
+    begin, end = published[0], published[-1] + 1
     special = [p for p in range(last, begin) if step[turn[p]].name == "MUFU"]
     mixing = ("LDS", "SHFL", "LDSM")
     behind = special[0] if special else begin
     mixed = [p for p in range(last, behind) if step[turn[p]].name in mixing]
-    reduced = mixed[-1] + 1 if mixed and exchanged else last + 1
+    reduced = mixed[-1] + 1 if mixed else last + 1
     for p, k in enumerate(turn):
         if k in label:
             continue
@@ -302,7 +288,7 @@ def attribute(
         elif p < end:
             label[k] = "exchange"
         else:
-            label[k] = "stores" if exchanged or not stores or p <= stores[-1] else "cell"
+            label[k] = "stores"
     spent = dict.fromkeys(PARTS, 0.0)
     for k in range(n):
         # From the instruction before, so that a wait counts for the one that waits.

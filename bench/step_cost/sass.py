@@ -18,7 +18,7 @@ from bench.step_cost import flow
 
 NO_BARRIER = 7
 PRODUCTS = ("HMMA", "HGMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA")
-ARRIVALS = ("RED", "REDG", "ATOM", "ATOMG")
+ATOMICS = ("RED", "REDG", "ATOM", "ATOMG")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Instruction:
     stall: clocks until the warp's next instruction.
     write, read: the barrier that its result, or its reading, releases; 7 for none.
     wait: bits of the barriers that it waits for.
-    poll: it reads a counter with acquire: a strong load with an invalidation of L1 behind it.
+    acquires: it is a strong load with an invalidation of L1 behind it.
     """
 
     address: int
@@ -38,7 +38,7 @@ class Instruction:
     write: int = NO_BARRIER
     read: int = NO_BARRIER
     wait: int = 0
-    poll: bool = False
+    acquires: bool = False
 
     @property
     def op(self) -> str:
@@ -64,9 +64,10 @@ class Instruction:
         return 0 if self.name == "HGMMA" else self.width
 
     @property
-    def is_fence(self) -> bool:
-        """Orders what other programs see."""
-        return self.name == "MEMBAR" and re.search("GPU|SYS", self.op) is not None
+    def orders(self) -> bool:
+        """What programs arrive and wait for arrivals with: fences, acquires and atomics."""
+        fence = self.name == "MEMBAR" and re.search("GPU|SYS", self.op) is not None
+        return fence or self.acquires or self.name in ATOMICS
 
     @property
     def is_strong(self) -> bool:
@@ -74,8 +75,8 @@ class Instruction:
 
     @property
     def is_ring_load(self) -> bool:
-        """Of what other programs have stored: past L1, and not the counter."""
-        return self.name in ("LDG", "LD") and self.is_strong and not self.poll
+        """Of what other programs have stored: past L1, and no counter."""
+        return self.name in ("LDG", "LD") and self.is_strong and not self.acquires
 
     @property
     def is_publication(self) -> bool:
@@ -92,23 +93,17 @@ class TimeLoop:
     """One step of a warp: the instructions in the order in which they are run.
 
     Attributes:
-        leader: of the warp whose thread signals and polls for all.
-        other: of the other warps.
-        once: `leader` with one turn of the inner loop over K.
-        in_k: addresses of the instructions of that loop.
-    near: of the loads of weights, which L2 has, as every step reads them.
+        step: all of them.
+        near: addresses of the loads of weights, which L2 has, as every step reads them.
         spin_barriers: block barriers inside of loops that wait for other programs.
     """
 
-    leader: tuple[Instruction, ...]
-    other: tuple[Instruction, ...]
-    once: tuple[Instruction, ...]
-    in_k: frozenset[int]
+    step: tuple[Instruction, ...]
     near: frozenset[int]
     spin_barriers: int
 
     def counts(self) -> Counter[str]:
-        return Counter(i.name for i in self.leader)
+        return Counter(i.name for i in self.step)
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[int, flow.Jump]]:
@@ -150,7 +145,7 @@ def parse(text: str) -> tuple[list[Instruction], dict[int, flow.Jump]]:
             write=control >> 5 & 7,
             read=control >> 8 & 7,
             wait=control >> 11 & 63,
-            poll=code[n].name in ("LDG", "LD")
+            acquires=code[n].name in ("LDG", "LD")
             and code[n].is_strong
             and follows is not None
             and follows.op == "CCTL.IVALL",
@@ -167,73 +162,21 @@ def parse(text: str) -> tuple[list[Instruction], dict[int, flow.Jump]]:
     return code, jumps
 
 
-def time_loop(text: str, protocol: str | None, trips: int = 1, k_products: int = 0) -> TimeLoop:
-    """The longest loop.
-
-    A spin loop is left as soon as it can be: what it costs depends on the other programs. It is
-    run once where nothing else reads what they say.
-
-    Args:
-        protocol: of the exchange; None where nothing is exchanged.
-        trips: turns of the inner loop over K.
-        k_products: products in one of these turns, before the assembler unrolled the loop.
-    """
+def time_loop(text: str) -> TimeLoop:
+    """The longest loop, without what it does once in many steps only: programs arrive, and wait for
+    arrivals. The barriers of all other steps cannot be passed by."""
     code, jumps = parse(text)
-    shape = flow.graph(len(code), jumps)
-    loop = flow.longest(shape)
+    loop = flow.TimeLoop(
+        flow.graph(len(code), jumps),
+        [n for n, i in enumerate(code) if i.name in (*PRODUCTS, "FFMA", "FFMA2")],
+        [n for n, i in enumerate(code) if i.name == "BAR" or i.orders],
+    )
 
-    def inside(blocks) -> list[Instruction]:
-        return [code[n] for b in sorted(blocks) for n in shape.blocks[b]]
-
-    def products(blocks) -> int:
-        names = (*PRODUCTS, "FFMA", "FFMA2")
-        return sum(i.name in names for i in inside(blocks))
-
-    waits = [inner for inner in loop.inner if not products(inner.blocks)]
-    if protocol not in (None, "counter"):
-        # With polled data, a counter is waited for once in many steps.
-        waits = [w for w in waits if not any(i.poll for i in inside(w.blocks))]
-    spins = {b for inner in waits for b in inner.blocks}
-    signals = {b for b in loop.blocks if any(i.name in ARRIVALS or i.is_fence for i in inside([b]))}
-    polled = protocol not in (None, "counter")
-    meetings = {b: sum(i.name == "BAR" or i.poll for i in inside([b])) for b in loop.blocks}
-
-    def turns(inner: flow.Loop) -> int:
-        found = products(inner.blocks)
-        return 0 if not found else max(1, round(trips * (k_products or found) / found))
-
-    def way(leads: bool, times) -> list[Instruction]:
-        # Only the leader signals. With polled data nobody does, nor do warps meet for it, except
-        # once in many steps.
-        shunned = set() if leads and protocol == "counter" else signals
-
-        def worth(spin: float):
-            def of(block: int) -> float:
-                if block in spins:
-                    return spin
-                if block in shunned:
-                    return -1e6
-                return len(shape.blocks[block]) - 1e6 * meetings[block] * polled
-
-            return of
-
-        found = [code[n] for n in flow.path(shape, loop, worth(-1e6), times)]
-        polls = [i for i in found if i.poll or (protocol != "counter" and i.is_ring_load)]
-        if leads and protocol is not None and not polls:
-            found = [code[n] for n in flow.path(shape, loop, worth(1e9), times)]
-        return found
-
-    k_loops = [inner for inner in loop.inner if products(inner.blocks)]
-    in_k = frozenset(i.address for inner in k_loops for i in inside(inner.blocks))
-    once = tuple(way(True, lambda inner: bool(products(inner.blocks))))
+    step = tuple(code[n] for n in loop.step())
     return TimeLoop(
-        leader=tuple(way(True, turns)),
-        # Polled data are read by every warp; a counter is polled by one.
-        other=tuple(way(protocol != "counter", turns)),
-        once=once,
-        in_k=in_k,
-        near=near(once, in_k),
-        spin_barriers=sum(i.name == "BAR" for i in inside(spins)),
+        step=step,
+        near=near(step),
+        spin_barriers=sum(code[n].name == "BAR" for n in loop.spinning),
     )
 
 
@@ -252,42 +195,30 @@ def serial_waits(step: tuple[Instruction, ...]) -> int:
     return waits
 
 
-def near(step: tuple[Instruction, ...], in_k: frozenset[int]) -> frozenset[int]:
-    """Loads in the inner loop over K, or between the loads of the ring and the last product."""
-    found, since = set(in_k), None
-    for i in step:
-        if i.is_ring_load and since is None:
-            since = set()
-        elif i.poll or i.is_publication:
-            since = None
-        elif i.is_plain_load and since is not None:
-            since.add(i.address)
-        elif i.name in PRODUCTS and since is not None:
-            found |= since
-    return frozenset(found)
+def near(step: tuple[Instruction, ...]) -> frozenset[int]:
+    """The loads that a product may wait for."""
+    return frozenset(i.address for i in halves(step)[0] if i.is_plain_load)
 
 
 def early_consumers(step: tuple[Instruction, ...]) -> list[Instruction]:
-    """The loads from global memory, other than of the exchange, that are issued behind a product
-    and waited for before the step waits for other programs again: nothing hides how long they take.
-
-    A step begins again where it ends, so a load may be waited for in the next one.
-    """
-    polls = [n for n, i in enumerate(step) if i.poll or i.is_ring_load]
-    if not polls:
-        return []
-    found, fixed, outstanding = [], [], {}
-    behind_a_product = False
-    # From behind the first wait round to it again.
-    for i in step[polls[0] + 1 :] + step[: polls[0]]:
+    """The loads from global memory, other than of the exchange, that are issued behind the last
+    product and waited for before the step waits for other programs again: nothing hides how long
+    they take."""
+    found, outstanding = [], {}
+    for i in halves(step)[1]:
         for barrier in [b for b in outstanding if i.wait >> b & 1]:
             found += outstanding.pop(barrier)
-        if i.name in PRODUCTS:
-            # What was fetched until here belongs to the product: weights.
-            behind_a_product, outstanding, found = True, {}, [f for f in found if f in fixed]
-        elif i.poll or i.is_ring_load:
-            behind_a_product, outstanding = False, {}
-            fixed = list(found)
-        if behind_a_product and i.is_plain_load and i.write != NO_BARRIER:
+        if i.is_plain_load and i.write != NO_BARRIER:
             outstanding.setdefault(i.write, []).append(i)
     return found
+
+
+def halves(step: tuple[Instruction, ...]) -> tuple[tuple[Instruction, ...], ...]:
+    """From the first load of the ring to the last product, and from there to the first load of the
+    next step, which begins where this one ends; nothing where nothing is exchanged."""
+    loads = [n for n, i in enumerate(step) if i.is_ring_load]
+    products = [n for n, i in enumerate(step) if i.name in PRODUCTS]
+    if not loads or not products:
+        return (), ()
+    first, last = loads[0], products[-1]
+    return step[first:last], step[last:] + step[:first]

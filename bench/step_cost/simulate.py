@@ -9,7 +9,7 @@ memory there are, and the wavefronts of the latter. Assumed: `parameters`. The m
 - Products (mma) and special functions (MUFU) of a scheduler follow each other at an interval.
 - A load takes its latency, or longer where the bytes before it have not come yet.
 - A block barrier opens when the last warp has come to it.
-- All programs are in step: what this one has signalled, all others have at the same time.
+- All programs are in step: what this one has published, all others have at the same time.
 
 Instruction caches always hit, and clocks of one step are those of the next.
 """
@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from bench.step_cost.sass import ARRIVALS, NO_BARRIER, Instruction, TimeLoop
+from bench.step_cost.sass import NO_BARRIER, Instruction, TimeLoop
 
 SCHEDULERS = 4
 LANES = 32
@@ -46,7 +46,7 @@ class Result:
 
 
 class Deadlock(Exception):
-    """A block barrier that not all warps come to."""
+    """Warps that wait for what they publish only behind that."""
 
 
 def simulate(
@@ -55,8 +55,6 @@ def simulate(
     assumed: SimpleNamespace,
     *,
     warps: int,
-    programs: int,
-    protocol: str | None,
     together: int = 1,
     steps: int = 4,
 ) -> Result:
@@ -65,42 +63,39 @@ def simulate(
     Args:
         wavefronts: of the accesses to shared memory, by address of the instruction.
         assumed: `Parameters.at`.
-        programs: that exchange, each with a signal of its own.
+        warps: of a program.
         together: programs on the multiprocessor, each of a group of its own.
     Raises:
-        Deadlock: not all warps come to a barrier.
+        Deadlock: the step publishes only a part before it waits for all of it.
     """
-    return _Multiprocessor(loop, wavefronts, assumed, warps, programs, protocol, together).run(
-        steps
-    )
+    return _Multiprocessor(loop, wavefronts, assumed, warps, together).run(steps)
 
 
 class _Multiprocessor:
-    def __init__(self, loop, wavefronts, assumed, warps, programs, protocol, together):
-        self.ways = ([loop.leader] + [loop.other] * (warps - 1)) * together
-        self.warps = warps  # of one program
-        self.near, self.wavefronts, self.assumed = loop.near, wavefronts, assumed
-        self.programs, self.protocol = programs, protocol
+    def __init__(self, loop, wavefronts, assumed, warps, together):
+        self.step, self.near = loop.step, loop.near
+        self.wavefronts, self.assumed = wavefronts, assumed
+        self.warps, self.all_warps = warps, warps * together
         self.issue_free = [0.0] * SCHEDULERS
         self.mma_free = [0.0] * SCHEDULERS
         self.special_free = [0.0] * SCHEDULERS
         self.shared_free = self.l2_free = 0.0
-        self.released = [[[0.0] for _ in range(6)] for _ in self.ways]
+        self.released = [[[0.0] for _ in range(6)] for _ in range(self.all_warps)]
         # Of each program: the warps at its block barrier, and their pause behind it.
         self.waiting: list[list[tuple[int, float]]] = [[] for _ in range(together)]
-        self.products = [0.0] * len(self.ways)  # when the asynchronous ones of a warp are done
-        # Of each step and group: how many signals there will be; how many there are, and when the
-        # others see the last of them.
-        self.expected = sum(self.signals(w, i) for w in range(warps) for i in self.ways[w])
-        self.signalled = {(0, group): (self.expected, 0.0) for group in range(together)}
-        self.parked: list[int] = []  # warps that poll for what is still to be signalled
-        places = [n for n, i in enumerate(self.ways[0]) if self.signals(0, i)]
-        polls = [n for n, i in enumerate(self.ways[0]) if self.polls(0, i)]
-        # Backward a step waits for its own signal, forward for the one of the step before.
-        self.own = bool(places and polls and places[0] < polls[0])
+        self.products = [0.0] * self.all_warps  # when the asynchronous ones of a warp are done
+        # How many stores for others a program makes in a step. Of each step and program: how many
+        # there are, and when the others see the last of them.
+        self.expected = warps * sum(i.is_publication for i in self.step)
+        self.published = {(0, program): (self.expected, 0.0) for program in range(together)}
+        self.parked: list[int] = []  # warps that poll for what is still to be published
+        stores = [n for n, i in enumerate(self.step) if i.is_publication]
+        polls = [n for n, i in enumerate(self.step) if i.is_ring_load]
+        # Backward a step waits for its own stores, forward for those of the step before.
+        self.own = bool(stores and polls and stores[0] < polls[0])
 
     def run(self, steps: int) -> Result:
-        at = [(0, 0)] * len(self.ways)  # step and position of each warp
+        at = [(0, 0)] * self.all_warps  # step and position of each warp
         issued: list[list[float]] = []  # by the first warp, of each step
         queue: list[tuple[float, int, int]] = []  # when to ask a warp again; the oldest first
         asked = 0
@@ -110,20 +105,20 @@ class _Multiprocessor:
             asked += 1
             heapq.heappush(queue, (when, asked, warp))
 
-        for warp in range(len(self.ways)):
+        for warp in range(self.all_warps):
             ask(warp, 0.0)
         while queue:
             now, _, warp = heapq.heappop(queue)
             step, position = at[warp]
             if step == steps:
                 continue
-            i = self.ways[warp][position]
+            i = self.step[position]
             could = max(now, self.earliest(warp, i))
             if could > now:
                 ask(warp, could)
                 continue
-            group = warp // self.warps
-            if self.polls(warp, i) and not self.complete(step + self.own, group):
+            program = warp // self.warps
+            if i.is_ring_load and self.count(step + self.own, program) < self.expected:
                 self.parked.append(warp)
                 continue
             if warp == 0 and position == 0:
@@ -131,48 +126,38 @@ class _Multiprocessor:
             if warp == 0:
                 issued[-1].append(now)
             after = self.issue(warp, step, i, now)
-            if self.signals(warp, i):
+            if i.is_publication:
                 for other in self.parked:
                     ask(other, now)
                 self.parked = []
             position += 1
-            if position == len(self.ways[warp]):
+            if position == len(self.step):
                 step, position, after = step + 1, 0, after + JUMP
             at[warp] = (step, position)
             if i.name != "BAR":
                 ask(warp, after)
                 continue
-            waiting = self.waiting[group]
+            waiting = self.waiting[program]
             waiting.append((warp, after - now))
             if len(waiting) == self.warps:
                 for other, pause in waiting:
                     ask(other, now + max(pause, self.assumed.barrier))
                 waiting.clear()
-        stuck = sum(map(len, self.waiting))
-        if stuck or self.parked:
-            raise Deadlock(f"{stuck} of {len(self.ways)} warps wait at a block barrier")
+        if self.parked:
+            raise Deadlock(
+                f"{len(self.parked)} of {self.all_warps} warps wait for what they publish later"
+            )
         # From the first instruction of one step to that of the next, whatever it waits for.
         start = issued[-2][0]
         return Result(issued[-1][0] - start, tuple(t - start for t in issued[-2]))
 
-    def signals(self, warp: int, i: Instruction) -> bool:
-        """Whether the others wait for this."""
-        if self.protocol == "counter":
-            return i.name in ARRIVALS and (warp % self.warps == 0 or i.predicate is None)
-        return self.protocol is not None and i.is_publication
+    def count(self, step: int, program: int) -> int:
+        """The stores for others that there are."""
+        return self.published.get((step, program), (0, 0.0))[0]
 
-    def polls(self, warp: int, i: Instruction) -> bool:
-        """Whether this waits for the others."""
-        if self.protocol == "counter":
-            return i.poll and (warp % self.warps == 0 or i.predicate is None)
-        return self.protocol is not None and i.is_ring_load
-
-    def complete(self, step: int, group: int) -> bool:
-        return self.signalled.get((step, group), (0, 0.0))[0] == self.expected
-
-    def signal(self, step: int, group: int, seen: float) -> None:
-        count, last = self.signalled.get((step, group), (0, 0.0))
-        self.signalled[step, group] = (count + 1, max(last, seen))
+    def publish(self, step: int, program: int, seen: float) -> None:
+        count, last = self.published.get((step, program), (0, 0.0))
+        self.published[step, program] = (count + 1, max(last, seen))
 
     def earliest(self, warp: int, i: Instruction) -> float:
         """When nothing keeps the instruction back any more."""
@@ -197,12 +182,6 @@ class _Multiprocessor:
         self.issue_free[scheduler] = now + 1
         after = now + max(1, i.stall)
         done, read = now + OTHER_LATENCY.get(i.name, USUAL_LATENCY), now + STORE_READ
-        if (
-            i.predicate is not None
-            and warp % self.warps
-            and (i.poll or i.name in (*ARRIVALS, "MEMBAR", "CCTL"))
-        ):
-            return after  # what one thread does for all
         pipe = self.wavefronts.get(i.address, 0.0)
         if i.name == "SHFL":
             pipe = 1
@@ -227,12 +206,9 @@ class _Multiprocessor:
             done = self.shared_free - 1 - PIPE_ENTRY + latency
         elif i.name in ("LDG", "LD"):
             done = self.load(warp, i, step, read)  # behind what holds the pipe
-        elif i.is_fence:
-            after = done = now + a.fence
-        if self.signals(warp, i):
-            queued = self.programs * a.red_per_program if self.protocol == "counter" else 0
-            group = warp // self.warps
-            self.signal(step + 1, group, max(now, read - STORE_READ) + a.store_visible + queued)
+        if i.is_publication:
+            seen = max(now, read - STORE_READ) + a.store_visible
+            self.publish(step + 1, warp // self.warps, seen)
         if i.write != NO_BARRIER:
             self.release(warp, i.write, now, done)
         if i.read != NO_BARRIER:
@@ -246,8 +222,8 @@ class _Multiprocessor:
         latency = a.l2_load if near else a.dram_load
         self.l2_free = max(self.l2_free, now) + LANES * i.width / a.l2_bytes_per_clock
         done = max(now + latency, self.l2_free)
-        if self.polls(warp, i):
-            _, visible = self.signalled[step + self.own, warp // self.warps]
+        if i.is_ring_load and self.expected:
+            _, visible = self.published[step + self.own, warp // self.warps]
             if now + latency / 2 < visible:
                 done = max(done, visible + latency / 2 + a.poll_phase)
         return done

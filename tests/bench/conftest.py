@@ -95,5 +95,5 @@ def limits() -> Limits:
         shared_bytes=200_000,
         l2_bytes=50_000_000,
         launch=2e-6,
-        roundtrip={"counter": {2: 2e-6, 128: 4e-6}, "sentinel": {2: 1e-6, 128: 1.5e-6}},
+        roundtrip={2: 1e-6, 128: 1.5e-6},
     )

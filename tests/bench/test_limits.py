@@ -63,7 +63,7 @@ def test_the_exchange_of_backward_is_all_gates_wide(limits):
     assert backward.seconds >= forward.seconds
 
 
-def test_the_round_trip_is_the_fastest_protocols(limits):
+def test_the_round_trip_is_that_of_the_number_of_programs(limits):
     assert limits.trip(1) == 0
     assert limits.trip(2) == 1e-6
     assert limits.trip(16) == pytest.approx(1.25e-6)  # halfway from 2 to 128 in logarithms
@@ -181,21 +181,20 @@ def test_a_cpu_is_measured(monkeypatch):
 def test_what_fails_is_named():
     failed = {}
 
-    def roundtrip(protocol, programs, device, steps):
-        if protocol == "sentinel":
+    def roundtrip(programs, device, steps):
+        if programs == 8:
             raise RuntimeError("timed out\nafter a while")
         return -1.0 if programs == 2 else 1.5
 
-    trips = module.roundtrips(Device(), failed, roundtrip, counts=(2, 4))
-    assert trips["counter"] == {4: pytest.approx(1.5e-6)}  # a negative difference is noise
-    assert "sentinel" not in trips
-    assert failed["round trip sentinel 4"] == "RuntimeError: timed out"
+    trips = module.roundtrips(Device(), failed, roundtrip, counts=(2, 4, 8))
+    assert trips == {4: pytest.approx(1.5e-6)}  # a negative difference is noise
+    assert failed == {"round trip 8": "RuntimeError: timed out"}
 
 
 # A machine: clocks of an operation of each probe, and of nothing; a tenth of a microsecond each
 # hundred and seventy clocks.
 MACHINE = {
-    "l2_load": 270.0, "dram_load": 600.0, "fence": 500.0, "red": 396.0, "poll": 290.0,
+    "l2_load": 270.0, "dram_load": 600.0, "poll": 290.0,
     "hand_over": 450.0, "shared_load": 30.0, "ldmatrix": 33.0, "shuffle": 24.0, "special": 18.0,
     "mma": 33.0, "barrier": 20.0, "special_clocks": 8.0, "mma_clocks": 8.5,
 }  # fmt: skip
@@ -219,10 +218,9 @@ def test_the_meters_parameters():
     failed = {}
     found = module.clocks(run_on(MACHINE), failed, multiprocessors=133, l2=133 * 1.7e9 * 24)
     assert failed == {}
-    same = set(MACHINE) - {"red", "poll", "hand_over"}
+    same = set(MACHINE) - {"poll", "hand_over"}
     assert found == pytest.approx({name: MACHINE[name] for name in same} | {
         "clock_ghz": 1.7,
-        "red_per_program": 3.0,  # 396 clocks each while 132 programs, an even number, add
         "poll_phase": 145.0,
         "store_visible": 450 - 270 / 2 - 145,
         "l2_bytes_per_clock": 24.0,
@@ -243,7 +241,7 @@ def test_a_parameter_that_cannot_be_measured_is_named():
     assert failed["clocks shuffle"].startswith("ValueError: came out as -1")
     assert set(failed) == {f"clocks {name}" for name in (*missing, "poll")}
     assert not missing & set(found)
-    assert found["fence"] == pytest.approx(500)
+    assert found["barrier"] == pytest.approx(20)
 
 
 def test_a_broken_device_ends_the_measuring():
@@ -266,7 +264,7 @@ def test_a_gpu_is_measured(monkeypatch):
     for name, value in (("l2_rate", 132 * 1.7e9 * 24), ("shared_rate", 2e11),
                         ("launch_seconds", 2e-6), ("shared_bytes", 232_448)):  # fmt: skip
         monkeypatch.setattr(limits_kernels, name, lambda device, v=value: v)
-    monkeypatch.setattr(roundtrip, "roundtrip", lambda p, n, device, steps: 1.5)
+    monkeypatch.setattr(roundtrip, "roundtrip", lambda n, device, steps: 1.5)
     run = run_on(MACHINE)
     names = {id(probe): name for name, probe in limits_kernels.PROBES.items()}
     monkeypatch.setattr(
@@ -278,13 +276,13 @@ def test_a_gpu_is_measured(monkeypatch):
     assert measured.clocks["store_visible"] == pytest.approx(450 - 270 / 2 - 145)
     assert measured.clocks["l2_bytes_per_clock"] == pytest.approx(24)
     assert measured.caches == ()
-    assert any("fence 500" in line for line in lines)
+    assert any("mma 33" in line for line in lines)
 
 
 def test_limits_of_before_have_no_clocks(limits):
     import json
 
-    values = json.loads(json.dumps(replace(limits, clocks={"fence": 600.0}).as_dict()))
-    assert Limits.from_dict(values).clocks == {"fence": 600.0}
+    values = json.loads(json.dumps(replace(limits, clocks={"mma": 33.0}).as_dict()))
+    assert Limits.from_dict(values).clocks == {"mma": 33.0}
     del values["clocks"]
     assert Limits.from_dict(values).clocks == {}

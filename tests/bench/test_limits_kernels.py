@@ -107,8 +107,8 @@ print(json.dumps([triton.__version__, found]))
 """
 EXPECTED = {
     "l2_load": "LDG.E.64.STRONG.GPU", "dram_load": "LDG.E.64.STRONG.GPU",
-    "fence": "MEMBAR.ALL.GPU", "red": "REDG.E.ADD.STRONG.GPU", "poll": "LDG.E.STRONG.GPU",
-    "hand_over": "STG.E.STRONG.GPU", "shared_load": "LDS", "ldmatrix": "LDSM.16.M88.4",
+    "poll": "LDG.E.STRONG.GPU", "hand_over": "STG.E.STRONG.GPU", "shared_load": "LDS",
+    "ldmatrix": "LDSM.16.M88.4",
     "shuffle": "SHFL.IDX", "special": "MUFU.EX2", "mma": "HMMA.16816.F32.BF16",
     "barrier": "BAR.SYNC.DEFER_BLOCKING", "special_clocks": "MUFU.EX2",
     "mma_clocks": "HMMA.16816.F32.BF16",

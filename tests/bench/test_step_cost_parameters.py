@@ -44,30 +44,30 @@ def test_a_level_has_one_number_of_each(level):
 
 
 def test_a_measured_value_replaces_the_tables(tmp_path):
-    results(tmp_path, "1.json", {"fence": 512.0, "clock_ghz": 1.98})
+    results(tmp_path, "1.json", {"poll_phase": 512.0, "clock_ghz": 1.98})
     loaded = parameters.load(tmp_path, "sm_90")
-    fence = loaded.fence
-    assert (fence.low, fence.middle, fence.high) == (512, 512, 512)
-    assert fence.source.endswith("1.json")
-    assert fence.unit == TABLE.fence.unit
+    phase = loaded.poll_phase
+    assert (phase.low, phase.middle, phase.high) == (512, 512, 512)
+    assert phase.source.endswith("1.json")
+    assert phase.unit == TABLE.poll_phase.unit
     assert loaded.clock_ghz.middle == 1.98
     assert loaded.l2_load == TABLE.l2_load
 
 
 def test_the_newest_measurement_counts(tmp_path):
-    results(tmp_path, "a.json", {"fence": 700.0}, date="2026-02-02T00:00:00")
-    results(tmp_path, "b.json", {"fence": 512.0, "mma": 30.0}, date="2026-01-01T00:00:00")
+    results(tmp_path, "a.json", {"poll_phase": 700.0}, date="2026-02-02T00:00:00")
+    results(tmp_path, "b.json", {"poll_phase": 512.0, "mma": 30.0}, date="2026-01-01T00:00:00")
     loaded = parameters.load(tmp_path, "sm_90")
-    assert (loaded.fence.middle, loaded.mma.middle) == (700, 30)
+    assert (loaded.poll_phase.middle, loaded.mma.middle) == (700, 30)
 
 
 def test_another_kind_of_gpu_does_not_count(tmp_path):
-    results(tmp_path, "1.json", {"fence": 512.0}, capability="sm_80")
+    results(tmp_path, "1.json", {"poll_phase": 512.0}, capability="sm_80")
     assert parameters.load(tmp_path, "sm_90") == TABLE
     assert parameters.load(tmp_path, "sm_80") != TABLE
 
 
-@pytest.mark.parametrize("clocks", [{"fences": 1.0}, {"fence": 0.0}, {"at": 3.0}])
+@pytest.mark.parametrize("clocks", [{"fence": 1.0}, {"poll_phase": 0.0}, {"at": 3.0}])
 def test_what_is_no_parameter_is_an_error(tmp_path, clocks):
     results(tmp_path, "1.json", clocks)
     with pytest.raises(ValueError, match=r"1\.json: limits\.clocks: expected positive numbers of"):

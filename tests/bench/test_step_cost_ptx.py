@@ -13,7 +13,7 @@ def step(*statements: str) -> str:
 
 
 def waves(*statements: str, threads: int = 32) -> list[tuple]:
-    found, _ = accesses(step(*statements), threads)
+    found = accesses(step(*statements), threads)
     return [(a.kind, a.width, a.wavefronts, a.ideal) for a in found]
 
 
@@ -118,26 +118,43 @@ def test_an_access_of_another_kind_is_reported():
     assert waves("atom.shared.add.u32 %r5, [%r1], 1;") == [("atom", 4, None, 1)]
 
 
-def test_a_spin_loop_is_left_out_and_an_inner_loop_over_k_counts_its_turns():
-    spin = [
-        "setp.eq.s32 %p3, %r80, 0;",
+SPIN = [
+    "setp.eq.s32 %p3, %r80, 0;",
+    "@%p3 bra $L__BB0_5;",
+    "$L__BB0_4:",
+    "ld.shared.b32 %r80, [global_smem];",
+    "setp.lt.s32 %p4, %r80, %r81;",
+    "@%p4 bra $L__BB0_4;",
+    "$L__BB0_5:",
+]
+
+
+def test_a_spin_loop_is_left_out():
+    assert [a.kind for a in accesses(step(*SPIN, "st.shared.b32 [%r1], %r6;"), 32)] == ["STS"]
+
+
+def test_a_product_in_a_loop_within_a_step_is_an_error():
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r6}, {%r7}, {%r8}, {%r6};"
+    with pytest.raises(ValueError, match="products outside of inner loops"):
+        accesses(step(*SPIN[:3], product, *SPIN[3:]), 32)
+
+
+def test_what_is_done_once_in_many_steps_is_no_part_of_a_step():
+    arrive = [
         "@%p3 bra $L__BB0_5;",
-        "$L__BB0_4:",
-        "ld.shared.b32 %r80, [global_smem];",
-        "setp.lt.s32 %p4, %r80, %r81;",
-        "@%p4 bra $L__BB0_4;",
+        "bar.sync 0;",
+        "st.shared.b32 [%r1], %r6;",
+        "atom.global.gpu.release.add.u32 %r80, [%rd1], 1;",
         "$L__BB0_5:",
     ]
-    over_k = [
-        "$L__BB0_6:",
-        "ld.shared.b32 %r5, [%r1];",
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r6}, {%r7}, {%r8}, {%r6};",
-        "setp.lt.s32 %p5, %r82, 4;",
-        "@%p5 bra $L__BB0_6;",
-    ]
-    found, products = accesses(step(*spin, *over_k, "st.shared.b32 [%r1], %r6;"), 32, trips=6)
-    assert [(a.kind, a.times) for a in found] == [("LDS", 6), ("STS", 1)]
-    assert products == 1
+    wait = ["{", "@late bra READ;", "WAIT:", "ld.acquire.gpu.global.b32 x, [%rd1];"]
+    wait += ["st.shared.b32 [%r1], %r6;", "@more bra WAIT;", "READ:", "}"]
+    reduce = ["bar.sync 0;", "ld.shared.b32 %r5, [%r1];"]
+    found = accesses(step(*arrive, *wait, *reduce), 32)
+    assert [a.kind for a in found] == ["LDS"]
+    # Without a way past it, it is done in every step.
+    found = accesses(step(*arrive[1:-1], *wait, *reduce), 32)
+    assert [a.kind for a in found] == ["STS", "LDS"]
 
 
 def test_labels_of_asm_blocks_may_come_again():
@@ -145,8 +162,8 @@ def test_labels_of_asm_blocks_may_come_again():
     asm += ["@late bra AGAIN;", "DONE:", "}"]
     product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r6}, {%r7}, {%r8}, {%r6};"
     text = step("mov.u32 %r70, 0;", *asm, product, *asm, product, "st.shared.b32 [%r1], %r6;")
-    found, products = accesses(text, 32)
-    assert ([a.kind for a in found], products) == (["STS"], 0)
+    found = accesses(text, 32)
+    assert [a.kind for a in found] == ["STS"]
     _, jumps = parse(text)
     back = [n for n, jump in jumps.items() if jump.target is not None and jump.target < n]
     assert len(back) == 3  # two blocks, and the time loop

@@ -18,21 +18,23 @@ REAL = """
                                         /* 0x000fea000283ffff */
 """
 
-POLL = [
-    ("@!P3 LDG.E.STRONG.GPU R20, desc[UR4][R2.64]", dict(write=0)),
-    ("@!P3 CCTL.IVALL", dict(wait=[0])),
+HMMA = "HMMA.16816.F32 R4, R8, R12, R4"
+BARRIER = "BAR.SYNC.DEFER_BLOCKING 0x0"
+STORE = "STG.E.U16.STRONG.GPU desc[UR4][R8.64], R9"
+ACQUIRE = [
+    ("LDG.E.STRONG.GPU R20, desc[UR4][R2.64]", dict(write=0)),
+    ("CCTL.IVALL", dict(wait=[0])),
 ]
-SIGNAL = [
-    ("STG.E.U16.STRONG.GPU desc[UR4][R8.64], R9", {}),
-    "BAR.SYNC.DEFER_BLOCKING 0x0",
+# Once in many steps, as the kernels have it: all arrive, and each thread waits until all have.
+ARRIVE = [
     "@P1 BRA `(.L_x_9)",
+    BARRIER,
     "@P2 MEMBAR.ALL.GPU",
     "@P2 REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5",
     "L_x_9:",
 ]
-
-
-HMMA = "HMMA.16816.F32 R4, R8, R12, R4"
+ADD = "IADD3 R1, R1, R2, RZ"
+WAIT = ["@P4 BRA `(.L_x_5)", "L_x_4:", *ACQUIRE, "@P5 BRA `(.L_x_4)", "L_x_5:"]
 
 
 def ring(barrier, register=24):
@@ -43,8 +45,9 @@ def uses(*barriers):
     return ("STS.128 [R7], R24", dict(wait=barriers))
 
 
-def leader(*parts, protocol="counter"):
-    return time_loop(step(*parts), protocol).leader
+def run(*parts):
+    """What a step of these parts runs, without the jump back."""
+    return time_loop(step(*parts)).step[:-1]
 
 
 def test_control_bits_of_real_lines():
@@ -80,150 +83,116 @@ def test_width(op, width):
     assert sass.Instruction(0, None, op + " R1").width == width
 
 
-def test_a_counter_is_polled_and_the_ring_is_read():
-    poll, invalidate, load, plain, store, output = leader(
-        *POLL, ring(1), "LDG.E.U16 R1, desc[UR4][R2.64]",
+def test_the_ring_is_read_and_a_counter_acquired():
+    acquire, invalidate, load, plain, store, output = run(
+        *ACQUIRE, ring(1), "LDG.E.U16 R1, desc[UR4][R2.64]",
         "STG.E.STRONG.GPU desc[UR4][R2.64], R1", "STG.E desc[UR4][R2.64], R1",
-    )[:6]  # fmt: skip
-    assert [i.poll for i in (poll, invalidate, load)] == [True, False, False]
-    assert [i.is_ring_load for i in (poll, load, plain)] == [False, True, False]
+    )  # fmt: skip
+    assert [i.acquires for i in (acquire, invalidate, load)] == [True, False, False]
+    assert [i.is_ring_load for i in (acquire, load, plain)] == [False, True, False]
     assert [i.is_plain_load for i in (load, plain)] == [False, True]
     assert [i.is_publication for i in (store, output)] == [True, False]
 
 
-def test_a_plain_load_with_an_invalidation_behind_it_is_no_poll():
+def test_a_plain_load_with_an_invalidation_behind_it_is_no_acquire():
     parts = [("LDG.E R20, desc[UR4][R2.64]", dict(write=0)), "CCTL.IVALL"]
-    assert not any(i.poll for i in leader(*parts))
+    assert not any(i.acquires for i in run(*parts))
 
 
-def test_only_the_leader_signals():
-    loop = time_loop(step(*POLL, *SIGNAL), "counter")
-    assert sum(i.name == "REDG" for i in loop.leader) == 1
-    assert sum(i.name == "REDG" for i in loop.other) == 0
-    assert sum(i.is_fence for i in loop.leader) == 1
-    assert loop.counts()["BAR"] == 1
+@pytest.mark.parametrize(
+    ("text", "orders"),
+    [("MEMBAR.ALL.CTA", False), ("MEMBAR.SC.GPU", True), ("MEMBAR.ALL.SYS", True),
+     ("REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5", True), (ring(0)[0], False), (STORE, False)],
+)  # fmt: skip
+def test_what_orders_accesses_of_the_gpu(text, orders):
+    assert sass.Instruction(0, None, text).orders == orders
 
 
-def test_fences_of_the_block_are_none():
-    assert not sass.Instruction(0, None, "MEMBAR.ALL.CTA").is_fence
-    assert sass.Instruction(0, None, "MEMBAR.SC.GPU").is_fence
+@pytest.mark.parametrize("rare", [ARRIVE, WAIT, [*WAIT, *ARRIVE]])
+def test_what_is_done_once_in_many_steps_is_no_part_of_a_step(rare):
+    # The barrier of a reduction, which every step comes to.
+    found = run(*rare, ring(0), uses(0), BARRIER, HMMA, STORE)
+    assert [i.name for i in found if i.name != "BRA"] == ["LDG", "STS", "BAR", "HMMA", "STG"]
+    assert not any(i.orders for i in found)
 
 
-SPIN = [
-    "@P4 BRA `(.L_x_5)",
-    "L_x_4:",
-    *POLL,
-    "BAR.SYNC.DEFER_BLOCKING 0x0",
-    "@P5 BRA `(.L_x_4)",
-    "L_x_5:",
+def test_a_long_way_to_what_is_rare_is_no_part_of_a_step_either():
+    long = [ARRIVE[0], *[ADD] * 99, *ARRIVE[1:]]
+    assert not any(i.name in ("IADD3", "BAR") for i in run(*long, ring(0), uses(0), HMMA))
+
+
+def test_what_orders_in_every_step_is_part_of_it():
+    found = run(*ACQUIRE, ring(0), uses(0), HMMA, STORE, *ARRIVE[1:-1])
+    assert [i.name for i in found if i.orders] == ["LDG", "MEMBAR", "REDG"]
+
+
+# Vectors that are not there yet are asked for again.
+AGAIN = [
+    "L_x_6:",
+    ("VIMNMX R1, R2, R3, PT", dict(wait=[0])),
+    "@P5 BRA `(.L_x_7)",
+    "ISETP.EQ.AND P6, PT, R1, RZ, PT",
+    ring(0),
+    "@P6 BRA `(.L_x_6)",
+    "L_x_7:",
 ]
 
 
-def test_spin_loops_are_not_counted_where_they_can_be_left_out():
-    loop = time_loop(step(*POLL, *SPIN, ring(1), *SIGNAL), "counter")
-    assert sum(i.poll for i in loop.leader) == 1
-    assert loop.spin_barriers == 1
-    assert loop.counts()["BAR"] == 1
-
-
-def test_a_spin_loop_with_the_only_poll_is_run_once():
-    loop = time_loop(step(*SPIN, ring(1), *SIGNAL), "counter")
-    assert sum(i.poll for i in loop.leader) == 1
-    # The other warps go round it.
-    assert sum(i.poll for i in loop.other) == 0
+def test_a_poll_of_data_is_left_before_it_asks_again():
+    loop = time_loop(step(ring(0), *AGAIN, HMMA))
+    assert sum(i.is_ring_load for i in loop.step) == 1
+    assert "ISETP" not in loop.counts()
+    assert serial_waits(loop.step) == 0
 
 
 def test_polled_data_are_run_once():
     polled = ["L_x_4:", ring(0), ring(1), ("ISETP.NE.AND P5, PT, R24, R25, PT", dict(wait=[0, 1]))]
-    publish = "STG.E.128.STRONG.GPU desc[UR4][R8.64], R9"
-    loop = time_loop(step(*polled, "@P5 BRA `(.L_x_4)", publish), "sentinel")
-    assert [sum(i.is_ring_load for i in way) for way in (loop.leader, loop.other)] == [2, 2]
-    assert serial_waits(loop.once) == 0
+    loop = time_loop(step(*polled, "@P5 BRA `(.L_x_4)", STORE))
+    assert sum(i.is_ring_load for i in loop.step) == 2
+    assert serial_waits(loop.step) == 0
 
 
-RARE = [
-    "@P1 BRA `(.L_x_9)",
-    *["IADD3 R1, R1, R2, RZ"] * 99,
-    "BAR.SYNC.DEFER_BLOCKING 0x0",
-    *SPIN,
-    "@P3 BRA `(.L_x_8)",
-    "MEMBAR.SC.GPU",
-    "REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5",
-    "L_x_8:",
-    "IADD3 R1, R1, R2, RZ",
-    "L_x_9:",
-]
+@pytest.mark.parametrize("spin", [WAIT, AGAIN])
+def test_a_barrier_in_a_spin_is_reported(spin):
+    parts = [uses(0), BARRIER, HMMA]
+    within = [*spin[:-2], BARRIER, *spin[-2:]]
+    assert time_loop(step(ring(0), *spin, *parts)).spin_barriers == 0
+    assert time_loop(step(ring(0), *within, *parts)).spin_barriers == 1
 
 
-def test_a_counter_barrier_once_in_many_steps_is_no_part_of_a_step_of_polled_data():
-    meeting = "BAR.SYNC.DEFER_BLOCKING 0x0"  # of the reduction: in every step
-    loop = time_loop(step(*RARE, ring(0), uses(0), meeting, HMMA), "sentinel")
-    for way in (loop.leader, loop.other):
-        assert not any(i.is_fence or i.poll for i in way)
-        assert [i.name for i in way if i.name != "BRA"] == ["LDG", "STS", "BAR", "HMMA"]
-    assert loop.spin_barriers == 0
-
-
-def test_a_poll_of_data_is_left_before_it_asks_again():
-    asm = [ring(0), "L_x_4:", ("VIMNMX R1, R2, R3, PT", dict(wait=[0])), "@P5 BRA `(.L_x_5)"]
-    again = ["ISETP.EQ.AND P6, PT, R1, RZ, PT", ring(0), "@P6 BRA `(.L_x_4)", "L_x_5:"]
-    loop = time_loop(step(*asm, *again, HMMA), "sentinel")
-    assert sum(i.is_ring_load for i in loop.leader) == 1
-    assert "ISETP" not in loop.counts()
-    assert serial_waits(loop.once) == 0
-
-
-K_LOOP = ["L_x_4:", ring(0), uses(0), "HMMA.16816.F32 R4, R8, R12, R4", "@P5 BRA `(.L_x_4)"]
-
-
-def test_the_inner_loop_over_k_turns_as_often_as_planned():
-    loop = time_loop(step(*POLL, *K_LOOP, *SIGNAL), "counter", trips=6, k_products=1)
-    assert loop.counts()["HMMA"] == 6
-    assert sum(i.name == "HMMA" for i in loop.once) == 1
-    # One load of each turn, by design after those of the turn before.
-    assert serial_waits(loop.once) == 0
-
-
-def test_an_unrolled_inner_loop_turns_less_often():
-    unrolled = K_LOOP[:-1] + K_LOOP[1:]
-    loop = time_loop(step(*POLL, *unrolled, *SIGNAL), "counter", trips=6, k_products=1)
-    assert loop.counts()["HMMA"] == 6
+def test_products_in_a_loop_within_a_step_are_an_error():
+    inner = [ADD, "L_x_4:", ring(0), uses(0), HMMA, "@P5 BRA `(.L_x_4)"]
+    with pytest.raises(ValueError, match="products outside of inner loops"):
+        time_loop(step(*inner, STORE))
 
 
 def test_loads_in_flight_together_do_not_wait_for_one_another():
     together = [ring(0), ring(1), ring(2), ring(2), uses(0), uses(1), uses(2)]
-    assert serial_waits(leader(*POLL, *together)) == 0
+    assert serial_waits(run(*together)) == 0
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_loads_one_after_the_other_wait_for_each_before(count):
-    assert serial_waits(leader(*POLL, *[ring(0), uses(0)] * count)) == count - 1
+    assert serial_waits(run(*[ring(0), uses(0)] * count)) == count - 1
 
 
 def test_two_groups_of_loads_are_one_wait():
-    assert serial_waits(leader(*POLL, ring(0), ring(1), uses(0), uses(1), ring(0), uses(0))) == 1
+    assert serial_waits(run(ring(0), ring(1), uses(0), uses(1), ring(0), uses(0))) == 1
 
 
 def test_a_wait_counts_once():
-    assert serial_waits(leader(*POLL, ring(0), uses(0), ring(1), ring(2), uses(1, 2))) == 1
+    assert serial_waits(run(ring(0), uses(0), ring(1), ring(2), uses(1, 2))) == 1
     # A barrier that was waited for is free again.
-    assert serial_waits(leader(*POLL, ring(0), uses(0), ring(1), uses(0), ring(2))) == 1
+    assert serial_waits(run(ring(0), uses(0), ring(1), uses(0), ring(2))) == 1
 
 
 def test_a_wait_for_a_barrier_that_a_load_shares_is_a_wait_for_the_load():
     other = ("LDC R1, c[0x0][0x210]", dict(write=0))
-    assert (
-        serial_waits(
-            leader(*POLL, ring(0), other, ("IADD3 R1, R1, R2, RZ", dict(wait=[0])), ring(1))
-        )
-        == 1
-    )
+    assert serial_waits(run(ring(0), other, ("IADD3 R1, R1, R2, RZ", dict(wait=[0])), ring(1))) == 1
 
 
 def test_a_wait_for_another_barrier_is_none():
-    assert (
-        serial_waits(leader(*POLL, ring(0), ("IADD3 R1, R1, R2, RZ", dict(wait=[3])), ring(1))) == 0
-    )
+    assert serial_waits(run(ring(0), ("IADD3 R1, R1, R2, RZ", dict(wait=[3])), ring(1))) == 0
 
 
 X = ("LDG.E.U16 R140, desc[UR4][R24.64]", dict(write=4))
@@ -233,50 +202,33 @@ PACK = ("PRMT R140, R23, 0x5410, R140", dict(wait=[4]))
 @pytest.mark.parametrize(
     ("parts", "found"),
     [
-        ([*POLL, ring(0), uses(0), HMMA, PACK, *SIGNAL, X], 0),  # used in the cell of the next step
-        ([*POLL, ring(0), uses(0), HMMA, *SIGNAL, X, PACK], 1),  # before the back edge
-        ([PACK, *POLL, ring(0), uses(0), HMMA, *SIGNAL, X], 1),  # behind it, before the poll
-        ([X, *POLL, ring(0), uses(0), HMMA, PACK, *SIGNAL], 0),  # fetched at the top of the step
-        ([*POLL, X, ring(0), uses(0), HMMA, PACK, *SIGNAL], 0),  # the product hides it
-        ([*POLL, ring(0), uses(0), HMMA, X, PACK, *SIGNAL], 1),  # nothing hides it
+        ([ring(0), uses(0), HMMA, PACK, STORE, X], 0),  # used in the cell of the next step
+        ([ring(0), uses(0), HMMA, STORE, X, PACK], 1),  # before the back edge
+        ([PACK, ring(0), uses(0), HMMA, STORE, X], 1),  # behind it, before the poll
+        ([X, ring(0), uses(0), HMMA, PACK, STORE], 0),  # fetched at the top of the step
+        ([ring(0), X, uses(0), PACK, HMMA, STORE], 0),  # the product hides it
+        ([ring(0), uses(0), HMMA, X, PACK, STORE], 1),  # nothing hides it
     ],
 )
 def test_early_consumers(parts, found):
-    early = early_consumers(leader(*parts))
+    early = early_consumers(run(*parts))
     assert [i.text for i in early] == [X[0]] * found
 
 
-def test_early_consumers_of_polled_data():
-    publish = "STG.E.128.STRONG.GPU desc[UR4][R8.64], R9"
-    late = leader(ring(0), uses(0), HMMA, PACK, publish, X, protocol="sentinel")
-    early = leader(ring(0), uses(0), HMMA, publish, X, PACK, protocol="sentinel")
-    assert [len(early_consumers(way)) for way in (late, early)] == [0, 1]
+def test_without_an_exchange_nothing_is_early():
+    assert early_consumers(run(HMMA, X, PACK)) == []
 
 
 def test_weights_are_not_fetched_ahead():
     weights = ("LDG.E.64 R140, desc[UR4][R24.64]", dict(write=4))
     into = ("HMMA.16816.F32 R4, R8, R12, R4", dict(wait=[4]))
-    # In an inner loop over K, and one after the other.
-    looped = time_loop(
-        step(*POLL, ring(0), "L_x_4:", weights, into, "@P5 BRA `(.L_x_4)", *SIGNAL), "counter"
-    )
-    unrolled = time_loop(step(*POLL, ring(0), *[weights, into] * 3, *SIGNAL, X), "counter")
-    for loop in (looped, unrolled):
-        assert early_consumers(loop.once) == []
-    near = {i.address for i in unrolled.once if i.text == weights[0]}
-    assert unrolled.near == near
+    loop = time_loop(step(ring(0), *[weights, into] * 3, STORE, X))
+    assert early_consumers(loop.step) == []
+    near = {i.address for i in loop.step if i.text == weights[0]}
     assert len(near) == 3
-    assert looped.near >= looped.in_k
-
-
-def test_each_of_two_tiles_has_its_own_early_consumers():
-    publish = "STG.E.128.STRONG.GPU desc[UR4][R8.64], R9"
-    tile = [ring(0), uses(0), HMMA, publish]
-    good = leader(*tile, X, *tile, PACK, protocol="sentinel")
-    bad = leader(*tile, X, PACK, *tile, protocol="sentinel")
-    assert [len(early_consumers(way)) for way in (good, bad)] == [0, 1]
+    assert loop.near == near
 
 
 def test_the_first_function_is_read():
-    two = step(*POLL) + "\n" + program("L_x_7:", HMMA, "@P0 BRA `(.L_x_7)")
-    assert "HMMA" not in time_loop(two, "counter").counts()
+    two = step(ring(0)) + "\n" + program("L_x_7:", HMMA, "@P0 BRA `(.L_x_7)")
+    assert "HMMA" not in time_loop(two).counts()

@@ -1,6 +1,5 @@
 """The clock model on programs whose time can be worked out on paper."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,15 +21,12 @@ def code(*texts):
     return tuple(made)
 
 
-def clocks(leader, other=None, warps=1, protocol=None, programs=1, assumed=A, waves=None, **how):
-    other = leader if other is None else other
-    loop = TimeLoop(leader, other, leader, frozenset(), frozenset(), 0)
+def clocks(step, warps=1, assumed=A, waves=None, **how):
+    loop = TimeLoop(step, frozenset(), 0)
     if waves is not None:
-        waves = {i.address: waves for i in leader if i.name in ("LDS", "STS", "LDSM")}
-    found = simulate(
-        loop, waves or {}, assumed, warps=warps, programs=programs, protocol=protocol, **how
-    )
-    assert len(found.issued) == len(leader)
+        waves = {i.address: waves for i in step if i.name in ("LDS", "STS", "LDSM")}
+    found = simulate(loop, waves or {}, assumed, warps=warps, **how)
+    assert len(found.issued) == len(step)
     return found.clocks
 
 
@@ -94,14 +90,11 @@ def test_a_scheduler_issues_one_instruction_a_clock():
 
 
 def test_a_barrier_waits_for_the_last_warp():
-    late = code(*[("IADD3 R1, R1, R2, RZ", dict(stall=10))] * 50, "BAR.SYNC 0x0")
-    # One clock for the other warp of the first one's scheduler.
-    assert clocks(late, other=code("BAR.SYNC 0x0"), warps=8) == 50 * 10 + A.barrier + 1
-
-
-def test_a_barrier_that_not_all_come_to():
-    with pytest.raises(Deadlock, match="1 of 2 warps"):
-        clocks(code("BAR.SYNC 0x0"), other=code(ADD), warps=2)
+    # The special functions of two warps follow one another, so the second is later at the barrier.
+    n = 40
+    body = code(*["MUFU.TANH R1, R2"] * n, "BAR.SYNC 0x0", ("IADD3 R1, R1, R2, RZ", dict(stall=15)))
+    one, two = (clocks(body, warps=warps) for warps in (4, 8))
+    assert two - one == pytest.approx(n * A.special_clocks, abs=A.special_clocks)
 
 
 @pytest.mark.parametrize("waves", [1, 2, 32])
@@ -141,61 +134,45 @@ def test_waiting_for_all_but_the_last_loads():
     assert none_left - one_left == 1 + 15  # the second load was issued so much later
 
 
-def exchange(*, own: bool):
-    poll = [("@P3 LDG.E.STRONG.GPU R1, desc[UR4][R2.64]", dict(write=0)), use(0), "BAR.SYNC 0x0"]
-    signal = [
-        "BAR.SYNC 0x0",
-        "@P2 MEMBAR.ALL.GPU",
-        "@P2 REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5",
-    ]
-    made = list(code(*(signal + poll if own else poll + signal)))
-    return tuple(replace(i, poll="LDG" in i.text) for i in made)
+READS = [load(0, "LDG.E.128.STRONG.GPU"), use(0)]
+STORE = "STG.E.128.STRONG.GPU desc[UR4][R2.64], R1"
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("programs", [1, 48])
-def test_an_exchange_by_a_counter(own, programs):
-    found = clocks(exchange(own=own), warps=4, protocol="counter", programs=programs)
-    fence_and_signal = A.fence + 1 + A.store_visible + programs * A.red_per_program
-    seen = A.poll_phase + A.l2_load / 2
-    assert found == pytest.approx(fence_and_signal + seen + 2 * A.barrier, abs=20)
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_an_exchange_by_polled_data(own):
-    reads = [load(0, "LDG.E.128.STRONG.GPU"), use(0)]
-    store = ["STG.E.128.STRONG.GPU desc[UR4][R2.64], R1"]
-    body = code(*(store + reads if own else reads + store))
+def test_an_exchange(own):
+    body = code(*([STORE, *READS] if own else [*READS, STORE]))
     far = SimpleNamespace(**{**vars(A), "store_visible": 1000})
-    found = clocks(body, warps=8, protocol="sentinel", programs=48, assumed=far)
+    found = clocks(body, warps=8, assumed=far)
     expected = far.store_visible + A.poll_phase + A.l2_load / 2
     # Eight warps store 16 bytes a thread, 4 words at a time.
     assert found == pytest.approx(expected, abs=8 * 4 + PIPE_ENTRY + JUMP + 4)
 
 
-def test_polled_data_wait_for_the_last_warp_of_the_program():
-    reads = [load(0, "LDG.E.128.STRONG.GPU"), use(0)]
-    store = "STG.E.128.STRONG.GPU desc[UR4][R2.64], R1"
-    late = code(*reads, *[("IADD3 R1, R1, R2, RZ", dict(stall=15))] * 40, store)
-    early = code(*reads, store)
-    alone = clocks(late, warps=4, protocol="sentinel")
-    assert alone > 40 * 15
-    # One warp that comes late, or all but one.
-    for leader, other in ((late, early), (early, late)):
-        found = clocks(leader, other=other, warps=4, protocol="sentinel")
-        assert found == pytest.approx(alone, abs=30)
+def test_an_exchange_waits_for_the_last_warp_of_the_program():
+    # Two warps of a scheduler share its unit, and what they compute is published behind it.
+    n = 100
+    body = code(*READS, *["MUFU.TANH R1, R2"] * n, STORE)
+    one, two = (clocks(body, warps=warps) for warps in (4, 8))
+    assert two - one == pytest.approx(n * A.special_clocks, abs=30)
 
 
-def test_a_data_race_of_nobody_costs_nothing():
-    """Loads of the ring behind a counter's poll are not polled themselves."""
-    body = code(load(), use(0), "STG.E.STRONG.GPU desc[UR4][R2.64], R1")
-    assert clocks(body, protocol="counter") < A.l2_load + 2 * JUMP
+@pytest.mark.parametrize("together", [2, 4])
+def test_programs_on_one_multiprocessor_wait_at_the_same_time_and_issue_in_turn(together):
+    body = code(*READS, *[ADD] * 100, STORE)
+    alone = clocks(body, warps=4)
+    assert alone > 2 * len(body)
+    found = clocks(body, warps=4, together=together)
+    assert found - alone == pytest.approx((together - 1) * len(body), abs=20 * together)
+
+
+def test_a_step_that_waits_for_what_it_publishes_later():
+    with pytest.raises(Deadlock, match="2 of 2 warps wait for what they publish later"):
+        clocks(code(STORE, *READS, STORE), warps=2)
 
 
 def test_steps_are_alike():
-    assert clocks(exchange(own=False), warps=4, protocol="counter", steps=4) == pytest.approx(
-        clocks(exchange(own=False), warps=4, protocol="counter", steps=9)
-    )
+    body = code(*READS, "BAR.SYNC 0x0", STORE)
+    assert clocks(body, warps=4, steps=4) == pytest.approx(clocks(body, warps=4, steps=9))
 
 
 @pytest.mark.parametrize("op", ["HGMMA.64x16x16.F32.BF16", "HGMMA.64x16x8.F32.TF32"])
@@ -207,9 +184,6 @@ def test_asynchronous_products(op):
 
 
 def test_every_level_is_slower_than_the_one_before():
-    body = exchange(own=False)
-    times = [
-        clocks(body, warps=8, protocol="counter", programs=64, assumed=Parameters().at(level))
-        for level in LEVELS
-    ]
+    body = code(*READS, "BAR.SYNC 0x0", STORE)
+    times = [clocks(body, warps=8, assumed=Parameters().at(level)) for level in LEVELS]
     assert times == sorted(set(times))

@@ -2,7 +2,7 @@
 
 Run in a process of its own: triton either interprets or compiles.
 
-    python compile_exchange.py PROTOCOL:DTYPE:TARGET ...        e.g. sentinel:bf16:90
+    python compile_exchange.py DTYPE:TARGET ...        e.g. bf16:90
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from triton.compiler import ASTSource
 SPLIT = {"bf16": 8, "fp32": 4}
 
 
-def assembly(protocol: str, dtype: str, target: str) -> str:
+def assembly(dtype: str, target: str) -> str:
     constants = {
         "BLOCK_H": roundtrip.BLOCK_H,
         "CHUNKS": 3,
         "AHEAD": 2,
         "SPLIT": SPLIT[dtype],
-        "PROTOCOL": protocol,
         "PAIRWISE": int(target) >= 90,
     }
     types = dict.fromkeys(roundtrip.exchange_kernel.arg_names, "i32")

@@ -18,12 +18,16 @@ from triton.runtime import interpreter
 
 ELEMENTS = {"b16": tl.int16, "b32": tl.int32}
 NUMPY = {"b16": np.int16, "b32": np.int32}
+# An acquire that is meant for its own block orders nothing between programs.
+ACCESS = re.compile(
+    r"(?:ld\.(relaxed\.gpu|acquire\.gpu|acquire\.cta)|st\.relaxed\.gpu)\.global\.(?:v4\.)?b\d+"
+)
 
 
 class Memory(Protocol):
     """What the assembly loads from and stores to: a tile of pointers at once."""
 
-    def relaxed_load(self, pointers: Any) -> np.ndarray: ...
+    def relaxed_load(self, pointers: Any, acquire: bool = False) -> np.ndarray: ...
 
     def relaxed_store(self, pointers: Any, values: np.ndarray) -> None: ...
 
@@ -52,8 +56,8 @@ class Threads:
                 self.execute(operation, operands, who)
 
     def execute(self, operation: str, operands: str, who: np.ndarray) -> None:
-        if operation.startswith(("ld.relaxed.gpu.global.", "st.relaxed.gpu.global.")):
-            self.access(operation, operands, who)
+        if match := ACCESS.fullmatch(operation):
+            self.access(operation, operands, who, acquire=match[1] == "acquire.gpu")
             return
         target, *sources = operands.split(", ")
         self.write(target, OPERATIONS[operation](*map(self.read, sources)), who)
@@ -67,7 +71,7 @@ class Threads:
         old = self.registers.get(target, np.zeros_like(value))
         self.registers[target] = np.where(who, value, old)
 
-    def access(self, operation: str, operands: str, who: np.ndarray) -> None:
+    def access(self, operation: str, operands: str, who: np.ndarray, acquire: bool) -> None:
         pointer, offset, names = _address(operands)
         kind = operation[-3:]
         width = NUMPY[kind](0).itemsize
@@ -77,7 +81,7 @@ class Threads:
         assert not (addresses[:, 0] % np.uint64(width * len(names))).any(), "an unaligned access"
         pointers = interpreter.TensorHandle(addresses, tl.pointer_type(ELEMENTS[kind]))
         if operation.startswith("ld"):
-            loaded = self.memory.relaxed_load(pointers).view(np.uint32)
+            loaded = self.memory.relaxed_load(pointers, acquire).view(np.uint32)
             for n, name in enumerate(names):
                 word = np.zeros(self.count, np.uint32)
                 word[who] = loaded[:, n]
@@ -133,6 +137,8 @@ OPERATIONS = {
     "prmt.b32": _permute,
     "setp.eq.b32": np.equal,
     "setp.eq.s32": np.equal,
+    "setp.ne.s32": np.not_equal,
+    "setp.lt.s32": lambda x, y: x.view(np.int32) < y.view(np.int32),
     "setp.ne.b32": np.not_equal,
     "sub.u32": np.subtract,
     "sub.s32": np.subtract,

@@ -62,13 +62,18 @@ def lengths_of(case: Case) -> Tensor:
     return lengths
 
 
-def build(case: Case, family, dtype: torch.dtype, device: str, **extra) -> nn.Module:
-    """The case's module of torch.nn or of fusedrnn, with the same parameters for both."""
+def build(
+    case: Case, family, dtype: torch.dtype, device: str, nudges: int = 0, **extra
+) -> nn.Module:
+    """The case's module of torch.nn or of fusedrnn, with the same parameters for both.
+
+    nudges: by how many roundings the parameters are larger than usual.
+    """
     torch.manual_seed(5)
     module = getattr(family, case.module)(case.I, case.H, **case.options, **extra)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.mul_(case.scale)
+            parameter.mul_(case.scale * (1 + nudges * torch.finfo(case.dtype).eps))
     return module.to(dtype).to(device)  # through the case's dtype for both would change the oracle
 
 
@@ -123,19 +128,30 @@ def assert_as_good_as_torch(case: Case, device: str, backend: str = "triton") ->
 
     Per tensor, the largest error relative to the largest exact value may be twice torch.nn's
     in the same dtype and precision, plus four roundings of it: another order of summation is as
-    good. torch's error is the worst of the outputs, or of the gradients: in one tensor alone
-    it may be small by luck.
+    good. With exact float32, of which a product is three that lose about four roundings
+    together, four times torch's error. That is the worst of the outputs, or of the gradients, of
+    a few sets of parameters that differ by a rounding: in one tensor, or in one unit, it may be
+    small by luck.
     """
+
+    def of_torch(dtype: torch.dtype, nudges: int) -> dict[str, Tensor]:
+        return run(case, build(case, nn, dtype, device, nudges), dtype, device)
+
     with precision(case.tf32):
-        exact = run(case, build(case, nn, torch.float64, device), torch.float64, device)
-        plain = run(case, build(case, nn, case.dtype, device), case.dtype, device)
+        exact = of_torch(torch.float64, 0)
+        errors = [
+            {name: _error(value, right[name]) for name, value in of_torch(case.dtype, n).items()}
+            for n in range(5)
+            for right in [of_torch(torch.float64, n)]
+        ]
         module = build(case, fusedrnn, case.dtype, device, backend=backend, save=case.save)
         fused = run(case, module, case.dtype, device)
+    times = 4 if case.dtype == torch.float32 and not case.tf32 else 2
     floor = 4 * (TF32_EPS if case.tf32 else torch.finfo(case.dtype).eps)
     assert fused.keys() == exact.keys()
     for kind in (False, True):
         names = [name for name in exact if name.startswith("d_") == kind]
-        limit = 2 * max(_error(plain[name], exact[name]) for name in names) + floor
+        limit = times * max(error[name] for error in errors for name in names) + floor
         for name in names:
             assert fused[name].shape == exact[name].shape, name
             error = _error(fused[name], exact[name])

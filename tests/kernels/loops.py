@@ -7,7 +7,7 @@ from scan_cases import Answer, Case, kernels, problem
 from fusedrnn.kernels.plan import Plan
 
 
-def forward_and_backward(case: Case, protocol: str) -> Answer:
+def forward_and_backward(case: Case) -> Answer:
     """H = 20 over three programs of 8 units, K in two chunks of 16."""
     plan = Plan(
         schedule="spread",
@@ -19,7 +19,6 @@ def forward_and_backward(case: Case, protocol: str) -> Answer:
         split=1,
         num_warps=1,
         ahead=2,
-        protocol=protocol,
     )
     p = problem(case)
     p.state[0][0, 0, 0] = -0.0  # the sentinel

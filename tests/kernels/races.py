@@ -9,7 +9,8 @@ number of barriers it has passed, its *epoch*:
 
 - a release publishes what the program knew and did before its last barrier, since the thread
   that releases speaks for the others only as far as a barrier has made them meet;
-- an acquire takes effect at the next barrier, since only one thread acquired;
+- an atomic that acquires takes effect at the next barrier, since only one thread acquired;
+- a load with acquire, which every thread makes, takes effect at once;
 - relaxed atomics and volatile loads order nothing.
 
 Every program has two clocks. `seen[p][q]`: the last epoch of q whose *stores* p may read.
@@ -259,19 +260,33 @@ class Detector:
         plain &= ~region.atomic[cells]
         unordered = plain & (region.write_epoch[cells] > self.seen[me][region.writer[cells]])
         self._report(region, access, "changes by atomic what another may be storing", unordered)
+        if sem in _ACQUIRE and scope in _WIDE:
+            self._take_released(me, access)
         for address in access.addresses.tolist():
-            if sem in _ACQUIRE and scope in _WIDE and address in self.released:
-                seen, done = self.released[address]
-                np.maximum(self.coming_seen[me], seen, out=self.coming_seen[me])
-                np.maximum(self.coming_done[me], done, out=self.coming_done[me])
             if sem in _RELEASE and scope in _WIDE:
                 new = self._published(self.seen, me), self._published(self.done, me)
                 old = self.released.get(address, new)
                 self.released[address] = np.maximum(old[0], new[0]), np.maximum(old[1], new[1])
         self._note_write(region, cells, access, next(self.numbers), atomic=True)
 
+    def acquire(self, access: Access) -> None:
+        """Beside the load: that it acquires, for every thread."""
+        me = access.program
+        self._take_released(me, access)
+        self._know_what_came(me)
+
     def barrier(self, program: int) -> None:
         self.epoch[program] += 1
+        self._know_what_came(program)
+
+    def _take_released(self, program: int, access: Access) -> None:
+        for address in access.addresses.tolist():
+            if address in self.released:
+                seen, done = self.released[address]
+                np.maximum(self.coming_seen[program], seen, out=self.coming_seen[program])
+                np.maximum(self.coming_done[program], done, out=self.coming_done[program])
+
+    def _know_what_came(self, program: int) -> None:
         np.maximum(self.seen[program], self.coming_seen[program], out=self.seen[program])
         np.maximum(self.done[program], self.coming_done[program], out=self.done[program])
 

@@ -193,16 +193,13 @@ class _Session:
         self.rmw = BUILDER.create_atomic_rmw
         self.cas = BUILDER.create_atomic_cas
 
-    def workspace(self, protocol: str, **sizes: Any) -> sync.Workspace:
-        """A workspace that the detector knows, and whose unwritten words show up in results."""
-        space = self.allocate(protocol, **sizes)
-        if protocol == "counter":
-            space.ring[space.ring.signbit()] = float("nan")
+    def workspace(self, **sizes: Any) -> sync.Workspace:
+        """A workspace that the detector knows."""
+        space = self.allocate(**sizes)
         if self.detector is not None:
             self.detector.error_word(space.error)
             self.detector.error_word(space.signal[:, sync._GAVE_UP.value])
-            if protocol == "sentinel":
-                self.detector.polled(space.ring)
+            self.detector.polled(space.ring)
         return space
 
     # The grid.
@@ -270,11 +267,13 @@ class _Session:
 
     # And what the assembly does: loads and stores of one tile of addresses, past L1.
 
-    def relaxed_load(self, pointers: Any) -> np.ndarray:
+    def relaxed_load(self, pointers: Any, acquire: bool = False) -> np.ndarray:
         self.step_aside("load", pointers)
         if self.detector is not None:
             access = Access(self.current(), pointers, None, volatile=True, bypass=True)
             self.detector.load(access)
+            if acquire:
+                self.detector.acquire(access)
         every = np.ones(pointers.data.shape, bool)
         kind = interpreter._get_np_dtype(pointers.get_element_ty())
         return interpreter._interpreter.load(pointers.data, every, every.astype(kind), kind)

@@ -6,7 +6,7 @@ from extras_checks import CASES, OPTIONS, assert_as_the_reference, run
 from scheduler import cooperative
 from tolerances import GRADIENTS32
 
-from fusedrnn.kernels import launch, sync
+from fusedrnn.kernels import launch
 from fusedrnn.kernels.plan import Plan
 
 
@@ -27,11 +27,10 @@ def test_the_option_matters(option):
     assert any(not torch.allclose(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
 @pytest.mark.parametrize("module", ["LSTM", "GRU"])
-def test_spread_over_programs(module, protocol, monkeypatch):
+def test_spread_over_programs(module, monkeypatch):
     """What a program hands on is what the next step reads: already reset, already masked."""
-    plan = Plan("spread", 16, 8, 16, chunks=2, resident=2, split=1, num_warps=1, protocol=protocol)
+    plan = Plan("spread", 16, 8, 16, chunks=2, resident=2, split=1, num_warps=1)
     expected = run(module, "all", "triton", torch.float32, True, "lengths")
     monkeypatch.setattr(launch, "_plan", lambda *arguments: plan)
     with cooperative(3):

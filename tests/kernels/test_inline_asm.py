@@ -19,8 +19,11 @@ class Array:
         self.elements = np.array(elements, np.uint16)
         self.then = then
         self.loaded: list[list[int]] = []  # the addresses of each load
+        self.acquired: list[int] = []  # the numbers of those that acquire
 
-    def relaxed_load(self, pointers):
+    def relaxed_load(self, pointers, acquire=False):
+        if acquire:
+            self.acquired.append(len(self.loaded))
         octets = self.elements.view(np.uint8)
         self.loaded.append(pointers.data[:, 0].tolist())
         each = pointers.data[..., None].astype(int) + np.arange(4)
@@ -67,6 +70,10 @@ def execute(text: str, memory=None, **registers) -> dict[str, np.ndarray]:
         ("setp.eq.s32", (0, 0), True),
         ("setp.ne.b32", (0, 0), False),
         ("setp.ne.b32", (1, 0), True),
+        ("setp.ne.s32", (1, 0), True),
+        ("setp.ne.s32", (7, 7), False),
+        ("setp.lt.s32", (0xFFFFFFFF, 0), True),
+        ("setp.lt.s32", (3, 3), False),
     ],
 )
 def test_an_instruction(operation, operands, result):
@@ -156,16 +163,16 @@ def test_loads_and_stores():
 # --- the text of sync.load ----------------------------------------------------------------------
 
 COUNT, VECTORS, STRIDE = 2, 2, 64
-GAVE_UP = 256  # bytes
+COUNTER, GAVE_UP = 256, 384  # bytes
 MINUS_ZERO = 0x8000
 KINDS = {"32 bit": (4, False), "pairs": (8, True), "bit by bit": (8, False)}  # LENGTH, PAIRWISE
 
 
-def poll(memory: Array, kind: str, limit: int, threads: int = 1) -> np.ndarray:
+def poll(memory: Array, kind: str, limit: int, threads: int = 1, arrived: int = 0) -> np.ndarray:
     """[threads, COUNT * VECTORS * 4] words, by two chunks of two rows 32 bytes apart; a thread's
     rows lie 16 bytes beside those of the thread before."""
     length, pairwise = KINDS[kind]
-    text = sync.assembly.fn(COUNT, VECTORS, STRIDE, length, pairwise, True)
+    text = sync.assembly.fn(COUNT, VECTORS, STRIDE, length, pairwise)
     outputs, elements = 4 * COUNT * VECTORS, VECTORS * length
     registers = {}
     for n in range(elements):
@@ -173,16 +180,17 @@ def poll(memory: Array, kind: str, limit: int, threads: int = 1) -> np.ndarray:
         registers[f"_{outputs + n}"] = row.astype(np.uint64)
     first = outputs + elements + 4 * VECTORS
     for n in range(elements):
-        registers[f"_{first + n}"] = np.full(threads, GAVE_UP, np.uint64)
+        registers[f"_{first + n}"] = np.full(threads, COUNTER, np.uint64)
         registers[f"_{first + elements + n}"] = np.full(threads, limit)
         registers[f"_{first + 2 * elements + n}"] = np.full(threads, 11)  # the step
+        registers[f"_{first + 3 * elements + n}"] = np.full(threads, arrived)
     found = execute(text, memory, **registers)
     return np.stack([found[f"${n}"] for n in range(outputs)], 1)
 
 
 def filled() -> np.ndarray:
-    """64 elements of one thread's chunks and more, and the word of those who have given up."""
-    elements = np.arange(1, 131, dtype=np.uint16)
+    """64 elements of one thread's chunks and more, the counter, the word of who has given up."""
+    elements = np.arange(1, 195, dtype=np.uint16)
     elements[128:] = 0
     return elements
 
@@ -270,10 +278,41 @@ def test_a_poll_gives_up_with_nan_and_says_so(kind, limit):
 def test_a_poll_ends_when_another_gave_up(kind):
     elements = filled()
     elements[6:8] = 0, MINUS_ZERO
-    elements[128] = 3
+    elements[GAVE_UP // 2] = 3
     memory = Array(elements)
     found = poll(memory, kind, 1000)
     dtype = np.float32 if kind == "32 bit" else np.float16
     assert np.isnan(found.view(dtype)).all()
     assert memory.elements[-2:].tolist() == [3, 0]  # as the other said
     assert len(memory.loaded) == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_poll_waits_for_arrivals_first(kind):
+    """Every thread acquires for itself, and nothing of the ring is read before."""
+
+    def arrive(memory):
+        if len(memory.loaded) % 2 == 0:
+            memory.elements[COUNTER // 2] += 1
+
+    memory = Array(filled(), arrive)
+    found = poll(memory, kind, 9, threads=2, arrived=3)
+    assert [row.tolist() for row in found] == [words_at(filled(), 0), words_at(filled(), 1)]
+    counter, told = [COUNTER] * 2, [GAVE_UP] * 2
+    assert memory.loaded[:8] == [told, counter] * 4
+    assert memory.loaded[8:] == [[0, 16], [32, 48], [64, 80], [96, 112]]
+    assert memory.acquired == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gave_up", [0, 3])
+def test_waiting_for_arrivals_ends_as_a_poll_does(kind, gave_up):
+    elements = filled()
+    elements[COUNTER // 2] = 2
+    elements[GAVE_UP // 2] = gave_up
+    memory = Array(elements)
+    found = poll(memory, kind, 5, arrived=3)
+    dtype = np.float32 if kind == "32 bit" else np.float16
+    assert np.isnan(found.view(dtype)).all()
+    assert memory.elements[-2:].tolist() == [gave_up or 11, 0]
+    assert memory.loaded == [[GAVE_UP], [COUNTER]] * (1 if gave_up else 5)

@@ -28,37 +28,35 @@ def short_laps(monkeypatch):
     monkeypatch.setattr(sync, "LAP", tl.constexpr(2))
 
 
-def run(case: Case, protocol: str, seed: int | None) -> list[torch.Tensor]:
+def run(case: Case, seed: int | None) -> list[torch.Tensor]:
     with cooperative(seed, detector=Detector()):
-        answer = forward_and_backward(case, protocol)
+        answer = forward_and_backward(case)
     return [tensor for _, tensor in answer.named()]
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_interleavings_agree(protocol, name):
+def test_interleavings_agree(name):
     case, seeds = CASES[name]
-    first = run(case, protocol, 0)
+    first = run(case, 0)
     for seed in range(1, seeds):
-        for a, b in zip(first, run(case, protocol, seed), strict=True):
+        for a, b in zip(first, run(case, seed), strict=True):
             assert torch.equal(a, b), f"seed {seed}"
 
 
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_timeout_and_the_call_after_it(protocol, monkeypatch):
+def test_timeout_and_the_call_after_it(monkeypatch):
     """Programs that run one after the other never meet: as on a GPU that cannot hold them all."""
     case, _ = CASES["rnn"]
-    right = run(case, protocol, 0)
+    right = run(case, 0)
     outputs = []
     with monkeypatch.context() as patch:
         patch.setattr(sync, "spin_limit", lambda device: 20)
         patch.setattr(launch, "scan_forward_kernel", Keeping(launch.scan_forward_kernel, outputs))
         with pytest.raises(RuntimeError, match="timed out at step 1: its results are NaN"):
-            run(case, protocol, None)
+            run(case, None)
     (output,) = outputs
     assert output.isnan().all()
     launch.check("cpu")
-    after = run(case, protocol, 0)
+    after = run(case, 0)
     assert all(torch.equal(a, b) for a, b in zip(right, after, strict=True))
 
 

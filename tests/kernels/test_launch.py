@@ -110,7 +110,7 @@ def test_the_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(launch, "device_of", lambda _: INTERPRETER)
     cell = REGISTRY["gru"]
     plan = plan_scan(cell, "forward", torch.float32, B=4, H=16, D=1, device=INTERPRETER)
-    assert plan.protocol is None
+    assert not plan.exchanged
     launch._launch(
         Kernel(), plan, Rows(3, 4, 4, 1), steps=3, planes=1,
         like=Tensor(torch.device("cuda", 1)), w_ptr=torch.empty(1, 3, 16, 16), H=16, D=1,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from layer_checks import Case, assert_as_good_as_torch, build, lengths_of
 
@@ -54,7 +54,11 @@ def test_saturating(module):
     assert_as_good_as_torch(Case(module, scale=40.0), "cpu")
 
 
+PLAIN = {"num_layers": 1, "bidirectional": False, "batch_first": False, "bias": False}
+
+
 @settings(max_examples=12, deadline=None)
+@example(module="RNN", T=1, B=1, I=3, H=1, save="gates", rows="all", **PLAIN)  # near h = 1
 @given(
     module=st.sampled_from(MODULES),
     T=st.integers(1, 5),

@@ -73,15 +73,12 @@ def test_every_plan_fits(capability, multiprocessors):
             assert "no plan for" in plan, told
             assert multiprocessors < 108 or H > 1024 or capability != (9, 0), told
             continue
-        assert plan.shared_bytes(cell, which, dtype.itemsize) <= where.shared_per_program, told
-        assert plan.chunks * plan.block_k >= H > (plan.chunks - 1) * plan.block_k or H < 16, told
+        assert plan.shared_bytes(cell, which) <= where.shared_per_program, told
+        assert plan.chunks * plan.block_k >= H > (plan.chunks - 1) * plan.block_k, told
         assert 0 <= plan.resident <= plan.chunks, told
         for power in (plan.block_b, plan.block_h, plan.block_k, plan.split, plan.num_warps):
             assert power & (power - 1) == 0, told
         owners = -(-H // plan.block_h)
-        if plan.schedule == "resident":
-            assert (owners, plan.protocol, plan.resident) == (1, None, plan.chunks), told
-            continue
         # What the layout of the exchange rests on (`fragments`): a warp for each 16 units of a
         # chunk, and a program's units all in one chunk.
         assert plan.block_b == 16, told
@@ -96,21 +93,21 @@ def test_every_plan_fits(capability, multiprocessors):
         assert grid <= multiprocessors * plan.programs_each, told
         # Of two programs on a multiprocessor, each has half of its 65,536 registers.
         assert plan.programs_each * plan.num_warps * 32 * 256 <= 65536, told
-        used = plan.shared_bytes(cell, which, dtype.itemsize) + KIB
+        used = plan.shared_bytes(cell, which) + KIB
         assert plan.programs_each * used <= where.shared_per_multiprocessor, told
         assert (plan.schedule == "spread") == (plan.resident == plan.chunks), told
 
 
 def test_every_plan_fits_in_full_precision():
-    for cell, which, dtype, _, plan in plans(H200, "ieee", batches=(16,)):
+    for cell, which, _, _, plan in plans(H200, "ieee", batches=(16,)):
         if not isinstance(plan, str):
-            used = plan.shared_bytes(cell, which, dtype.itemsize)
+            used = plan.shared_bytes(cell, which)
             assert used <= H200.shared_per_program, plan
 
 
 def test_a_measurement_is_believed_instead_of_the_estimate():
     found = candidates(LSTM, "forward", torch.bfloat16, 512, H200, "tf32")
-    assert {plan.protocol for plan in found} == {"sentinel"}
+    assert all(plan.exchanged for plan in found)
     for fastest in found:
         times = dict.fromkeys(found, 2.0) | {fastest: 1.0}
         plan = plan_scan(
@@ -146,7 +143,7 @@ def test_a_batch_is_cut_into_as_few_launches_as_hold_it():
 @pytest.mark.parametrize(
     ("H", "dtype", "schedule"),
     [
-        (8, torch.bfloat16, "resident"),
+        (8, torch.bfloat16, "spread"),
         (128, torch.bfloat16, "spread"),
         (128, torch.float32, "spread"),
         (300, torch.bfloat16, "spread"),

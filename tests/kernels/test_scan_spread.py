@@ -12,11 +12,10 @@ from scan_cases import Case, assert_close, kernels, loop, problem
 from scheduler import cooperative
 
 from fusedrnn.cells import REGISTRY
-from fusedrnn.kernels import sync
 from fusedrnn.kernels.plan import Plan
 
 # H = 20 over three programs of 8 units, K in two chunks of 16; the batch in tiles of 16 rows.
-SPREAD = Plan("spread", 16, 8, 16, 2, 2, split=1, num_warps=1, protocol="sentinel")
+SPREAD = Plan("spread", 16, 8, 16, 2, 2, split=1, num_warps=1)
 RAGGED = {"T": 3, "B": 3, "H": 20, "lengths": (1, 3, 2)}
 EVEN = {"T": 3, "B": 3, "H": 20, "D": 1}
 
@@ -35,14 +34,12 @@ def test_every_cell(cell):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_every_protocol_and_dtype(protocol, dtype):
-    check(Case(REGISTRY["gru"], dtype=dtype, **EVEN), replace(SPREAD, protocol=protocol))
+def test_every_dtype(dtype):
+    check(Case(REGISTRY["gru"], dtype=dtype, **EVEN), SPREAD)
 
 
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_all_chunks_read_together(protocol):
-    check(Case(REGISTRY["gru"], **EVEN), replace(SPREAD, protocol=protocol, ahead=2))
+def test_all_chunks_read_together():
+    check(Case(REGISTRY["gru"], **EVEN), replace(SPREAD, ahead=2))
 
 
 @pytest.mark.parametrize("ahead", [1, 2])

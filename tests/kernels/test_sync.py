@@ -45,13 +45,13 @@ def inputs():
 
 
 @pytest.mark.parametrize(("shape", "seeds"), SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(("protocol", "steps"), [("counter", 2), ("sentinel", 2), ("sentinel", 3)])
-def test_interleavings_agree(protocol, steps, shape, seeds, inputs, lap):
+@pytest.mark.parametrize("steps", [2, 3])
+def test_interleavings_agree(steps, shape, seeds, inputs, lap):
     lap(steps)
     x, h0 = inputs(shape)
     for seed in range(seeds):
         with cooperative(seed, detector=Detector()):
-            output = roundtrip.exchange(protocol, x, h0, **BLOCKS)
+            output = roundtrip.exchange(x, h0, **BLOCKS)
         torch.testing.assert_close(output, expected(x, h0), msg=lambda m, s=seed: f"{s}: {m}")
 
 
@@ -60,19 +60,18 @@ def test_chunks_and_warps(split, ahead, inputs, lap):
     lap(2)
     x, h0 = inputs((5, 3, 20))
     with cooperative(split, detector=Detector()):
-        output = roundtrip.exchange("sentinel", x, h0, split=split, ahead=ahead)
+        output = roundtrip.exchange(x, h0, split=split, ahead=ahead)
     torch.testing.assert_close(output, expected(x, h0))
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_dtypes_are_exchanged_bit_for_bit(protocol, dtype, pairwise, inputs, lap):
+def test_dtypes_are_exchanged_bit_for_bit(dtype, pairwise, inputs, lap):
     """Sums of 16 values of few bits are exact in float32, in any order."""
     lap(2)
     x, h0 = inputs((2 if dtype == torch.float32 else 6, 2, 16), dtype)
     with cooperative(1, detector=Detector()):
-        output = roundtrip.exchange(protocol, x, h0, pairwise=pairwise, **BLOCKS)
+        output = roundtrip.exchange(x, h0, pairwise=pairwise, **BLOCKS)
     torch.testing.assert_close(output, expected(x, h0), rtol=0, atol=0)
 
 
@@ -80,7 +79,7 @@ def test_laps_of_full_length(inputs):
     """Past the end of the ring, where the first slots are used again."""
     x, h0 = inputs((2 * sync.LAP.value + 12, 1, 9))
     with cooperative(1, detector=Detector()):
-        output = roundtrip.exchange("sentinel", x, h0, **BLOCKS)
+        output = roundtrip.exchange(x, h0, **BLOCKS)
     torch.testing.assert_close(output, expected(x, h0))
 
 
@@ -92,7 +91,6 @@ def relay_kernel(
     signal_ptr,
     error_ptr,
     spin_limit,
-    PROTOCOL: tl.constexpr,
     PAIRWISE: tl.constexpr,
     LENGTH: tl.constexpr,
     N: tl.constexpr,
@@ -102,30 +100,28 @@ def relay_kernel(
     other = (1 - tl.program_id(0)) * N + tl.arange(0, N // LENGTH)[:, None] * LENGTH
     at = other + tl.arange(0, LENGTH)[None, :]
     anchor = sync.layout_of_loads(ring_ptr, at)
-    sync.publish(ring_ptr, 2 * N, own, tl.load(x_ptr + own), 1, 1, PROTOCOL)
-    sync.arrive(signal_ptr, 1, PROTOCOL)
-    sync.wait(signal_ptr, 1, 2, spin_limit, PROTOCOL)
+    sync.publish(ring_ptr, 2 * N, own, tl.load(x_ptr + own), 1, 1)
+    sync.arrive(signal_ptr, 1)
     tiles = sync.load(
-        ring_ptr + sync.slot(1, PROTOCOL) * 2 * N,
+        ring_ptr + sync.slot(1) * 2 * N,
         at,
         anchor,
         1,
+        0,
         signal_ptr,
         spin_limit,
         COUNT=1,
         VECTORS=1,
         STRIDE=0,
         PAIRWISE=PAIRWISE,
-        PROTOCOL=PROTOCOL,
     )
     tl.store(output_ptr + at, tiles[0])
     sync.report(signal_ptr, error_ptr)
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_bit_pattern_arrives(protocol, dtype, pairwise):
+def test_every_bit_pattern_arrives(dtype, pairwise):
     """Of 16 bits, every one; of 32, random ones and those at the edges. Only -0.0 becomes 0.0."""
     if dtype == torch.float32:
         generator = torch.Generator().manual_seed(0)
@@ -137,7 +133,6 @@ def test_every_bit_pattern_arrives(protocol, dtype, pairwise):
     output = torch.zeros_like(x)
     with cooperative(0, detector=Detector()):
         space = sync.workspace(
-            protocol,
             groups=1,
             programs=2,
             steps=1,
@@ -156,7 +151,6 @@ def test_every_bit_pattern_arrives(protocol, dtype, pairwise):
             signal_ptr=space.signal,
             error_ptr=space.error,
             spin_limit=100,
-            PROTOCOL=protocol,
             PAIRWISE=pairwise,
             LENGTH=16 // dtype.itemsize,
             N=len(x) // 2,
@@ -164,8 +158,7 @@ def test_every_bit_pattern_arrives(protocol, dtype, pairwise):
     sync.raise_if_timed_out(space.error)
     minus_zero = torch.iinfo(bits.dtype).min
     assert (bits == minus_zero).sum() == 1
-    if protocol == "sentinel":
-        bits = torch.where(bits == minus_zero, 0, bits)
+    bits = torch.where(bits == minus_zero, 0, bits)
     assert torch.equal(output.view(bits.dtype), bits)
 
 
@@ -183,13 +176,13 @@ def refusal(run) -> str:
     return ""
 
 
-def absent(protocol, x, h0, seed, folder, monkeypatch, limit=60) -> None:
+def absent(x, h0, seed, folder, monkeypatch, limit=60) -> None:
     """Checks what a launch leaves behind in which program 1 of 3 leaves after two steps."""
     module = mutated(BENCH / "roundtrip.py", folder, ABSENT)
     outputs, counter = [], Counting()
     monkeypatch.setattr(module, "torch", FullLike(outputs))
     with cooperative(seed, on_deadlock="spin", detector=counter):
-        told = refusal(lambda: module.exchange(protocol, x, h0, spin_limit=limit, **BLOCKS))
+        told = refusal(lambda: module.exchange(x, h0, spin_limit=limit, **BLOCKS))
     (output,) = outputs
     assert re.match("RuntimeError: .* timed out at step 4: its results are NaN", told)
     # The steps before it are right, and those of the others in which it was missed first.
@@ -203,29 +196,28 @@ def absent(protocol, x, h0, seed, folder, monkeypatch, limit=60) -> None:
     assert limit < counter.polls < 2 * (limit + len(x)) * 10
     # The next call finds nothing of it.
     with cooperative(seed, detector=Detector()):
-        output = module.exchange(protocol, x, h0, spin_limit=5000, **BLOCKS)
+        output = module.exchange(x, h0, spin_limit=5000, **BLOCKS)
     torch.testing.assert_close(output, right)
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_timeout_ends_the_launch(protocol, seed, inputs, lap, tmp_path, monkeypatch):
+def test_timeout_ends_the_launch(seed, inputs, lap, tmp_path, monkeypatch):
     lap(2)
     x, h0 = inputs((20, 3, 20))
-    absent(protocol, x, h0, seed, tmp_path, monkeypatch)
+    absent(x, h0, seed, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mutant", TIME_OUTS, ids=str)
 def test_mistakes_in_time_outs(mutant, inputs, tmp_path, monkeypatch):
     module = mutated(Path(sync.__file__), tmp_path, *mutant.sync)
     module.LAP = tl.constexpr(mutant.lap)
-    for name in ("wait", "load", "poison", "report"):
+    for name in ("load", "report"):
         monkeypatch.setattr(sync, name, getattr(module, name))
     x, h0 = inputs((20, 3, 20))
 
     def some_interleavings():
         for seed in range(4):
-            absent(mutant.protocol, x, h0, seed, tmp_path, monkeypatch)
+            absent(x, h0, seed, tmp_path, monkeypatch)
 
     with pytest.raises((AssertionError, Race)):
         some_interleavings()
@@ -275,19 +267,17 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("protocol", sync.PROTOCOLS)
-def test_workspace(protocol):
-    space = sync.workspace(protocol, **SIZES)
-    assert space.ring.shape == (3, 8 if protocol == "sentinel" else 2, 16 * 3 * 2 * 32)
+def test_workspace():
+    space = sync.workspace(**SIZES)
+    assert space.ring.shape == (3, 8, 16 * 3 * 2 * 32)
     assert space.ring.dtype == torch.float32
     assert space.ring_stride == space.ring[0].numel()
     assert space.signal_stride == space.signal[0].numel()
     assert space.signal_stride * 4 % 256 == 0  # the counter and the word beside it, in lines of 128
     assert not space.signal.any()
     assert not space.error.any()
-    if protocol == "sentinel":
-        many = sync.workspace(protocol, **{**SIZES, "steps": 1000})
-        assert many.ring.shape[1] == 2 * sync.LAP.value
+    many = sync.workspace(**{**SIZES, "steps": 1000})
+    assert many.ring.shape[1] == 2 * sync.LAP.value
 
 
 @triton.jit
@@ -321,7 +311,7 @@ def own_kernel(
 )
 def test_units_without_an_owner_are_zero(programs, block_h, chunks, block_k, dtype):
     sizes = {"programs": programs, "block_h": block_h, "chunks": chunks, "block_k": block_k}
-    ring = sync.workspace("sentinel", **{**SIZES, **sizes, "dtype": dtype}).ring
+    ring = sync.workspace(**{**SIZES, **sizes, "dtype": dtype}).ring
     owned = torch.zeros(ring.shape[2], dtype=torch.int32)
     own_kernel[(programs,)](
         owned, PLANES=3, BLOCK_H=block_h, BLOCK_K=block_k, WIDE=dtype == torch.float32
@@ -333,20 +323,19 @@ def test_units_without_an_owner_are_zero(programs, block_h, chunks, block_k, dty
 
 def test_workspace_takes_the_error_word():
     error = torch.zeros(1, dtype=torch.int32)
-    assert sync.workspace("counter", **SIZES, error=error).error is error
+    assert sync.workspace(**SIZES, error=error).error is error
 
 
 @pytest.mark.parametrize(
-    ("protocol", "changes", "message"),
+    ("changes", "message"),
     [
-        ("mutex", {}, r"protocol must be one of \('sentinel'.*got 'mutex'"),
-        ("counter", {"dtype": torch.float64}, r"dtype must be float16, .* got torch.float64"),
-        ("counter", {"steps": 10**9}, r"below 2\*\*31, got 1000000000 \* 5"),
+        ({"dtype": torch.float64}, r"dtype must be float16, .* got torch.float64"),
+        ({"steps": 10**9}, r"below 2\*\*31, got 1000000000 \* 5"),
     ],
 )
-def test_workspace_refuses(protocol, changes, message):
+def test_workspace_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        sync.workspace(protocol, **{**SIZES, **changes})
+        sync.workspace(**{**SIZES, **changes})
 
 
 def test_raise_if_timed_out():
@@ -357,4 +346,4 @@ def test_raise_if_timed_out():
 
 def test_roundtrip_needs_a_gpu():
     with pytest.raises(ValueError, match="device must be a CUDA device, got cpu"):
-        roundtrip.roundtrip("counter", 4, "cpu", 10)
+        roundtrip.roundtrip(4, "cpu", 10)
