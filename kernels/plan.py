@@ -213,6 +213,7 @@ def _candidates(
 
     gates = len(cell.gates)
     planes = gates if which == "backward" else 1
+    exact = item == 4 and precision == "ieee"
     kinds = [(16, 8), (16, 4), (8, 4)]
     if device.multiprocessors < -(-H // 16):
         kinds.append((32, 8))
@@ -221,7 +222,8 @@ def _candidates(
         # Registers of a thread: what a second element and the sums take, a chunk's weights, its
         # left operands.
         elements = block_h // (2 * split)
-        room = REGISTERS[which] - 16 * (elements - 1) - gates // planes * block_h // 2
+        room = REGISTERS[which] - gates // planes * block_h // 2
+        room -= (32 if exact else 16) * (elements - 1)
         weights = gates * block_h * item // 8
         lefts = planes * 4 * (item // 2)
         held = (room - lefts) // weights
@@ -231,7 +233,7 @@ def _candidates(
             held = max(2, (room - lefts) // weights)
         resident = chunks if held >= chunks else held - 2
         ahead = max(1, min(chunks, (room - min(held, chunks) * weights) // lefts))
-        if item == 4 and precision == "ieee":
+        if exact:
             # Products take longer than the trip, and registers that operands would wait in.
             ahead = min(ahead, max(1, 16 // lefts))
         if resident < chunks and split < 8:
