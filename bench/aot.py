@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import subprocess
 import tempfile
@@ -107,6 +108,12 @@ def arguments(job: Job) -> dict[str, Any]:
         **plan.constants(TARGETS[job.target]),
     }
     return values
+
+
+def require_compiler() -> None:
+    """Raises RuntimeError where Triton interprets kernels, and compiles none."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET must not be 1: there is nothing to compile then")
 
 
 def compile_job(job: Job):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import triton
@@ -132,11 +132,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave PTX, SASS, cubin there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows")
     options = parser.parse_args(arguments)
-    assumed = parameters.load(results.FOLDER, options.target)
-    if options.workloads:
-        print(f"Triton {triton.__version__}, {options.target}; times are predicted")
-        print(workloads(options.target, assumed))
-        return 0
     for name in ("hidden", "batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
@@ -144,14 +139,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for which in [options.passes] if options.passes else PASSES:
             wanted += [(which, plan) for plan in plans(options, which)]
-    except ValueError as error:
+        aot.require_compiler()
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    assumed = parameters.load(results.FOLDER, options.target)
+    if options.workloads:
+        print(f"Triton {triton.__version__}, {options.target}; times are predicted")
+        print(workloads(options.target, assumed))
+        return 0
     rows = []
     for n, (which, plan) in enumerate(wanted, 1):
-        # How the batch is cut into launches is no part of what is compiled.
         job = aot.Job(
             options.target, options.cell, which, "gates", options.dtype, options.precision,
-            options.hidden, replace(plan), plain=True,
+            options.hidden, plan, plain=True,
         )  # fmt: skip
         name = label(job, options.batch)
         if sys.stderr.isatty():

@@ -56,6 +56,7 @@ def both(named: Named, which: str, plan: Plan) -> dict:
 
 
 def main() -> int:
+    aot.require_compiler()
     wanted = [
         (named, which, plan)
         for named in NAMED

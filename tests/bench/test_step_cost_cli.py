@@ -132,6 +132,13 @@ def test_mistakes_are_told(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_nothing_is_compiled_where_triton_interprets(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert "TRITON_INTERPRET must not be 1" in capsys.readouterr().err
+
+
 # --- reading, on machine code made by hand ------------------------------------------------------
 
 PLAN = Plan("spread", 16, 16, 64, 1, 1, 1, 1, slab_b=16)
