@@ -49,8 +49,8 @@ workers=()
 step device 10 nvidia-smi
 step selfcheck 40 "$python" -m fusedrnn --json
 step layers 210 "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} \
-  tests/gpu/test_plans_on_device.py tests/gpu/test_layers_on_device.py \
-  tests/gpu/test_beyond_on_device.py
+  tests/gpu/test_exchange_on_device.py tests/gpu/test_plans_on_device.py \
+  tests/gpu/test_layers_on_device.py tests/gpu/test_beyond_on_device.py
 step launches 80 "$python" -m pytest -q -m gpu -k "not sanitizer" tests/gpu/test_launches.py
 # Both write one results file: under bench/results/<gpu>/ the meter and the report find it.
 step limits 60 "$python" -m bench.limits --out "$out/limits.json"

@@ -5,7 +5,7 @@ Three schedules, one kernel each for forward and backward:
     spread     programs that run at the same time own BLOCK_H units each, their weights in registers
     streaming  as spread, but not all chunks of K fit: the others are read through L1 in every step
     resident   one program owns all units, and nothing is exchanged: for the interpreter, which runs
-               one program after the other. A GPU is faster with the others, however few the units.
+               one program after the other. For a GPU the meter of a step prefers the others.
 
 A plan is the cheapest of a few candidates by an estimate of the clock cycles of a step, among
 those whose registers and shared memory fit a program and whose grid fits the device. The batch
