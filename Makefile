@@ -53,10 +53,9 @@ bench: $(STAMP)-bench  ## A quick measurement of this machine, with table and pi
 	$(BIN)/python -m bench.report --results out/bench --out out/bench --show
 
 # Cut short, it leaves what it has; ARGS="--resume bench/results/<gpu>/<file>" goes on from there.
-bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, the report and dispatch table
+bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, and the report
 	$(BIN)/python -m bench.run --device cuda $(ARGS)
 	$(BIN)/python -m bench.report --show
-	$(BIN)/python -m bench.dispatch_table
 
 bench-limits: $(STAMP)-bench  ## What this machine can do at best: bandwidths, rates, round trips
 	$(BIN)/python -m bench.limits

@@ -20,7 +20,7 @@ from bench.device import Device
 from bench.problem import Problem, as_hx, flatten, grad_names, state_names
 from bench.shapes import Shape
 from fusedrnn import cells, dispatch, modules
-from fusedrnn.reference import split_weights
+from fusedrnn.call import Call, Spec, split_weights
 from fusedrnn.replace import OURS
 
 WHAT = {
@@ -73,10 +73,9 @@ def refuses(name: str, shape: Shape, device: Device) -> str | None:
     if name == "reference_compile" and not device.compiles:
         return "torch.compile is switched off for this run"
     if name.startswith("triton"):
-        call = _call(shape, device)
-        return dispatch.triton_refuses(call)
+        return dispatch.REFUSES["triton"](_call(shape, device))
     if name == "aten":
-        return dispatch.aten_refuses(_call(shape, device))
+        return dispatch.REFUSES["aten"](_call(shape, device))
     if name.startswith("flashrnn"):
         return _flashrnn_refuses(name, shape, device)
     if name == "haste":
@@ -84,13 +83,14 @@ def refuses(name: str, shape: Shape, device: Device) -> str | None:
     return None
 
 
-def _call(shape: Shape, device: Device) -> dispatch.Call:
+def _call(shape: Shape, device: Device) -> Call:
     from bench.problem import TORCH_DTYPES
 
-    return dispatch.Call(
-        shape.cell, device.torch.type, TORCH_DTYPES[shape.dtype], shape.T, shape.B, shape.I,
-        shape.H, shape.layers, shape.directions, packed=bool(shape.lengths), reset=shape.resets,
-        inside=("reset",) if shape.resets else (),
+    spec = Spec(shape.cell, shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional)
+    return Call(
+        spec, device.torch, TORCH_DTYPES[shape.dtype], shape.T, shape.B,
+        packed=bool(shape.lengths), reset=shape.resets,
+        loop_features=("reset",) if shape.resets else (),
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ class CompiledLoop(nn.Module):
     def forward(self, input, hx=None):
         inner, finals = self.inner, []
         flat = [getattr(inner, name) for name in inner._flat_weights_names]
-        layers = split_weights(self.cell, flat, bias=True, projection=False)
+        layers = split_weights(Spec(self.cell.name, inner.input_size, inner.hidden_size), flat)
         for layer, weights in enumerate(layers):
             x_gates = F.linear(input, weights.w_ih, weights.b_ih)
             state = tuple(s[layer] for s in (hx if isinstance(hx, tuple) else (hx,))) if (

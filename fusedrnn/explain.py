@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import dispatch, functional
+from fusedrnn import dispatch, stack
 from fusedrnn.dispatch import Explanation
 from fusedrnn.modules import CellModule, RecurrentModule
 from fusedrnn.types import Lengths
@@ -33,19 +33,18 @@ def explain(
             such as that a backend is forced that cannot run it.
     """
     if isinstance(module, CellModule):
-        arguments = module._arguments(input, hx)
-        call, *_ = functional.prepare(**arguments)
+        call, *_ = stack.gather(**module._arguments(input, hx))
         backend = dispatch.forced_backend(module.backend)
         if backend == "auto" and not call.transformed:
             backend = "aten"  # a single step is torch's own cell, unless that cannot
         if backend == "aten":
             call = call._replace(autocast=False)  # which is not oneDNN's
-        return dispatch.explain_call(call, backend)
+        return dispatch.explain_call(call._replace(spec=call.spec._replace(backend=backend)))
     if not isinstance(module, RecurrentModule):
         raise TypeError(
             f"module: expected one of fusedrnn's modules, got {type(module).__name__}; "
             f"use replace_modules on a model of torch.nn's"
         )
     arguments = module._arguments(input, hx, lengths, reset)
-    call, *_ = functional.prepare(**arguments, return_states=return_states)
-    return dispatch.explain_call(call, arguments["backend"])
+    call, *_ = stack.gather(**arguments, return_states=return_states)
+    return dispatch.explain_call(call)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, func
 
-from fusedrnn import cells, functional
+from fusedrnn import cells, stack
+from fusedrnn.backends import reference
 from fusedrnn.modules import RecurrentModule
 from fusedrnn.types import Lengths, Reset, State
 
@@ -130,18 +131,23 @@ def state_gradients(
         with torch.no_grad():  # pruning and weight_norm compute the weights in one
             kwargs = ({},) if key in module._forward_pre_hooks_with_kwargs else ()
             hook(module, (input, hx), *kwargs)
-    nodes: list[list[tuple[Tensor, ...]]] = []  # one list for each layer and direction
     with torch.enable_grad():
         leaf = input.detach().requires_grad_()
         arguments = module._arguments(leaf, hx, lengths, reset)
-        output, _ = functional.run(**arguments, nodes=nodes)
+        call, operands, masks = stack.gather(**arguments)
+        spec, operands, masks = stack.settle(
+            call, "reference", operands, masks, module.regularizers
+        )
+        output, _, nodes = reference.run(spec, operands, masks)
+        if input.dim() == 2:
+            output = output.squeeze(0 if spec.batch_first else 1)
         value = loss(output)
         if not isinstance(value, Tensor) or value.dim():
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"loss: expected a function to a scalar tensor, got {got}")
         states = [s for steps in nodes for step in steps for s in step]
         gradients = torch.autograd.grad(value, states, allow_unused=True, materialize_grads=True)
-    names = cells.get(arguments["cell"]).states
+    names = cells.get(spec.cell).states
     shape = (module.num_layers, -1, len(nodes[0]), len(names))
     norms = torch.stack([g.norm(dim=-1) for g in gradients]).unflatten(0, shape)
     if input.dim() == 2:

@@ -19,7 +19,18 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 from torch.utils._pytree import tree_map
 
-from fusedrnn import cells, dispatch, functional, opacus, packing, regularizers, streaming
+from fusedrnn import (
+    arguments,
+    cells,
+    dispatch,
+    functional,
+    opacus,
+    packing,
+    regularizers,
+    stack,
+    streaming,
+)
+from fusedrnn.call import Spec
 from fusedrnn.regularizers import Regularizers
 from fusedrnn.scripting import Scriptable, ScriptableLSTM, ScriptableSequence, forward_of
 from fusedrnn.types import Backend, Lengths, Nonlinearity, Reset, Save, State
@@ -71,7 +82,7 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
         if own is not None:
             self.regularizers = own
             own.zoneout_rates(len(cells.get(self.mode.lower()).states))
-            if self.proj_size and "zoneout" in own.inside_loop(training=True):
+            if self.proj_size and "zoneout" in own.loop_features(training=True):
                 raise ValueError(f"zoneout: expected no projection, got proj_size={self.proj_size}")
         _set_backend(self, backend)
         if save != "gates":
@@ -136,7 +147,7 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
         Raises:
             RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
         """
-        output, final, *states = functional.run(
+        output, final, *states = stack.run(
             **self._arguments(input, hx, lengths, reset), return_states=return_states
         )
         final = final[0] if len(final) == 1 else final
@@ -153,50 +164,37 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
         @_typed_as(forward)
         def __call__(self) -> None: ...
 
+    def _spec(self) -> Spec:
+        return Spec(
+            self.mode.lower(), self.input_size, self.hidden_size, self.num_layers, self.bias,
+            self.batch_first, self.dropout, self.bidirectional, self.proj_size, self.training,
+            self.backend, self.save,
+        )  # fmt: skip
+
+    def _weights(self) -> list[Any]:
+        """The parameters, or what hooks and parametrizations have put in their places."""
+        parameters = self._parameters  # by far the fastest way to most of them
+        names: Any = self._flat_weights_names
+        return [parameters[n] if n in parameters else getattr(self, n) for n in names]
+
     def _arguments(self, input, hx, lengths=None, reset=None) -> dict[str, Any]:
-        """What `functional.run` takes, checked. Raises what torch.nn raises."""
-        batch_sizes = None
-        own = self._parameters  # by far the fastest way to most of them
-        weights: list[Any] = [
-            own[name] if name in own else getattr(self, name) for name in self._flat_weights_names
-        ]
-        cell = self.mode.lower()
-        if hx is not None and len(cells.get(cell).states) == 1:
-            hx = (hx,)
-        order = None
+        """What `stack.run` takes, checked. Raises what torch.nn raises."""
+        spec, weights, name = self._spec(), self._weights(), type(self).__name__
+        batch_sizes = order = None
         if isinstance(input, PackedSequence):
             input, batch_sizes, order, _ = input
             packing.check_batch_sizes(batch_sizes, input)
-        functional.check_input(
-            type(self).__name__, cell, input, hx, batch_sizes, weights[0].dtype,
-            self.input_size, self.hidden_size, self.num_layers * (2 if self.bidirectional else 1),
-            self.batch_first, self.proj_size,
-        )  # fmt: skip
+        arguments.check_input(name, spec, input, batch_sizes, weights[0].dtype)
         if hx is not None:
-            hx = tuple(hx)
+            hx = (hx,) if len(cells.get(spec.cell).states) == 1 else hx
+            hx = arguments.check_hx(name, spec, hx, input, batch_sizes)
             if order is not None:
                 packing.check_order("sorted_indices", order, hx[0])
                 hx = tuple(s.index_select(1, order) for s in hx)
         return {
-            "cell": cell,
-            "input": input,
-            "hx": hx,
-            "weights": weights,
-            "hidden_size": self.hidden_size,
-            "bias": self.bias,
-            "num_layers": self.num_layers,
-            "dropout": self.dropout,
-            "training": self.training,
-            "bidirectional": self.bidirectional,
-            "batch_first": self.batch_first,
-            "proj_size": self.proj_size,
-            "batch_sizes": batch_sizes,
-            "lengths": lengths,
-            "reset": reset,
-            "backend": self.backend,
-            "save": self.save,
-            "regularizers": self.regularizers,
-        }
+            "spec": spec, "input": input, "hx": hx, "weights": weights, "batch_sizes": batch_sizes,
+            "lengths": lengths, "reset": reset, "regularizers": self.regularizers,
+        }  # fmt: skip
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One time step, for decoding and rollouts: output, state = module.step(x, state).
@@ -568,9 +566,9 @@ class CellModule(Scriptable, nn.RNNCellBase, Generic[State]):
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """One step; see the class."""
         name = dispatch.forced_backend(self.backend)
-        if name == "aten" or (name == "auto" and not functional.transformed()):
+        if name == "aten" or (name == "auto" and not arguments.transformed()):
             return super().forward(input, hx)
-        _output, final = functional.run(**self._arguments(input, hx))
+        _output, final = stack.run(**self._arguments(input, hx))
         final: Any = tuple(f.squeeze(0) for f in final)
         return final[0] if len(final) == 1 else final
 
@@ -580,27 +578,21 @@ class CellModule(Scriptable, nn.RNNCellBase, Generic[State]):
         def __call__(self) -> None: ...
 
     def _arguments(self, input, hx) -> dict[str, Any]:
-        """One step as a sequence of one step: what `functional.run` takes, checked."""
+        """One step as a sequence of one step: what `stack.run` takes, checked."""
         module: Any = self
-        states = None
-        if hx is not None:
-            states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
-        functional.check_step(
-            type(self).__name__, self.cell_name, input, states, ("input", "hx"),
-            module.weight_ih.dtype, self.input_size, (self.hidden_size, self.hidden_size),
+        spec = Spec(
+            self.cell_name, self.input_size, self.hidden_size, bias=module.bias,
+            backend=self.backend,
         )  # fmt: skip
+        if hx is not None:
+            hx = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        name, dtype = type(self).__name__, module.weight_ih.dtype
+        arguments.check_step(name, spec, input, hx, dtype, ("input", "hx"))
         weights = [module.weight_ih, module.weight_hh]
         if module.bias:
             weights += [module.bias_ih, module.bias_hh]
-        return {
-            "cell": self.cell_name,
-            "input": input.unsqueeze(0),
-            "hx": None if states is None else tuple(s.unsqueeze(0) for s in states),
-            "weights": weights,
-            "hidden_size": self.hidden_size,
-            "bias": module.bias,
-            "backend": self.backend,
-        }
+        hx = None if hx is None else tuple([s.unsqueeze(0) for s in hx])
+        return {"spec": spec, "input": input.unsqueeze(0), "hx": hx, "weights": weights}
 
 
 class LSTMCell(CellModule[tuple[Tensor, Tensor]], nn.LSTMCell):

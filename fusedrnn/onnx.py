@@ -16,6 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusedrnn.call import (
+    Masks,
+    Spec,
+    directions,
+    masks_of,
+    operands_of,
+    weights_per_direction,
+)
+
 # Our order of the gates (torch's) in ONNX's: i o f c, z r h, and the one of an RNN.
 GATES: dict[str, tuple[int, ...]] = {
     "lstm": (0, 3, 1, 2),
@@ -76,16 +85,16 @@ def plain_export() -> bool:
     return torch.onnx.is_in_onnx_export() and not _translates.get()
 
 
-def lacks(
-    cell: str, projection: bool, batch_sizes: Any, reset: Any, h_mask: Any, zoneout: Any
-) -> str:
+def lacks(spec: Spec, masks: Masks) -> str:
     """What ONNX lacks for such a call of our operator, as a message; "" if nothing."""
     missing = {
-        "packed sequences (use lengths=)": batch_sizes is not None,
-        "projections": projection,
-        "resets": reset is not None,
-        "regularisers inside the loop": h_mask is not None or zoneout is not None,
-        f"the cell {cell!r}": cell not in OPERATORS,
+        "packed sequences (use lengths=)": masks.batch_sizes is not None,
+        "projections": spec.proj_size,
+        "resets": masks.reset is not None,
+        "regularisers inside the loop": any(
+            m.h is not None or m.zoneout is not None for m in masks.layers
+        ),
+        f"the cell {spec.cell!r}": spec.cell not in OPERATORS,
     }
     if any(missing.values()):
         what = " and ".join(name for name, is_so in missing.items() if is_so)
@@ -109,33 +118,19 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     op: Any = opset18
 
-    def layer(
-        input, state, weights, lengths, batch_sizes, reset, cell, bias, bidirectional, projection,
-        batch_first, backend, save, autocast, clip=0.0, h_mask=None, zoneout=None,
+    def stack(
+        operands, masks, cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
+        bidirectional, proj_size, training, backend, save, autocast, clip,
     ):  # fmt: skip
-        if lacking := lacks(cell, projection, batch_sizes, reset, h_mask, zoneout):
+        spec = Spec(
+            cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, training, backend, save, autocast, clip,
+        )  # fmt: skip
+        given = masks_of(masks)
+        if lacking := lacks(spec, given):
             raise NotImplementedError(lacking)
-        gates, D = GATES[cell], 2 if bidirectional else 1
-        size = len(weights) // D
-        H = state[0].shape[-1]
-        rows = [g * H + unit for g in gates for unit in range(H)]
-        groups = [weights[d * size : (d + 1) * size] for d in range(D)]
-
-        def in_order(tensor):
-            """The gates in ONNX's order, and a leading dimension for the direction."""
-            if len(gates) > 1:
-                tensor = op.Gather(tensor, op.Constant(value_ints=rows), axis=0)
-            return op.Unsqueeze(tensor, op.Constant(value_ints=[0]))
-
-        def stacked(tensors):
-            return tensors[0] if D == 1 else op.Concat(*tensors, axis=0)
-
-        w = stacked([in_order(group[0]) for group in groups])
-        r = stacked([in_order(group[1]) for group in groups])
-        b = None
-        if bias:
-            pairs = [[in_order(t) for t in group[2:4]] for group in groups]
-            b = stacked([op.Concat(*pair, axis=1) for pair in pairs])
+        input, states, _, weights = operands_of(spec, operands)
+        D, size, lengths = directions(spec), weights_per_direction(spec), given.lengths
         empty = None
         if lengths is not None:
             empty = op.Equal(lengths, op.Constant(value_ints=[0]))
@@ -143,20 +138,55 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             lengths = op.Cast(lengths, to=6)  # int32
         if batch_first:
             input = op.Transpose(input, perm=[1, 0, 2])
-        attributes = {"hidden_size": H}
+        attributes = {"hidden_size": hidden_size}
         attributes["direction"] = "bidirectional" if bidirectional else "forward"
         if cell == "gru":
             attributes["linear_before_reset"] = 1
         if cell == "rnn_relu":
             attributes["activations"] = ["Relu"] * D
-        function = getattr(op, OPERATORS[cell])
-        output, *final = function(input, w, r, b, lengths, *state, **attributes)
-        if lengths is not None:
-            # A row without steps keeps its state, of which ONNX would make 0.
-            final = [op.Where(empty, s, f) for s, f in zip(state, final, strict=True)]
-        # [T, D, B, H] -> [T, B, D * H], or [B, T, D * H]
-        output = op.Transpose(output, perm=[2, 0, 1, 3] if batch_first else [0, 2, 1, 3])
-        output = op.Reshape(output, op.Constant(value_ints=[0, 0, -1]))
-        return output, *final
 
-    return {torch.ops.fusedrnn.layer.default: layer}
+        def in_order(tensor):
+            """The gates in ONNX's order, and a leading dimension for the direction."""
+            order = GATES[cell]
+            if len(order) > 1:
+                parts = op.Split(tensor, num_outputs=len(order), axis=0)
+                tensor = op.Concat(*(parts[gate] for gate in order), axis=0)
+            return op.Unsqueeze(tensor, op.Constant(value_ints=[0]))
+
+        def joined(tensors, axis=0):
+            return tensors[0] if len(tensors) == 1 else op.Concat(*tensors, axis=axis)
+
+        finals = []
+        for layer in range(num_layers):
+            for mask in given.of_layer(layer)[:2]:
+                if mask is not None:
+                    mask = op.Transpose(mask, perm=[1, 0, 2]) if batch_first else mask
+                    input = op.Mul(input, mask)
+            first = layer * D * size
+            groups = [weights[at : at + size] for at in range(first, first + D * size, size)]
+            w = joined([in_order(group[0]) for group in groups])
+            r = joined([in_order(group[1]) for group in groups])
+            b = None
+            if bias:
+                pairs = [[in_order(t) for t in group[2:4]] for group in groups]
+                b = joined([joined(pair, axis=1) for pair in pairs])
+            state = [
+                state if num_layers == 1 else op.Slice(
+                    state, op.Constant(value_ints=[layer * D]),
+                    op.Constant(value_ints=[(layer + 1) * D]), op.Constant(value_ints=[0]),
+                )
+                for state in states
+            ]  # fmt: skip
+            function = getattr(op, OPERATORS[cell])
+            output, *final = function(input, w, r, b, lengths, *state, **attributes)
+            if lengths is not None:
+                # A row without steps keeps its state, of which ONNX would make 0.
+                final = [op.Where(empty, s, f) for s, f in zip(state, final, strict=True)]
+            finals.append(final)
+            # [T, D, B, H] -> [T, B, D * H], or at the end [B, T, D * H]
+            last = batch_first and layer + 1 == num_layers
+            output = op.Transpose(output, perm=[2, 0, 1, 3] if last else [0, 2, 1, 3])
+            input = op.Reshape(output, op.Constant(value_ints=[0, 0, -1]))
+        return input, *(joined(list(f)) for f in zip(*finals, strict=True))
+
+    return {torch.ops.fusedrnn.stack.default: stack}

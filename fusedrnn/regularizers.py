@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrnn.call import LayerMasks, Operands, Spec, directions, weights_per_direction, widths
+
 
 @dataclass(frozen=True)
 class Regularizers:
@@ -106,8 +108,8 @@ class Regularizers:
             )
         return self.zoneout
 
-    def inside_loop(self, *, training: bool) -> tuple[str, ...]:
-        """What a backend must do in its time loop: names that `dispatch` knows."""
+    def loop_features(self, *, training: bool) -> tuple[str, ...]:
+        """What a backend must do in its time loop: names in `fusedrnn.call.LOOP_FEATURES`."""
         names = []
         if training and self.recurrent_dropout:
             names.append("recurrent_dropout")
@@ -178,22 +180,25 @@ def _handle_of(generator: torch.Generator | None) -> int:
     return _handles[generator]
 
 
+NO_REGULARIZERS = Regularizers()
+
+
 class Noise:
     """The noise of one call: uniform numbers from the generator of its regularisers.
 
     Args:
-        own: the regularisers.
+        regularizers: of the call.
         after: a tensor of the call. In a graph, each draw has the one before it as an argument,
             and the first has `after`: a compiler keeps the order of what depends on each other.
     """
 
-    def __init__(self, own: Regularizers, after: Tensor | None = None):
-        self.own: Regularizers = own
+    def __init__(self, regularizers: Regularizers, after: Tensor | None = None):
+        self.regularizers: Regularizers = regularizers
         self.after: Tensor | None = after
 
     def uniform(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """float32 in [0, 1)."""
-        handle = self.own._handle  # pyright: ignore[reportAttributeAccessIssue]
+        handle = self.regularizers._handle  # pyright: ignore[reportAttributeAccessIssue]
         if handle == 0:
             return torch.rand(shape, device=device)
         if not torch.compiler.is_compiling():
@@ -261,32 +266,80 @@ def scaled_mask(noise: Noise, shape: Sequence[int], p: float, like: Tensor) -> T
     return (noise.uniform(shape, like.device) >= p).to(like.dtype) * (1 / (1 - p))
 
 
-def dropout(noise: Noise, tensor: Tensor, p: float) -> Tensor:
-    """torch's dropout."""
-    if noise.own.generator is None:
-        return F.dropout(tensor, p, training=True)
-    return tensor * scaled_mask(noise, tensor.shape, p, tensor)
+def draw_masks(
+    spec: Spec, noise: Noise, operands: Operands, batch_sizes: Tensor | None
+) -> tuple[LayerMasks, ...]:
+    """The noise of every layer, drawn in the order in which layers use it; () if there is none."""
+    regularizers, input = noise.regularizers, operands.input
+    features = regularizers.loop_features(training=spec.training)
+    p = spec.dropout if spec.training and spec.num_layers > 1 else 0.0
+    input_dropout = spec.training and regularizers.input_dropout > 0
+    recurrent, zoneout = "recurrent_dropout" in features, "zoneout" in features
+    if not (p or input_dropout or recurrent or zoneout):
+        return ()
+    D, layers = directions(spec), []
+    # Layers of plain operators hand each other the transpose of what they computed.
+    transposed = spec.batch_first and batch_sizes is None and spec.backend != "triton"
+    transposed = transposed and not torch.compiler.is_compiling()
+    for index in range(spec.num_layers):
+        width = spec.input_size if index == 0 else D * widths(spec)[0]
+        state = tuple([s[index * D : (index + 1) * D] for s in operands.state])
+        rows = input.shape[:-1]
+        masks = LayerMasks(
+            dropout=dropout_mask(noise, (*rows, width), p, input, transposed)
+            if p and index
+            else None,
+            input=draw_input_mask(noise, width, input, batch_sizes, spec.batch_first)
+            if input_dropout
+            else None,
+            h=draw_h_mask(noise, state[0]) if recurrent else None,
+            zoneout=zoneout_of(noise, rows, state, training=spec.training) if zoneout else None,
+        )
+        layers.append(masks)
+    return tuple(layers)
+
+
+def drop_weights(spec: Spec, noise: Noise, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Every W_hh, the second of its layer and direction, with elements dropped."""
+    p, size = noise.regularizers.weight_drop, weights_per_direction(spec)
+    return tuple([
+        w * dropout_mask(noise, w.shape, p, w) if index % size == 1 else w
+        for index, w in enumerate(weights)
+    ])  # fmt: skip
+
+
+def dropout_mask(
+    noise: Noise, shape: Sequence[int], p: float, like: Tensor, time_major: bool = False
+) -> Tensor:
+    """What torch's dropout multiplies by, in the dtype of `like`. torch draws in the order of the
+    memory: in that of time where [B, T, *] is a view of [T, B, *]."""
+    if noise.regularizers.generator is not None:
+        return scaled_mask(noise, shape, p, like)
+    ones = torch.ones(shape, dtype=like.dtype, device=like.device)
+    if time_major:
+        ones = ones.transpose(0, 1).contiguous().transpose(0, 1)
+    return F.dropout(ones, p, training=True)
 
 
 def draw_h_mask(noise: Noise, h_0: Tensor) -> Tensor:
     """[D, B, H], by which h_{t-1} is multiplied before the recurrent product."""
-    return scaled_mask(noise, h_0.shape, noise.own.recurrent_dropout, h_0)
+    return scaled_mask(noise, h_0.shape, noise.regularizers.recurrent_dropout, h_0)
 
 
 def draw_input_mask(
-    noise: Noise, input: Tensor, batch_sizes: Tensor | None, batch_first: bool
+    noise: Noise, width: int, input: Tensor, batch_sizes: Tensor | None, batch_first: bool
 ) -> Tensor:
     """What multiplies a layer's input: the same in all time steps of a row."""
-    width = input.shape[-1]
+    p = noise.regularizers.input_dropout
     if batch_sizes is not None:
-        mask = scaled_mask(noise, (int(batch_sizes[0]), width), noise.own.input_dropout, input)
+        mask = scaled_mask(noise, (int(batch_sizes[0]), width), p, input)
         return torch.cat([mask[:n] for n in batch_sizes.tolist()])
     shape = (input.shape[0], 1, width) if batch_first else (1, input.shape[1], width)
-    return scaled_mask(noise, shape, noise.own.input_dropout, input)
+    return scaled_mask(noise, shape, p, input)
 
 
 def zoneout_of(
-    noise: Noise, rows: tuple[int, ...], state: tuple[Tensor, ...], *, training: bool
+    noise: Noise, rows: Sequence[int], state: tuple[Tensor, ...], *, training: bool
 ) -> Tensor:
     """What the time loop needs for zoneout, in one tensor.
 
@@ -297,7 +350,7 @@ def zoneout_of(
         bool [*rows, D, S, H], True where a unit keeps its state; or in evaluation [S], the
         probabilities.
     """
-    rates = noise.own.zoneout_rates(len(state))
+    rates = noise.regularizers.zoneout_rates(len(state))
     device, wide = state[0].device, torch.promote_types(state[0].dtype, torch.float32)
     # Filled on the device: a copy from the host would wait for it, and break graph capture.
     p = torch.cat([torch.full((1,), rate, dtype=wide, device=device) for rate in rates])

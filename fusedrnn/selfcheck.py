@@ -14,7 +14,8 @@ from torch import Tensor
 
 import fusedrnn
 from fusedrnn import dispatch
-from fusedrnn.dispatch import Call
+from fusedrnn.backends import triton
+from fusedrnn.call import Call, Spec
 
 MODULES: dict[str, Callable[..., Any]] = {
     "lstm": fusedrnn.LSTM,
@@ -52,7 +53,7 @@ def versions() -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version() or "not available"),
     }
     if importlib.util.find_spec("triton") is not None:
-        found["triton"] = dispatch.triton_version() or "unknown"
+        found["triton"] = triton.triton_version() or "unknown"
     return found
 
 
@@ -80,9 +81,9 @@ def check(device: str, backend: str) -> Check:
     The tolerance is twice the error that the reference makes in float32 on the CPU, plus 16
     roundings: another order of summation may lose as much again, never much more.
     """
-    kind = torch.device(device).type
+    spec = Spec("lstm", I, H, LAYERS, bidirectional=True)
     example = Call(
-        "lstm", kind, torch.float32, T, B, I, H, LAYERS, 2, lengths=True, needs_grad=True
+        spec, torch.device(device), torch.float32, T, B, lengths=True, needs_grad=True
     )  # fmt: skip
     refusal = dispatch.REFUSES[backend](example)
     if refusal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Generic, overload
 
 import torch
@@ -10,15 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cells, dispatch, functional
+from fusedrnn import arguments, dispatch, stack
+from fusedrnn.call import Spec, weights_per_direction, widths
 from fusedrnn.types import Lengths, Recurrent, Reset, State
-
-CELLS: dict[str, Callable[..., Any]] = {
-    "lstm": torch.lstm_cell,
-    "gru": torch.gru_cell,
-    "rnn_tanh": torch.rnn_tanh_cell,
-    "rnn_relu": torch.rnn_relu_cell,
-}
 
 
 def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -46,21 +39,18 @@ def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     name = type(module).__name__
     if module.bidirectional:
         raise ValueError(f"{name}.step: {needs_one_direction}")
-    mode = module.mode.lower()
-    widths = (module.proj_size or module.hidden_size, module.hidden_size)
+    spec = module._spec()
+    weights = module._weights()
     states = None
     if state is not None:
         states = tuple(state) if isinstance(state, (tuple, list)) else (state,)
-    dtype = getattr(module, module._flat_weights_names[0]).dtype
-    functional.check_step(
-        f"{name}.step", mode, x, states, ("x", "state"), dtype, module.input_size, widths,
-        (module.num_layers,),
-    )  # fmt: skip
-    own = module.regularizers
-    if own is not None and module.training and own.stochastic():
+    dtype, leading = weights[0].dtype, (spec.num_layers,)
+    arguments.check_step(f"{name}.step", spec, x, states, dtype, ("x", "state"), leading)
+    regularizers = module.regularizers
+    if regularizers is not None and module.training and regularizers.stochastic():
         raise RuntimeError(
             f"{name}.step: expected a module in evaluation mode (module.eval()), got one in "
-            f"training with {own}: its masks belong to whole sequences"
+            f"training with {regularizers}: its masks belong to whole sequences"
         )
     if module._forward_pre_hooks:
         time = 1 if module.batch_first and x.dim() == 2 else 0
@@ -68,64 +58,46 @@ def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         output, state = module(x.unsqueeze(time), hx)
         return output.squeeze(time), state
     if states is None:
-        shapes = [(module.num_layers, *x.shape[:-1], w) for w in widths]
-        names = cells.get(mode).states
-        states = tuple(torch.zeros(s, dtype=x.dtype, device=x.device) for s in shapes[: len(names)])
-    weights = [getattr(module, n) for n in module._flat_weights_names]
-    backend = dispatch.forced_backend(module.backend)
-    plain = backend == "aten" or (backend == "auto" and not functional.transformed())
+        shapes = [(spec.num_layers, *x.shape[:-1], width) for width in widths(spec)]
+        states = tuple([torch.zeros(s, dtype=x.dtype, device=x.device) for s in shapes])
+    backend = dispatch.forced_backend(spec.backend)
+    plain = backend == "aten" or (backend == "auto" and not arguments.transformed())
     unbatched = x.dim() == 1
     if unbatched:
-        x, states = x.unsqueeze(0), tuple(s.unsqueeze(1) for s in states)
+        x, states = x.unsqueeze(0), tuple([s.unsqueeze(1) for s in states])
     # Under autocast those operators leave another dtype than a sequence's.
-    if plain and not module.proj_size and own is None and functional.autocast_dtype(x) is None:
-        output, final = _step_by_cells(module, mode, x, states, weights)
+    if plain and not spec.proj_size and regularizers is None and stack.autocast_dtype(x) is None:
+        output, final = _step_by_cells(spec, x, states, weights)
     else:
-        output, final = _step_by_sequence(module, mode, x, states, weights)
+        spec = spec._replace(batch_first=False)
+        output, final = stack.run(spec, x.unsqueeze(0), states, weights, regularizers=regularizers)
+        output = output.squeeze(0)
     if unbatched:
-        output, final = output.squeeze(0), tuple(f.squeeze(1) for f in final)
+        output, final = output.squeeze(0), tuple([f.squeeze(1) for f in final])
     return output, final[0] if len(final) == 1 else final
 
 
-def _step_by_sequence(module, mode, x, states, weights):
-    """All layers as a sequence of one step."""
-    output, final = functional.run(
-        mode,
-        x.unsqueeze(0),
-        states,
-        weights,
-        hidden_size=module.hidden_size,
-        bias=module.bias,
-        num_layers=module.num_layers,
-        dropout=module.dropout,
-        training=module.training,
-        proj_size=module.proj_size,
-        backend=module.backend,
-        save=module.save,
-        regularizers=module.regularizers,
-    )
-    return output.squeeze(0), final
-
-
-def _step_by_cells(module, mode, x, states, weights):
+def _step_by_cells(spec: Spec, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]):
     """All layers by torch's operators for one step."""
-    function = CELLS[mode]
-    layers, size = module.num_layers, len(weights) // module.num_layers
+    function = getattr(torch, f"{spec.cell}_cell")
+    size = weights_per_direction(spec)
     columns = [s.unbind(0) for s in states]
     finals = []
-    for layer in range(layers):
-        if layer and module.dropout:
-            x = F.dropout(x, module.dropout, module.training)
-        own = weights[layer * size : (layer + 1) * size]
-        previous = tuple(c[layer] for c in columns)
-        final = function(x, previous[0] if len(previous) == 1 else previous, *own)
+    for layer in range(spec.num_layers):
+        if layer and spec.dropout:
+            x = F.dropout(x, spec.dropout, spec.training)
+        previous = tuple([c[layer] for c in columns])
+        final = function(
+            x, previous[0] if len(previous) == 1 else previous,
+            *weights[layer * size : (layer + 1) * size],
+        )  # fmt: skip
         final = final if isinstance(final, tuple) else (final,)
         finals.append(final)
         x = final[0]
-    stacked = tuple(
-        parts[0].unsqueeze(0) if layers == 1 else torch.stack(parts)
+    stacked = tuple([
+        parts[0].unsqueeze(0) if spec.num_layers == 1 else torch.stack(parts)
         for parts in zip(*finals, strict=True)
-    )
+    ])  # fmt: skip
     return x, stacked
 
 
@@ -236,10 +208,12 @@ class Stream(Generic[State]):
             raise RuntimeError(f"reset: rows: expected shape {shape}, got {tuple(rows.shape)}")
         rows = rows.to(states[0].device)[..., None]
         if state is None:
-            fresh = tuple(torch.zeros_like(s) for s in states)
+            begin = tuple(torch.zeros_like(s) for s in states)
         else:
-            fresh = functional.check_fresh(_cast(state, states[0].dtype), states, unbatched)
-        new: Any = tuple(torch.where(rows, f, s) for f, s in zip(fresh, states, strict=True))
+            state = _cast(state, states[0].dtype)
+            spec = self.module._spec()
+            begin = arguments.check_reset_state(state, spec, states[0], unbatched)
+        new: Any = tuple(torch.where(rows, f, s) for f, s in zip(begin, states, strict=True))
         new = tuple(s.squeeze(1) for s in new) if unbatched else new
         self.state = self._cut(new[0] if len(new) == 1 else new)
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fusedrnn
 from fusedrnn import dispatch
+from fusedrnn.backends import aten
 
 KINDS = {
     "lstm": ("LSTM", {"num_layers": 2, "bidirectional": True}),
@@ -194,7 +195,7 @@ def test_off_inside(name):
 def test_where_torchs_lstm_has_no_kernel(low, grad, monkeypatch):
     """Planted, so that every processor is one without: the call goes to the reference, `explain`
     says why, and a forced aten raises it."""
-    monkeypatch.setattr(dispatch, "_try_lstm", lambda dtype, training, onednn: "no such primitive")
+    monkeypatch.setattr(aten, "_try_lstm", lambda dtype, training, onednn: "no such primitive")
     module, input = fusedrnn.LSTM(I, H), torch.randn(T, B, I)
     forced = fusedrnn.LSTM(I, H, backend="aten")
     reference = fusedrnn.LSTM(I, H, backend="reference")
@@ -221,9 +222,9 @@ def test_what_torchs_lstm_can_do_is_found_by_trying(low, training):
     module = nn.LSTM(I, H)
     with torch.set_grad_enabled(training):
         works = torchs_results(module, (torch.randn(T, B, I),), low, training) is not None
-    dispatch._try_lstm.cache_clear()
+    aten._try_lstm.cache_clear()
     with torch.inference_mode(), FakeTensorMode(), torch.device("meta"):
-        answer = dispatch.lstm_autocast_failure(low, training=training)
+        answer = aten.lstm_autocast_failure(low, training=training)
     assert (answer is None) == works
 
 
@@ -236,9 +237,9 @@ def test_explain_tells_the_dtype():
 @low_dtypes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dispatch_is_asked_about_the_dtype_that_will_run(dtype, low, monkeypatch):
-    """As `explain` is: a measured table is looked up by it. Autocast leaves float64 alone."""
+    """As `explain` is. Autocast leaves float64 alone."""
     asked, select = [], dispatch.select
-    monkeypatch.setattr(dispatch, "select", lambda call, b: asked.append(call) or select(call, b))
+    monkeypatch.setattr(dispatch, "select", lambda call: asked.append(call) or select(call))
     module, input = fusedrnn.GRU(I, H, dtype=dtype), torch.randn(T, B, I, dtype=dtype)
     with torch.autocast("cpu", dtype=low):
         module(input, lengths=torch.tensor([5, 3, 2]))
@@ -251,7 +252,7 @@ def test_dispatch_is_asked_about_the_dtype_that_will_run(dtype, low, monkeypatch
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
 @pytest.mark.parametrize("backend", [None, "aten"])
 def test_a_cell_is_not_onednns(kind, backend, low, monkeypatch):
-    monkeypatch.setattr(dispatch, "_try_lstm", lambda dtype, training, onednn: "no such primitive")
+    monkeypatch.setattr(aten, "_try_lstm", lambda dtype, training, onednn: "no such primitive")
     cell = getattr(fusedrnn, kind)(I, H, backend=backend)
     with torch.autocast("cpu", dtype=low):
         cell(torch.randn(B, I))

@@ -14,7 +14,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn.autograd import AtenStack, Config, Sequence, run_aten, run_layer, run_reference
+from fusedrnn import op
+from fusedrnn.backends import aten, reference
+from fusedrnn.call import LayerMasks, Masks, Operands, Spec, operands_of
 
 T, B, I, H = 3, 2, 2, 2
 
@@ -71,7 +73,7 @@ def test_differentiable_twice(name, layout, backend, packed, training):
 
 
 def layer_inputs(cell, D, packed, dtype=torch.float64):
-    """Input, states and weights of one layer, and its Sequence."""
+    """The operands of one layer, and its masks."""
     gates = {"lstm": 4, "gru": 3, "rnn_tanh": 1}[cell]
     states = 2 if cell == "lstm" else 1
     kind = {"dtype": dtype, "requires_grad": True}
@@ -85,7 +87,7 @@ def layer_inputs(cell, D, packed, dtype=torch.float64):
     if packed:
         sizes = pack_padded_sequence(x.detach(), torch.tensor([T, T - 1]))
         x, batch_sizes = sizes.data.clone().requires_grad_(), sizes.batch_sizes
-    return x, hx, tuple(weights), Sequence(None, batch_sizes, None)
+    return Operands(x, hx, (), tuple(weights)), Masks(batch_sizes=batch_sizes)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -93,57 +95,57 @@ def layer_inputs(cell, D, packed, dtype=torch.float64):
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_custom_op_is_differentiable_twice(cell, D, backend, packed):
-    x, hx, weights, sequence = layer_inputs(cell, D, packed)
-    config = Config(cell, True, D == 2, False, False, backend, "gates", "")
+    operands, masks = layer_inputs(cell, D, packed)
+    spec = Spec(cell, I, H, bidirectional=D == 2, backend=backend)
 
-    def function(x, *tensors):
-        return run_layer(config, x, tensors[: len(hx)], tensors[len(hx) :], sequence)
+    def function(*tensors):
+        return op.run(spec, operands_of(spec, tensors), masks)
 
-    assert gradcheck(function, (x, *hx, *weights), fast_mode=True)
-    assert gradgradcheck(function, (x, *hx, *weights), fast_mode=True)
+    assert gradcheck(function, operands.flat(), fast_mode=True)
+    assert gradgradcheck(function, operands.flat(), fast_mode=True)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_custom_op_with_everything_inside_is_differentiable_twice(cell):
-    x, hx, weights, _ = layer_inputs(cell, 2, packed=False)
-    S = len(hx)
-    fresh = tuple(torch.randn_like(h, requires_grad=True) for h in hx)
-    sequence = Sequence(
-        lengths=torch.tensor([2, T]),
-        batch_sizes=None,
-        reset=torch.tensor([[False, True], [True, False], [False, True]]),
-        h_mask=torch.tensor([0.0, 2.0], dtype=torch.float64).expand(2, B, H),
+    operands, _ = layer_inputs(cell, 2, packed=False)
+    S = len(operands.state)
+    reset_state = tuple(torch.randn_like(h, requires_grad=True) for h in operands.state)
+    operands = operands._replace(reset_state=reset_state)
+    noise = LayerMasks(
+        dropout=torch.randint(2, (T, B, I)) * 2.0,
+        input=torch.tensor([0.0, 2.0, 2.0])[:I].expand(1, B, I),
+        h=torch.tensor([0.0, 2.0], dtype=torch.float64).expand(2, B, H),
         zoneout=torch.rand(T, B, 2, S, H) < 0.4,
     )
-    config = Config(cell, True, True, False, False, "reference", "gates", "")
+    reset = torch.tensor([[False, True], [True, False], [False, True]])
+    masks = Masks(torch.tensor([2, T]), None, reset, (noise,))
+    spec = Spec(cell, I, H, bidirectional=True, backend="reference")
 
-    def function(x, *tensors):
-        return run_layer(config, x, tensors[: 2 * S], tensors[2 * S :], sequence)
+    def function(*tensors):
+        return op.run(spec, operands_of(spec, tensors), masks)
 
-    inputs = (x, *hx, *fresh, *weights)
-    assert gradcheck(function, inputs, fast_mode=True)
-    assert gradgradcheck(function, inputs, fast_mode=True)
+    assert gradcheck(function, operands.flat(), fast_mode=True)
+    assert gradgradcheck(function, operands.flat(), fast_mode=True)
 
 
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 0])], ids=["padded", "lengths"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_cudnn_wrapper_is_differentiable_twice(cell, lengths):
-    """AtenStack holds cuDNN's graph on a GPU; what it adds is the same on a CPU."""
-    x, hx, weights, sequence = layer_inputs(cell, 1, packed=False)
-    sequence = sequence._replace(lengths=lengths)
-    S = len(hx)
-    config = Config(cell, True, False, False, False, "aten", "", "")
+    """It holds cuDNN's graph on a GPU; what it adds is the same on a CPU."""
+    operands, masks = layer_inputs(cell, 1, packed=False)
+    masks = masks._replace(lengths=lengths)
+    spec = Spec(cell, I, H, backend="aten")
 
-    def split(function, x, *tensors):
-        return function(config, x, tensors[:S], tensors[S:], sequence)
+    def run(function, *tensors):
+        return function(spec, operands_of(spec, tensors), masks)
 
-    stack = functools.partial(
-        AtenStack.apply,
-        functools.partial(split, run_aten),
-        functools.partial(split, run_reference),
+    twice = functools.partial(
+        aten.DifferentiableTwice.apply,
+        functools.partial(run, aten.forward),
+        functools.partial(run, reference.forward),
     )
-    assert gradcheck(stack, (x, *hx, *weights), fast_mode=True)
-    assert gradgradcheck(stack, (x, *hx, *weights), fast_mode=True)
+    assert gradcheck(twice, operands.flat(), fast_mode=True)
+    assert gradgradcheck(twice, operands.flat(), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn.autograd import Config, Sequence, run_layer
+from fusedrnn import op
+from fusedrnn.call import Masks, Operands, Spec
 
 T, B, I, H = 11, 6, 7, 24
 ALL = {"input_dropout": 0.3, "recurrent_dropout": 0.3, "weight_drop": 0.3, "zoneout": 0.2}
@@ -60,12 +61,12 @@ def test_bits_repeat_through_the_custom_ops(backend):
     torch.manual_seed(1)
     module = fusedrnn.LSTM(I, H, bidirectional=True)
     weights = tuple(module.parameters())
-    config = Config("lstm", True, True, False, False, backend, "gates", "")
+    spec = Spec("lstm", I, H, bidirectional=True, backend=backend)
     x = torch.randn(T, B, I, requires_grad=True)
     hx = tuple(torch.randn(2, B, H) for _ in range(2))
 
     def run():
-        output, *_ = run_layer(config, x, hx, weights, Sequence(None, None, None))
+        output, *_ = op.run(spec, Operands(x, hx, (), weights), Masks())
         return [output, *torch.autograd.grad(output.square().sum(), [x, *weights])]
 
     first = run()

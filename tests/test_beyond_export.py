@@ -150,7 +150,7 @@ def test_torch_export_with_dynamic_shapes(cls, training, tmp_path):
     x = torch.randn(T, B, I)
     program = torch.export.export(module, (x,), dynamic_shapes={"input": {0: TIME, 1: BATCH}})
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("fusedrnn.layer.default") == 2
+    assert targets.count("fusedrnn.stack.default") == 1
     torch.export.save(program, tmp_path / "program.pt2")
     program = torch.export.load(tmp_path / "program.pt2")
     x = torch.randn(9, 5, I)
@@ -207,4 +207,4 @@ found = torch._inductor.aoti_load_package("model.pt2")(x)
 assert all(map(torch.equal, found, expected))"""
     ran = fresh_process(code.format("import fusedrnn"), tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert "schema for fusedrnn::layer" in fresh_process(code.format(""), tmp_path).stderr
+    assert "schema for fusedrnn::stack" in fresh_process(code.format(""), tmp_path).stderr

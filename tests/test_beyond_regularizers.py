@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from tolerances import GRADIENTS32, GRADIENTS64, VALUES64
 
 import fusedrnn
-from fusedrnn import Regularizers, regularizers
-from fusedrnn.autograd import Config, Sequence, run_layer, run_reference
+from fusedrnn import Regularizers, op, regularizers
+from fusedrnn.backends import reference
+from fusedrnn.call import LayerMasks, Masks, Operands, Spec
 from fusedrnn.regularizers import Noise
 
 T, B, I, H = 6, 3, 4, 5
@@ -127,10 +128,10 @@ def test_input_dropout_is_one_mask_for_all_steps_of_each_layer(name):
     torch.manual_seed(7)
     found = module(x)[0]
     torch.manual_seed(7)
-    below = regularizers.draw_input_mask(Noise(own), x, None, False)
+    below = regularizers.draw_input_mask(Noise(own), x.shape[-1], x, None, False)
     assert below.shape == (1, B, I)
     between = first(x * below)[0]
-    above = regularizers.draw_input_mask(Noise(own), between, None, False)
+    above = regularizers.draw_input_mask(Noise(own), between.shape[-1], between, None, False)
     torch.testing.assert_close(found, second(between * above)[0], **VALUES64)
 
 
@@ -170,9 +171,9 @@ def test_rates(name, p):
     sigma = math.sqrt(p * (1 - p) / n)
     state = (torch.zeros(1, 200, 200),)
     for dropped in (
-        regularizers.draw_input_mask(Noise(own), torch.ones(1, 200, 200), None, False) == 0,
+        regularizers.draw_input_mask(Noise(own), 200, torch.ones(1, 200, 200), None, False) == 0,
         regularizers.draw_h_mask(Noise(own), state[0]) == 0,
-        regularizers.dropout(Noise(own), x[..., 0], p) == 0,
+        regularizers.dropout_mask(Noise(own), x.shape[:-1], p, x) == 0,
         regularizers.zoneout_of(Noise(own), (1, 200), state, training=True),
     ):
         assert dropped.numel() == n
@@ -249,12 +250,13 @@ def test_backward_sees_the_mask_of_its_forward(name):
     S = len(hx)
     h_mask = regularizers.draw_h_mask(Noise(Regularizers(recurrent_dropout=0.5)), hx[0])
     kept = regularizers.zoneout_of(Noise(Regularizers(zoneout=0.3)), (T, B), hx, training=True)
-    sequence = Sequence(None, None, None, h_mask, kept)
-    config = Config(module.mode.lower(), True, False, False, False, "reference", "gates", "")
+    masks = Masks(layers=(LayerMasks(h=h_mask, zoneout=kept),))
+    spec = Spec(module.mode.lower(), I, H, backend="reference")
     tensors = [t.requires_grad_() for t in (x, *hx)]
     gradients = []
-    for function in (run_layer, run_reference):
-        output, *_ = function(config, x, tensors[1:], tuple(module.parameters()), sequence)
+    operands = Operands(x, tuple(tensors[1:]), (), tuple(module.parameters()))
+    for function in (op.run, reference.forward):
+        output, *_ = function(spec, operands, masks)
         gradients.append(torch.autograd.grad(output.square().sum(), [*tensors]))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, **VALUES64)
@@ -380,7 +382,7 @@ def test_a_generator_draws_the_dropout_between_layers_too(name):
     assert torch.equal(first, again)
     assert not torch.equal(first, module(x)[0])
     assert torch.equal(torch.get_rng_state(), before)
-    dropped = regularizers.dropout(Noise(module.regularizers), torch.ones(200, 200), 0.5) == 0
+    dropped = regularizers.dropout_mask(Noise(module.regularizers), (200, 200), 0.5, x) == 0
     assert abs(dropped.float().mean() - 0.5) < 5 * 0.5 / 200  # 5 sigma of a binomial
 
 

@@ -11,7 +11,8 @@ from tolerances import GRADIENTS64, VALUES64
 from torch import nn
 
 import fusedrnn
-from fusedrnn.autograd import Config, Sequence, run_layer
+from fusedrnn import op
+from fusedrnn.call import Masks, Operands, Spec
 
 T, B, I, H = 9, 4, 3, 4
 MODULES = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
@@ -192,11 +193,11 @@ def test_custom_op(compiled):
     """What a compiled graph, and a backend that adopts resets, is called through."""
     ours, _, x, mask, hx, fresh = make("lstm", "plain")
     weights = tuple(ours.parameters())
-    config = Config("lstm", True, False, False, False, "reference", "gates", "")
-    sequence = Sequence(None, None, mask)
+    spec = Spec("lstm", I, H, backend="reference")
 
     def run(*tensors):
-        return run_layer(config, tensors[0], tensors[1:5], tensors[5:], sequence)
+        operands = Operands(tensors[0], tensors[1:3], tensors[3:5], tensors[5:])
+        return op.run(spec, operands, Masks(reset=mask))
 
     if compiled:
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -222,18 +223,18 @@ STATE = torch.zeros(1, B, H)
         ([True] * T, TypeError, r"reset: expected a mask or \(mask, states\), got 9 values"),
         ("start", TypeError, r"reset: expected a bool tensor \(9, 4\), got str"),
         (MASK.T, RuntimeError, r"reset: expected shape \(9, 4\), got \(4, 9\)"),
-        ((MASK, STATE), TypeError, r"reset: expected 2 state\(s\), got 1"),
+        ((MASK, STATE), TypeError, r"reset: expected the 2 tensors \('h', 'c'\), got 1"),
         (
             (MASK, (STATE, STATE[:, :2])),
             RuntimeError,
-            r"reset: .*\(1, 4, 4\) or \(1, 1, 4\), got \(1, 2, 4\)",
+            r"reset \(c\): .*\(1, 4, 4\) or \(1, 1, 4\) .*, got \(1, 2, 4\)",
         ),
         (
             (MASK, (STATE, STATE.double())),
             RuntimeError,
-            r"reset: expected a state of torch.float32 on cpu, got torch.float64 on cpu",
+            r"reset \(c\): expected torch.float32 on cpu as the h_0, got torch.float64 on cpu",
         ),
-        ((MASK, (STATE, 0)), TypeError, r"reset: expected states that are tensors, got int"),
+        ((MASK, (STATE, 0)), TypeError, r"reset \(c\): expected a Tensor, got int"),
     ],
 )
 def test_misuse(reset, error, message):

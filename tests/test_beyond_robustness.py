@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn.autograd import Config, Sequence, matmul_precision, run_layer
+from fusedrnn import op
+from fusedrnn.backends.triton import matmul_precision
+from fusedrnn.call import Masks, Operands, Spec
 
 T, B, I, H = 6, 4, 3, 5
 each_cell = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
@@ -122,12 +124,12 @@ def test_out_of_memory_leaves_the_module_usable(path):
     module = fusedrnn.LSTM(I, H, 2, backend="aten" if path == "custom op" else path)
     x = torch.randn(T, B, I, requires_grad=True)
     hx = tuple(torch.zeros(1, B, H) for _ in range(2))
-    config = Config("lstm", True, False, False, False, "reference", "gates", "")
+    spec = Spec("lstm", I, H, backend="reference")
 
     def step():
         if path == "custom op":
             weights = tuple(list(module.parameters())[:4])
-            output = run_layer(config, x, hx, weights, Sequence(None, None, None))[0]
+            output = op.run(spec, Operands(x, hx, (), weights), Masks())[0]
         else:
             output = module(x)[0]
         return [output, *torch.autograd.grad(output.square().sum(), [x, module.weight_hh_l0])]

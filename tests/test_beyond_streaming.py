@@ -356,11 +356,11 @@ def test_misuse_of_reset():
     with pytest.raises(RuntimeError, match=r"state: expected a stream that has begun"):
         stream.reset(state=torch.zeros(1, B, H))
     stream(torch.randn(T, B, I))
-    with pytest.raises(RuntimeError, match=r"expected a state of shape \(1, 3, 5\) .* got \(\)"):
+    with pytest.raises(RuntimeError, match=r"reset \(h\): expected shape \(1, 3, 5\) .* got \(\)"):
         stream.reset(state=torch.tensor(3.0))
     with pytest.raises(RuntimeError, match=r"got \(4, 1, 5\)"):
         stream.reset(state=torch.zeros(4, 1, H))
-    with pytest.raises(RuntimeError, match=r"expected a state of torch.float32"):
+    with pytest.raises(RuntimeError, match=r"reset \(h\): expected torch.float32 on cpu"):
         stream.reset(state=torch.zeros(1, 1, H, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"rows: expected a bool tensor \[B\], got torch.int64"):
         stream.reset(torch.tensor([0, 1, 0]))

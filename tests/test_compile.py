@@ -11,7 +11,10 @@ from torch._dynamo.utils import counters
 from torch.export import Dim
 
 import fusedrnn
-from fusedrnn import autograd, dispatch
+from fusedrnn import dispatch, op
+from fusedrnn.arguments import weight_shapes
+from fusedrnn.backends import aten
+from fusedrnn.call import LayerMasks, Masks, Operands, Spec
 
 MODULES = {
     "lstm": lambda: fusedrnn.LSTM(3, 4, num_layers=2, bidirectional=True),
@@ -184,10 +187,8 @@ def test_blocks_leave_nothing_in_compiled_code(monkeypatch):
     """It runs what the newest open block of the process says, whatever order blocks end in."""
     module, input = fusedrnn.GRU(3, 4), torch.randn(5, 2, 3)
     ran = []
-    original = autograd.run_plain
-    monkeypatch.setattr(
-        autograd, "run_plain", lambda c, *a: ran.append(c.backend) or original(c, *a)
-    )
+    original = op.run_plain
+    monkeypatch.setattr(op, "run_plain", lambda s, *a: ran.append(s.backend) or original(s, *a))
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
 
@@ -224,7 +225,7 @@ def test_a_block_inside_a_compiled_function():
     graphs = Graphs()
     torch._dynamo.reset()
     assert_equal([torch.compile(call, fullgraph=True, backend=graphs)(input)], [module(input)[0]])
-    assert dispatch._in_force == "auto"
+    assert dispatch._backend_in_force == "auto"
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -239,7 +240,7 @@ def test_export(name, strict):
     )
     graphs = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     targets = [node.target for graph in graphs for node in graph.graph.nodes]
-    assert targets.count(torch.ops.fusedrnn.layer.default) == module.num_layers
+    assert targets.count(torch.ops.fusedrnn.stack.default) == 1
     for other in (program.module(), program.run_decompositions().module()):
         for T, B in ((5, 3), (9, 2), (2, 7)):
             input = torch.randn(T, B, 3)
@@ -268,47 +269,41 @@ def test_export_saves_and_loads(tmp_path):
 
 
 def operator_samples():
-    """Arguments of fusedrnn::layer: every cell, one and two directions, every layout."""
+    """Arguments of fusedrnn::stack: every cell, one and two directions, every layout."""
     T, B, I, H = 4, 3, 2, 5
-    gates = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-    for cell, G in gates.items():
-        cases = ("plain", "batch_first", "lengths", "packed", "no_bias", "reset")
+    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        cases = ("plain", "batch_first", "lengths", "packed", "no_bias", "reset", "stack")
         low = ("autocast", "autocast packed", "autocast lengths")
-        if cell == "lstm" and dispatch.lstm_autocast_failure(torch.bfloat16, training=True):
+        if cell == "lstm" and aten.lstm_autocast_failure(torch.bfloat16, training=True):
             low = low[1:]  # on such a processor no call gets to the op in this way
         for case in (*cases, *low):
             for D in (1, 2) if cell == "lstm" else (2,):
                 P = 2 if (cell, case) == ("lstm", "no_bias") else 0
-                shapes = [(G * H, I), (G * H, P or H)]
-                shapes += [] if case == "no_bias" else [(G * H,)] * 2
-                shapes += [(P, H)] if P else []
-                weights = [torch.randn(shape) / 2 for _ in range(D) for shape in shapes]
-                state = [torch.randn(D, B, P or H)]
-                state += [torch.randn(D, B, H)] if cell == "lstm" else []
+                L = 2 if case == "stack" else 1
                 batch_first = case == "batch_first"
+                spec = Spec(
+                    cell, I, H, L, case != "no_bias", batch_first, bidirectional=D == 2,
+                    proj_size=P, backend="reference" if case == "reset" else "aten", save=None,
+                    autocast="bfloat16" if case.startswith("autocast") else None,
+                )  # fmt: skip
+                weights = [torch.randn(shape) / 2 for shape in weight_shapes(spec)]
+                state = [torch.randn(L * D, B, P or H)]
+                state += [torch.randn(L * D, B, H)] if cell == "lstm" else []
                 input = torch.randn(*((B, T) if batch_first else (T, B)), I)
-                lengths = batch_sizes = reset = None
+                masks = Masks()
                 if case.endswith("lengths"):
-                    lengths = torch.tensor([2, 4, 1])
+                    masks = Masks(lengths=torch.tensor([2, 4, 1]))
                 if case.endswith("packed"):
-                    batch_sizes = torch.tensor([3, 2, 2, 1])
+                    masks = Masks(batch_sizes=torch.tensor([3, 2, 2, 1]))
                     input = torch.randn(8, I)
                 if case == "reset":
-                    reset = torch.rand(T, B) < 0.3
-                backend = "reference" if case == "reset" else "aten"
-                config = autograd.Config(
-                    cell,
-                    case != "no_bias",
-                    D == 2,
-                    P > 0,
-                    batch_first,
-                    backend,
-                    "",
-                    "bfloat16" if case.startswith("autocast") else "",
-                )
+                    masks = Masks(reset=torch.rand(T, B) < 0.3)
+                if case == "stack":
+                    dropout = (torch.rand(T, B, D * H) < 0.5) * 2.0
+                    masks = Masks(layers=(LayerMasks(), LayerMasks(dropout=dropout)))
+                operands = Operands(input, tuple(state), (), tuple(weights))
                 yield pytest.param(
-                    (input, state, weights, lengths, batch_sizes, reset, *config),
-                    id=f"{cell}-{case}-{D}",
+                    (list(operands.flat()), masks.flat(), *spec), id=f"{cell}-{case}-{D}"
                 )
 
 
@@ -316,22 +311,18 @@ every_sample = pytest.mark.parametrize("arguments", list(operator_samples()))
 
 
 @every_sample
-def test_opcheck_of_layer(arguments):
-    torch.library.opcheck(torch.ops.fusedrnn.layer.default, arguments)
+def test_opcheck_of_the_stack(arguments):
+    torch.library.opcheck(torch.ops.fusedrnn.stack.default, arguments)
 
 
 @every_sample
-def test_opcheck_of_layer_backward(arguments):
-    input, state, weights, *rest = arguments
-    S = len(state)
-    outputs = torch.ops.fusedrnn.layer(*arguments)
+def test_opcheck_of_its_backward(arguments):
+    operands, masks, *spec = arguments
+    S = 2 if spec[0] == "lstm" else 1
+    outputs = torch.ops.fusedrnn.stack(*arguments)
     d_outputs = [torch.randn_like(o) for o in outputs[: 1 + S]]
-    lengths, batch_sizes, reset, *config = rest
     for wanted in (True, False):
         torch.library.opcheck(
-            torch.ops.fusedrnn.layer_backward.default,
-            (
-                d_outputs, input, state, weights, outputs[0], outputs[1 + S :],
-                lengths, batch_sizes, reset, *config, wanted,
-            ),
-        )  # fmt: skip
+            torch.ops.fusedrnn.stack_backward.default,
+            (d_outputs, operands, masks, outputs[0], outputs[1 + S :], wanted, *spec),
+        )

@@ -13,11 +13,12 @@ import types
 
 import pytest
 import torch
+from calls import call_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
-from fusedrnn import dispatch, functional, measured
-from fusedrnn.dispatch import Call
+from fusedrnn import dispatch, stack
+from fusedrnn.backends import aten, reference, triton
 
 KINDS = ("LSTM", "GRU", "RNN")
 
@@ -42,9 +43,9 @@ def ran(monkeypatch):
 
         monkeypatch.setattr(where, what, wrapped)
 
-    spy("aten", functional, "_aten_at_once")
-    spy("aten", functional, "_aten")
-    spy("reference", functional, "run_reference")
+    spy("aten", stack, "_torchs_own")
+    spy("aten", aten, "forward")
+    spy("reference", reference, "forward")
     return seen
 
 
@@ -61,13 +62,14 @@ def test_a_cpu_gets_torchs_kernels(kind, ran):
 
 
 def test_the_shortcut_agrees_with_select():
-    """`functional.recurrent` decides plain CPU calls itself; `select` must say the same."""
+    """`stack.run` decides plain CPU calls itself; `select` must say the same."""
     for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         for packed in (False, True):
             for dtype in (torch.float32, torch.float64, torch.bfloat16):
-                call = Call(cell, "cpu", dtype, 5, 2, 3, 4, packed=packed)
-                assert dispatch.select(call) == "aten"
-                assert dispatch.select(call, "aten") == "aten"
+                for asked in (None, "auto", "aten", "reference"):
+                    call = call_of(cell, dtype=dtype, packed=packed, backend=asked)
+                    shortcut = stack._is_torchs_own(call.spec, torch.zeros(5, 2, 3), None)
+                    assert (dispatch.select(call) == "aten") == shortcut
 
 
 def test_what_aten_lacks_goes_to_the_reference(ran):
@@ -280,14 +282,13 @@ def test_a_forced_backend_that_cannot_says_why(backend, options, why):
 
 def test_a_forced_backend_is_never_left_in_silence(monkeypatch):
     """Every refusal that dispatch knows turns a forced call into an error."""
-    call = Call("lstm", "cpu", torch.float32, 5, 2, 3, 4)
     for name in fusedrnn.BACKENDS:
         monkeypatch.setitem(dispatch.REFUSES, name, lambda call: "of a reason")
         with pytest.raises(RuntimeError, match=f"'{name}' was asked for .*: of a reason"):
-            dispatch.select(call, name)
+            dispatch.select(call_of(backend=name))
 
 
-CUDA = {"device": "cuda", "dtype": torch.float32, "T": 5, "B": 2, "input_size": 3, "hidden_size": 4}
+CUDA = {"device": "cuda"}
 TRITON_REFUSES = [
     ({"dtype": torch.float64}, "not torch.float64", "aten"),
     ({"proj_size": 2}, r"proj_size=2", "aten"),
@@ -301,53 +302,39 @@ TRITON_REFUSES = [
 def test_a_gpu_falls_back_and_says_so_once(
     change, why, instead, monkeypatch, caplog, imaginary_gpu
 ):
-    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
-    dispatch._say_once.cache_clear()
-    call = Call("lstm", **{**CUDA, **change})
+    monkeypatch.setattr(triton, "MISSING", None)
+    dispatch._warn_once.cache_clear()
+    call = call_of(**{**CUDA, **change})
     with caplog.at_level(logging.WARNING, logger="fusedrnn"):
         assert dispatch.select(call) == instead
         assert dispatch.select(call) == instead
-    assert len(caplog.records) == (call.device == "cuda")
+    assert len(caplog.records) == (call.device.type == "cuda")
     explanation = dispatch.explain_call(call)
     assert explanation.backend == instead
     assert why in explanation.passed_over["triton"]
-    dispatch._say_once.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 def test_a_gpu_gets_the_fused_kernels(monkeypatch, caplog, imaginary_gpu):
-    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
+    monkeypatch.setattr(triton, "MISSING", None)
     for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            call = Call(cell, **{**CUDA, "dtype": dtype})
+            call = call_of(cell, **CUDA, dtype=dtype)
             assert dispatch.select(call) == "triton"
     assert not caplog.records
-
-
-def test_what_was_measured_to_be_slower_goes_to_aten(monkeypatch, imaginary_gpu):
-    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
-    losses = {"lstm fp16 training": [[5, 2, 4, 0.5], [1000, 2, 4, 1.5]]}
-    monkeypatch.setattr(measured, "table", lambda: {imaginary_gpu: losses})
-    measured.aten_is_faster.cache_clear()
-    call = Call("lstm", **{**CUDA, "dtype": torch.float16, "needs_grad": True})
-    explanation = dispatch.explain_call(call)
-    assert explanation.backend == "aten"
-    assert "measured to be 2.00x as fast" in explanation.passed_over["triton"]
-    for other in ({"T": 900}, {"needs_grad": False}, {"dtype": torch.bfloat16}, {"cell": "gru"}):
-        assert dispatch.select(call._replace(**other)) == "triton"
-    assert dispatch.select(call, "triton") == "triton"
-    assert dispatch.select(call._replace(inside=("zoneout",))) == "triton"  # aten cannot
-    measured.aten_is_faster.cache_clear()
 
 
 def test_a_hidden_size_that_a_compiler_has_as_a_symbol(monkeypatch):
     """functional.* read H off the weights, whose shapes torch.compile makes symbols."""
     from fusedrnn import kernels
 
-    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
+    monkeypatch.setattr(triton, "MISSING", None)
     monkeypatch.setattr(kernels, "refusal", lambda cell, dtype, H, D, device: None)
 
+    gpu = call_of(**CUDA)
+
     def refused(weight):
-        return dispatch.triton_refuses(Call("lstm", **{**CUDA, "hidden_size": weight.shape[0]}))
+        return triton.refuses(gpu._replace(spec=gpu.spec._replace(hidden_size=weight.shape[0])))
 
     compiled = torch.compile(refused, fullgraph=True, dynamic=True, backend="eager")
     assert compiled(torch.zeros(8, 3)) is compiled(torch.zeros(12, 3)) is None
@@ -359,16 +346,15 @@ def test_a_layer_without_a_plan_goes_to_aten(monkeypatch):
 
     small = Device((9, 0), 8, 99 * 1024, 100 * 1024)
     monkeypatch.setattr(launch, "device_of", lambda device: small)
-    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
-    monkeypatch.setattr(measured, "table", dict)
+    monkeypatch.setattr(triton, "MISSING", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Imaginary GPU")
-    call = Call("lstm", **CUDA)
+    call = call_of(**CUDA)
     assert dispatch.select(call) == "triton"
-    explanation = dispatch.explain_call(call._replace(hidden_size=50_000))
+    explanation = dispatch.explain_call(call_of(**CUDA, hidden_size=50_000))
     assert explanation.backend == "aten"
     assert "no plan for forward of 'lstm' with H = 50000" in explanation.passed_over["triton"]
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "AMD" in str(dispatch.triton_refuses(call))
+    assert "AMD" in str(triton.refuses(call))
 
 
 @pytest.fixture
@@ -383,8 +369,8 @@ def no_metadata(monkeypatch):
 
 def test_a_triton_of_another_distribution(no_metadata):
     """triton-windows and others install a package triton and no distribution of that name."""
-    assert dispatch.triton_version() == importlib.import_module("triton").__version__
-    assert dispatch._triton_missing() is None
+    assert triton.triton_version() == importlib.import_module("triton").__version__
+    assert triton._missing() is None
 
 
 def test_a_folder_called_triton(no_metadata, monkeypatch):
@@ -392,19 +378,19 @@ def test_a_folder_called_triton(no_metadata, monkeypatch):
     folder = types.ModuleType("triton")
     folder.__spec__ = importlib.machinery.ModuleSpec("triton", None)
     monkeypatch.setitem(sys.modules, "triton", folder)
-    assert dispatch._triton_missing() == (
+    assert triton._missing() == (
         "the package named triton here is not the compiler: it has no version"
     )
 
 
 @pytest.mark.parametrize("missing", ["triton is not installed", "triton 3.1.0 is too old"])
 def test_without_triton(missing, monkeypatch, imaginary_gpu):
-    monkeypatch.setattr(dispatch, "TRITON_MISSING", missing)
-    dispatch._say_once.cache_clear()
-    explanation = dispatch.explain_call(Call("lstm", **CUDA))
+    monkeypatch.setattr(triton, "MISSING", missing)
+    dispatch._warn_once.cache_clear()
+    explanation = dispatch.explain_call(call_of(**CUDA))
     assert explanation.backend == "aten"
     assert explanation.passed_over["triton"] == missing
-    dispatch._say_once.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 def test_explain_prints_all_of_it():
@@ -440,9 +426,8 @@ def test_explain_of_other_inputs():
 
 def test_the_interpreter_runs_only_when_forced(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch, "TRITON_MISSING", None)
-    call = Call("lstm", "cpu", torch.float32, 5, 2, 3, 4)
-    explanation = dispatch.explain_call(call)
+    monkeypatch.setattr(triton, "MISSING", None)
+    explanation = dispatch.explain_call(call_of())
     assert explanation.backend == "aten"
     assert "interpreter" in explanation.passed_over["triton"]
-    assert dispatch.select(call, "triton") == "triton"
+    assert dispatch.select(call_of(backend="triton")) == "triton"

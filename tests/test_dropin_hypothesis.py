@@ -441,4 +441,4 @@ def test_blocks_in_three_contexts(steps):
             assert told.because.startswith("forced") == bool(stack)
         assert not seen().because.startswith("forced")
     assert dispatch._open_blocks == []
-    assert dispatch._in_force == "auto"
+    assert dispatch._backend_in_force == "auto"

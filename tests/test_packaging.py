@@ -140,7 +140,7 @@ def test_torch_package_interns_it(tmp_path):
         for mine, theirs in zip(models, importer.load_pickle("model", "model.pkl")):
             assert type(mine) is not type(theirs)
             assert torch.equal(mine(x)[0], theirs(x)[0])
-        if importer.import_module("fusedrnn.dispatch").TRITON_MISSING is None:
+        if importer.import_module("fusedrnn.backends.triton").MISSING is None:
             importer.import_module("fusedrnn.kernels")
         """,
         str(tmp_path / "model.pt"),
@@ -296,21 +296,23 @@ def test_imports_have_no_cycle():
 
 def test_imports_point_one_way():
     graph = import_graph()
-    chain = ["cells", "kernels", "autograd", "functional", "modules"]
+    chain = ["cells", "call", "kernels", "backends", "op", "stack", "functional", "modules"]
     for place, name in enumerate(chain):
         for start in (m for m in graph if f"{m}.".startswith(f"fusedrnn.{name}.")):
             for later in chain[place + 1 :]:
                 assert f"fusedrnn.{later}" not in reachable(graph, start), f"{start} -> {later}"
     # The chain is one: each link is there.
     assert any(m.startswith("fusedrnn.cells") for m in graph["fusedrnn.kernels.bind"])
-    assert "fusedrnn.kernels" in graph["fusedrnn.autograd"]
-    assert "fusedrnn.autograd" in graph["fusedrnn.functional"]
+    assert "fusedrnn.kernels" in graph["fusedrnn.backends.triton"]
+    assert "fusedrnn.backends.triton" in graph["fusedrnn.op"]
+    assert "fusedrnn.op" in graph["fusedrnn.stack"]
+    assert "fusedrnn.stack" in graph["fusedrnn.functional"]
     assert "fusedrnn.functional" in graph["fusedrnn.modules"]
 
 
 def test_reference_knows_the_cells_and_no_backend():
-    outside = {"kernels", "autograd", "functional", "modules", "dispatch"}
-    found = {m.split(".")[1] for m in reachable(import_graph(), "fusedrnn.reference")}
+    outside = {"kernels", "op", "stack", "functional", "modules", "dispatch"}
+    found = {m.split(".")[1] for m in reachable(import_graph(), "fusedrnn.backends.reference")}
     assert "cells" in found
     assert not found & outside
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import call_of
 
 from bench import report
 from fusedrnn import cells, dispatch
+from fusedrnn.call import LOOP_FEATURES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,12 +28,12 @@ ROWS = {
         {"dtype": torch.float16},
     ],
     "float64": [{"dtype": torch.float64}],
-    "several layers, both directions": [{"num_layers": 2, "directions": 2}],
+    "several layers, both directions": [{"num_layers": 2, "bidirectional": True}],
     "`proj_size`": [{"proj_size": 4}],
     "`PackedSequence`": [{"packed": True}],
     "`lengths=` of padded input, on any device": [{"lengths": True}],
     "`torch.func` transforms, forward-mode AD": [{"transformed": True}],
-    **{what: [{"inside": (name,)}] for name, what in dispatch.INSIDE.items()},
+    **{what: [{"loop_features": (name,)}] for name, what in LOOP_FEATURES.items()},
 }
 
 
@@ -51,12 +53,10 @@ def test_table_has_a_row_for_everything():
 @pytest.mark.parametrize("row", ROWS)
 def test_table_is_what_dispatch_does(row, monkeypatch, imaginary_gpu):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    plain = {"cell": "lstm", "device": "cuda", "dtype": torch.float32, "T": 5, "B": 4}
-    plain |= {"input_size": 8, "hidden_size": 8, "needs_grad": True}
+    plain = {"device": "cuda", "needs_grad": True}
     for backend, said in zip(dispatch.BACKENDS, table()[row], strict=True):
         refusals = [
-            dispatch.REFUSES[backend](dispatch.Call(**{**plain, **changed}))
-            for changed in ROWS[row]
+            dispatch.REFUSES[backend](call_of(**{**plain, **changed})) for changed in ROWS[row]
         ]
         if said == "yes":
             assert refusals == [None] * len(refusals)

@@ -9,8 +9,9 @@ import torch
 from tolerances import assert_as_good, assert_exact
 from torch.autograd import gradcheck, gradgradcheck
 
-from fusedrnn import cells, reference
-from fusedrnn.reference import Weights
+from fusedrnn import cells
+from fusedrnn.backends import reference
+from fusedrnn.call import Weights
 
 T, B, I, H, P = 5, 4, 3, 6, 2
 NAME = operator.attrgetter("name")
@@ -50,7 +51,7 @@ def check_against_numpy(cell, D, *, bias=True, projection=False, lengths=None, r
     directions = [make_weights(cell, bias=bias, projection=projection) for _ in range(D)]
     state = make_state(cell, D, projection=projection)
     input = double(T, B, I)
-    output, final = reference.layer(cell, input, state, directions, lengths=lengths, reset=reset)
+    output, final, _ = reference.layer(cell, input, state, directions, lengths=lengths, reset=reset)
     expected, expected_final = oracles.layer(
         cell.name,
         input.numpy(),
@@ -115,7 +116,7 @@ def test_gradients_once_and_twice(cell, D, case):
             Weights(*flat[k : k + 4], None, tuple(flat[k + 4 : k + per_direction]))
             for k in range(0, len(flat), per_direction)
         ]
-        output, final = reference.layer(
+        output, final, _ = reference.layer(
             cell, input, state, directions, lengths=lengths, reset=reset
         )
         return output, *final
@@ -136,7 +137,7 @@ def test_low_precision_is_as_good_as_torchs(cell):
 
         def run(tensors, S=S):
             w = Weights(*tensors[1 + S :], None, ())
-            output, final = reference.layer(cell, tensors[0], tuple(tensors[1 : 1 + S]), [w])
+            output, final, _ = reference.layer(cell, tensors[0], tuple(tensors[1 : 1 + S]), [w])
             return output, *final
 
         def plain(tensors, S=S):
@@ -147,12 +148,3 @@ def test_low_precision_is_as_good_as_torchs(cell):
 
         for actual, torchs, true in zip(run(low), plain(low), plain(exact), strict=True):
             assert_as_good(actual, torchs, true, f"{cell.name} {dtype}")
-
-
-def test_weights_of_the_wrong_number():
-    with pytest.raises(RuntimeError, match=r"weights: expected a multiple of 4 .* got 5"):
-        reference.split_weights(
-            cells.get("lstm"), [torch.zeros(1)] * 5, bias=True, projection=False
-        )
-    with pytest.raises(RuntimeError, match="got 0"):
-        reference.split_weights(cells.get("gru"), [], bias=False, projection=False)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from layer_checks import Case, assert_as_good_as_torch, build, lengths_of
 
 import fusedrnn
+from fusedrnn.arguments import weight_shapes
+from fusedrnn.call import LayerMasks, Masks, Spec, widths
 
 MODULES = ("LSTM", "GRU", "RNN")
 
@@ -137,14 +139,13 @@ def test_dropout_between_layers_is_seeded():
 def test_nothing_is_saved_without_gradients():
     rnn = fusedrnn.LSTM(5, 7, backend="triton")
     input = torch.randn(4, 3, 5)
-    state = [torch.zeros(1, 3, 7)] * 2
-    weights = [p.detach() for p in rnn.parameters()]
-    arguments = (input, state, weights, None, None, None, "lstm", True, False, False, False)
-    saved = {
-        save: len(torch.ops.fusedrnn.layer(*arguments, "triton", save, "", 0.0)) - 3
-        for save in ("", "states", "gates")
+    operands = [input, *[torch.zeros(1, 3, 7)] * 2, *[p.detach() for p in rnn.parameters()]]
+    spec = Spec("lstm", 5, 7, backend="triton")
+    kept = {
+        save: len(torch.ops.fusedrnn.stack(operands, [None] * 3, *spec._replace(save=save))) - 3
+        for save in (None, "states", "gates")
     }
-    assert saved == {"": 0, "states": 1, "gates": 2}
+    assert kept == {None: 0, "states": 1, "gates": 2}
     with torch.no_grad():
         torch.testing.assert_close(rnn(input)[0], build_equal(rnn, input))
 
@@ -198,16 +199,17 @@ def test_double_backward_and_compile():
 @pytest.mark.parametrize("save", ["gates", "states"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_opcheck(cell, save):
-    G = {"lstm": 4, "gru": 3, "rnn_tanh": 1}[cell]
-    state = [torch.randn(2, 3, 7) for _ in range(2 if cell == "lstm" else 1)]
-    weights = [torch.randn(G * 7, 5), torch.randn(G * 7, 7), torch.randn(G * 7), torch.randn(G * 7)]
-    config = (None, None, None, cell, True, True, False, False, "triton", save, "", 0.0)
-    arguments = (torch.randn(4, 3, 5), state, weights * 2, *config)
-    torch.library.opcheck(torch.ops.fusedrnn.layer, arguments)
-    output, *rest = torch.ops.fusedrnn.layer(*arguments)
-    final, saved = rest[: len(state)], rest[len(state) :]
-    arguments = ([output, *final], *arguments[:3], output, saved, *config, True)
-    torch.library.opcheck(torch.ops.fusedrnn.layer_backward, arguments)
+    """Of two layers in two directions, with dropout between them."""
+    spec = Spec(cell, 5, 7, 2, bidirectional=True, backend="triton", save=save)
+    state = [torch.randn(4, 3, 7) for _ in widths(spec)]
+    weights = [torch.randn(shape) for shape in weight_shapes(spec)]
+    operands = [torch.randn(4, 3, 5), *state, *weights]
+    masks = Masks(layers=(LayerMasks(), LayerMasks(dropout=torch.rand(4, 3, 14)))).flat()
+    torch.library.opcheck(torch.ops.fusedrnn.stack, (operands, masks, *spec))
+    output, *rest = torch.ops.fusedrnn.stack(operands, masks, *spec)
+    final, kept = rest[: len(state)], rest[len(state) :]
+    arguments = ([output, *final], operands, masks, output, kept, True, *spec)
+    torch.library.opcheck(torch.ops.fusedrnn.stack_backward, arguments)
 
 
 @pytest.mark.parametrize("value", [float("-inf"), float("nan")])
@@ -283,7 +285,6 @@ def test_a_malformed_packed_sequence_meets_no_kernel(rows, sizes):
         rnn(packed)
     flat = [p.detach() for p in rnn.parameters()]
     with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
-        torch.ops.fusedrnn.layer(
-            packed.data, [torch.zeros(1, 3, 7)], flat, None, packed.batch_sizes, None,
-            "gru", True, False, False, False, "triton", "", "",
-        )  # fmt: skip
+        spec = Spec("gru", 5, 7, backend="triton", save=None)
+        operands = [packed.data, torch.zeros(1, 3, 7), *flat]
+        torch.ops.fusedrnn.stack(operands, [None, packed.batch_sizes, None], *spec)

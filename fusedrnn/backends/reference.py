@@ -6,51 +6,89 @@ and the transforms of `torch.func` go through it because nothing in it is hidden
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrnn import cells, packing
+from fusedrnn.call import (
+    Call,
+    Masks,
+    Operands,
+    Spec,
+    Weights,
+    masked_input,
+    one_layer,
+    split_weights,
+)
 from fusedrnn.cells import Cell
-from fusedrnn.packing import starts_of
 from fusedrnn.regularizers import ClipGradient
 
-
-class Weights(NamedTuple):
-    """The parameters of one layer and direction, in torch's order."""
-
-    w_ih: Tensor  # [G * H, I]
-    w_hh: Tensor  # [G * H, H], or [G * H, P] with a projection to P
-    b_ih: Tensor | None  # [G * H]
-    b_hh: Tensor | None  # [G * H]
-    w_hr: Tensor | None  # [P, H]
-    params: tuple[Tensor, ...]  # the cell's own, each [H]
+Steps = list[tuple[Tensor, ...]]  # the S states [B, H] of every time step
 
 
-def split_weights(
-    cell: Cell, flat: list[Tensor] | tuple[Tensor, ...], *, bias: bool, projection: bool
-) -> list[Weights]:
-    """A module's flat list of parameters as one `Weights` per layer and direction.
+def refuses(call: Call) -> str | None:
+    """None: it runs everything."""
+    return None
 
-    Raises:
-        RuntimeError: `weights` does not hold a whole number of layers.
+
+def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
+    """A stack of layers in differentiable operators: (output, *final states)."""
+    output, final, _steps = run(spec, operands, masks)
+    return output, *final
+
+
+def run(
+    spec: Spec, operands: Operands, masks: Masks, given: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...], list[Steps]]:
+    """`forward`, and the states of every layer, direction and time step, as nodes of the graph.
+
+    `given`, in the layout of the output, is that of `layer`, for a single layer.
     """
-    size = 2 + 2 * bias + projection + len(cell.params)
-    if len(flat) == 0 or len(flat) % size:
-        raise RuntimeError(
-            f"weights: expected a multiple of {size} tensors for cell {cell.name!r} with "
-            f"bias={bias} and {'a' if projection else 'no'} projection, got {len(flat)}"
-        )
-    groups = []
-    for start in range(0, len(flat), size):
-        group = list(flat[start : start + size])
-        w_ih, w_hh = group[:2]
-        b_ih, b_hh = group[2:4] if bias else (None, None)
-        rest = group[4:] if bias else group[2:]
-        w_hr, params = (rest[0], rest[1:]) if projection else (None, rest)
-        groups.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(params)))
-    return groups
+    lengths, reset = masks.lengths, masks.reset
+    if masks.batch_sizes is not None:
+        lengths = packing.lengths_of(masks.batch_sizes)
+    elif spec.batch_first and reset is not None:
+        reset = reset.transpose(0, 1)
+    input = operands.input
+    lengths = None if lengths is None else lengths.to(input.device)
+    given = None if given is None else by_time(spec, given, masks)
+    finals, steps = [], []
+    for index in range(spec.num_layers):
+        one, here, _ = one_layer(spec, operands, masks, index)
+        noise = masks.of_layer(index)
+        zoneout = noise.zoneout
+        if zoneout is not None and zoneout.dim() > 1:
+            zoneout = by_time(spec, zoneout, masks)
+        output, final, layer_steps = layer(
+            cells.get(spec.cell), by_time(spec, masked_input(input, noise), masks),
+            here.state, split_weights(one, here.weights), lengths=lengths, reset=reset,
+            reset_state=here.reset_state, h_mask=noise.h, zoneout=zoneout, clip=spec.clip,
+            given=given,
+        )  # fmt: skip
+        if masks.batch_sizes is not None:
+            input = packing.unpad(output, masks.batch_sizes)
+        else:
+            input = output.transpose(0, 1) if spec.batch_first else output
+        finals.append(final)
+        steps += layer_steps
+    return input, joined(finals), steps
+
+
+def joined(finals: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The S states [L * D, B, H] from those of each layer."""
+    return (
+        finals[0] if len(finals) == 1 else tuple([torch.cat(f) for f in zip(*finals, strict=True)])
+    )
+
+
+def by_time(spec: Spec, tensor: Tensor, masks: Masks) -> Tensor:
+    """[T, B, *] from a call's layout: [T, B, *], [B, T, *] or packed [N, *]."""
+    if masks.batch_sizes is not None:
+        return packing.pad(tensor, masks.batch_sizes)
+    return tensor.transpose(0, 1) if spec.batch_first else tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -72,13 +110,12 @@ def scan(
     reverse: bool = False,
     active: Tensor | None = None,
     reset: Tensor | None = None,
-    fresh: tuple[Tensor, ...] = (),
+    reset_state: tuple[Tensor, ...] = (),
     h_mask: Tensor | None = None,
     zoneout: Tensor | None = None,
     clip: float = 0.0,
-    record: list[tuple[Tensor, ...]] | None = None,
     given: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], Steps]:
     """One layer in one direction.
 
         h_gates_t = h_{t-1} @ w_hh^T + b_hh
@@ -90,18 +127,18 @@ def scan(
         reverse: run from the last time step to the first.
         active: [T, B] bool; where False, the state is held and the output is 0. A reversed
             row therefore starts at its own end. The input must be finite there, too.
-        reset: [T, B] bool; where True, the state is set to `fresh` (S tensors [B, H]), or to 0,
-            before the step.
+        reset: [T, B] bool; where True, the state is set to `reset_state` (S tensors [B, H]), or
+            to 0, before the step.
         h_mask: [B, H], multiplies h_{t-1} before the recurrent product.
         zoneout: bool [T, B, S, H]: where True a unit keeps its previous state; or [S] floats,
             the part of its previous state that it keeps.
         clip: bound of the gradient of each h_t, from its output and the next step together;
             0 for none.
-        record: takes the S states of every step, as computed for all rows, in order of time.
         given: [T, B, H], the output, where another backend has computed it: every step starts
             from the h in it, and what is left to compute are the other states.
     Returns:
-        output [T, B, H]; the S final states.
+        output [T, B, H]; the S final states; the S states of every step, as computed for all rows,
+        in order of time.
     Numerics: gates and states are float32 (float64 for float64); h is rounded to the input's
         dtype at every step, since that is how it is stored.
     """
@@ -116,14 +153,17 @@ def scan(
     G = len(cell.gates)
 
     state = tuple(s.to(wide) for s in state)
-    fresh = tuple(f.to(wide) for f in fresh) or tuple(torch.zeros_like(s) for s in state)
+    reset_state = tuple(f.to(wide) for f in reset_state)
+    reset_state = reset_state or tuple(torch.zeros_like(s) for s in state)
     h_mask = None if h_mask is None else h_mask.to(wide)
     steps = range(input.shape[0])
     outputs: list[Tensor] = []
+    states: Steps = []
     for t in reversed(steps) if reverse else steps:
         if reset is not None:
             started = reset[t][:, None]
-            state = tuple(torch.where(started, f, s) for f, s in zip(fresh, state, strict=True))
+            pairs = zip(reset_state, state, strict=True)
+            state = tuple(torch.where(started, f, s) for f, s in pairs)
         held, here = state, None
         if active is not None:
             # A row that is over goes through the cell as zeros: autograd multiplies what it holds
@@ -140,8 +180,7 @@ def scan(
         if zoneout is not None:
             new = _zone_out(zoneout, t, state, new)
         new = (new[0].to(dtype).to(wide) if given is None else given[t].to(wide), *new[1:])
-        if record is not None:
-            record.append(new)
+        states.append(new)
         if clip:
             new = (cast(Tensor, ClipGradient.apply(new[0], clip)), *new[1:])
         if here is None:
@@ -152,9 +191,8 @@ def scan(
         state = new
     if reverse:
         outputs.reverse()
-        if record is not None:
-            record.reverse()
-    return torch.stack(outputs).to(dtype), tuple(s.to(dtype) for s in state)
+        states.reverse()
+    return torch.stack(outputs).to(dtype), tuple(s.to(dtype) for s in state), states
 
 
 def _zone_out(zoneout: Tensor, t: int, prev, new) -> tuple[Tensor, ...]:
@@ -173,37 +211,34 @@ def layer(
     *,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_state: tuple[Tensor, ...] = (),
     h_mask: Tensor | None = None,
     zoneout: Tensor | None = None,
     clip: float = 0.0,
-    record: list[list[tuple[Tensor, ...]]] | None = None,
     given: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], list[Steps]]:
     """One layer in one or two directions.
 
     Args:
         input: [T, B, I].
-        state: S tensors [D, B, H]; with `reset`, S more may follow: the states it sets.
+        state, reset_state: S tensors [D, B, H] each.
         lengths: [B]; see `scan`.
         reset: [T, B] bool: where a sequence begins inside a row. The reverse direction is reset
             between the same two steps, on its way from that first step to the one before it.
             Beyond a row's length it means nothing.
         h_mask: [D, B, H]. zoneout: bool [T, B, D, S, H] or [S] floats. clip: see `scan`.
-        record: takes one list for each direction; see `scan`. given: [T, B, D * H]; see `scan`.
+        given: [T, B, D * H]; see `scan`.
     Returns:
-        output [T, B, D * H]; S final states [D, B, H].
+        output [T, B, D * H]; S final states [D, B, H]; the states of every step of each direction.
     """
     active = None
     if lengths is not None:
         active = active_rows(lengths, input.shape[0])
         input = torch.where(active[:, :, None], input, torch.zeros_like(input))
-    starts = None if reset is None else starts_of(reset, lengths, len(directions))
-    S = len(cell.states)
-    state, fresh = state[:S], state[S:]
-    outputs, finals = [], []
+    starts = None if reset is None else packing.starts_of(reset, lengths, len(directions))
+    outputs, finals, states = [], [], []
     for d, weights in enumerate(directions):
-        steps: list[tuple[Tensor, ...]] = []
-        output, final = scan(
+        output, final, steps = scan(
             cell,
             input,
             tuple(s[d] for s in state),
@@ -211,16 +246,14 @@ def layer(
             reverse=d == 1,
             active=active,
             reset=None if starts is None else starts[:, :, d],
-            fresh=tuple(f[d] for f in fresh),
+            reset_state=tuple(f[d] for f in reset_state),
             h_mask=None if h_mask is None else h_mask[d],
             zoneout=zoneout if zoneout is None or zoneout.dim() == 1 else zoneout[:, :, d],
             clip=clip,
-            record=None if record is None else steps,
             given=None if given is None else given.chunk(len(directions), -1)[d],
         )
-        if record is not None:
-            record.append(steps)
         outputs.append(output)
         finals.append(final)
+        states.append(steps)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+    return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True)), states

@@ -1,0 +1,215 @@
+"""torch's own kernels: cuDNN on a GPU, oneDNN or native code on a CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn import cells, packing
+from fusedrnn.backends import reference
+from fusedrnn.call import (
+    LOOP_FEATURES,
+    STATES_COMPILED,
+    TRANSFORMED,
+    Call,
+    Masks,
+    Operands,
+    Spec,
+    directions,
+    masked_input,
+    one_layer,
+    operands_of,
+)
+
+
+def refuses(call: Call) -> str | None:
+    """Why torch's operators cannot run the call, or None."""
+    cell = call.spec.cell
+    if cells.get(cell).aten is None:
+        return f"torch has no {cell}"
+    features = [LOOP_FEATURES[name] for name in call.loop_features if name in LOOP_FEATURES]
+    if features:
+        return f"torch's kernels do not have {' and '.join(features)}"
+    if "states" in call.loop_features and torch.compiler.is_compiling():
+        return STATES_COMPILED
+    if call.transformed:
+        return TRANSFORMED
+    # Of torch's loops only the LSTM over plain rows is oneDNN's.
+    plain = not (call.packed or call.lengths or call.spec.proj_size)
+    float32 = call.autocast and call.input_dtype == torch.float32
+    if cell == "lstm" and float32 and call.device.type == "cpu" and plain:
+        failure = lstm_autocast_failure(call.dtype, training=call.needs_grad)
+        if failure:
+            return f"torch's LSTM fails under autocast to {call.dtype} on this processor: {failure}"
+    return None
+
+
+def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
+    """A stack of layers through torch's operator: (output, *final states).
+
+    One call for all layers, with torch's dropout between them, unless there is noise of ours.
+    """
+    if not masks.layers:
+        return _run(spec, operands, masks)
+    input, finals = operands.input, []
+    for index in range(spec.num_layers):
+        one, here, _ = one_layer(spec, operands, masks, index)
+        here = here._replace(input=masked_input(input, masks.of_layer(index)))
+        input, *final = _run(one, here, masks)
+        finals.append(tuple(final))
+    return input, *reference.joined(finals)
+
+
+def forward_on(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[Tensor, ...]:
+    """`forward`, differentiable twice on every device."""
+    if call.device.type != "cuda" or not call.needs_grad:
+        return forward(spec, operands, masks)
+    # cuDNN keeps what backward needs only in training mode; without dropout the mode changes
+    # nothing else, so modules in evaluation can be differentiated too.
+    dropped = spec.dropout if spec.training and spec.num_layers > 1 else 0.0
+
+    def run(*tensors):
+        one = spec._replace(training=True, dropout=dropped)
+        return forward(one, operands_of(spec, tensors), masks)
+
+    def again(*tensors):
+        if dropped and not masks.layers:
+            raise RuntimeError(
+                "a second derivative through cuDNN with dropout cannot repeat the dropout mask; "
+                "use backend='triton' or backend='reference'"
+            )
+        return reference.forward(spec, operands_of(spec, tensors), masks)
+
+    return DifferentiableTwice.apply(run, again, *operands.flat())
+
+
+def _run(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
+    """The layers of `operands`, by one call of torch's operator."""
+    function = getattr(torch, str(cells.get(spec.cell).aten))
+    input, state, weights = operands.input, operands.state, list(operands.weights)
+    hx = state[0] if len(state) == 1 else state
+    options = (spec.bias, spec.num_layers, spec.dropout, spec.training, spec.bidirectional)
+    if masks.batch_sizes is not None:
+        return function(input, masks.batch_sizes, hx, weights, *options)
+    # On the meta device there is no length to look at; the shapes are those of full rows.
+    if masks.lengths is None or input.device.type == "meta":
+        return function(input, hx, weights, *options, spec.batch_first)
+    return _run_padded(function, spec, operands, masks.lengths, options)
+
+
+def _run_padded(function, spec: Spec, operands: Operands, lengths: Tensor, options):
+    """torch packs only rows of at least one step, longest first, with lengths on the CPU: so
+    rows are sorted, and empty ones keep their state and get an output of zeros."""
+    input, state, weights = operands.input, operands.state, list(operands.weights)
+    batch_dim = 0 if spec.batch_first else 1
+    T = input.shape[1 - batch_dim]
+    sorted_lengths, order = lengths.cpu().clamp(0, T).sort(descending=True, stable=True)
+    filled = int((sorted_lengths > 0).sum())
+    if filled == 0:
+        zeros = input.new_zeros([*input.shape[:2], directions(spec) * state[0].shape[-1]])
+        # A function of everything, as autograd sees it, so that backward goes through; and a
+        # multiple of the state, not a clone, whose gradient would be an op's very argument.
+        never = torch.zeros((), dtype=torch.bool, device=input.device)
+        everything = torch.stack([t.sum() for t in (input, *weights)]).sum()
+        return torch.where(never, everything, zeros), *(1 * s for s in state)
+    order = order.to(input.device)
+    rows = order[:filled]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        input.index_select(batch_dim, rows), sorted_lengths[:filled], spec.batch_first
+    )
+    first = tuple(s.index_select(1, rows) for s in state)
+    hx = first[0] if len(first) == 1 else first
+    data, *final = function(packed.data, packed.batch_sizes, hx, weights, *options)
+    # Each packed row to its place in [T * B]; pad_packed_sequence copies in place, which loses
+    # the gradient under a dispatch mode (a FLOP counter, say), where autograd runs inside an op.
+    sizes = packed.batch_sizes
+    step = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
+    rank = torch.arange(step.numel(), device=sizes.device) - packing.offsets_of(sizes)[step]
+    row = rows.cpu()[rank]
+    place = row * T + step if spec.batch_first else step * lengths.numel() + row
+    output = data.new_zeros([T * lengths.numel(), data.shape[-1]])
+    output = output.index_copy(0, place.to(input.device), data).view(*input.shape[:2], -1)
+    kept = tuple(s.to(f.dtype) for s, f in zip(state, final, strict=True))
+    final = (k.index_copy(1, rows, f) for k, f in zip(kept, final, strict=True))
+    return output, *final
+
+
+class DifferentiableTwice(torch.autograd.Function):
+    """A call of cuDNN, whose own backward cannot be differentiated.
+
+    Forward keeps cuDNN's graph for the first derivative; a second derivative starts from
+    `again`, the same function in differentiable operators.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[..., Any], again: Callable[..., Any], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            outputs = run(*inputs)
+        ctx.again = again
+        # Saved rather than kept, so that autograd frees cuDNN's graph when it frees this node's.
+        ctx.save_for_backward(*tensors, *inputs, *outputs)
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        n = len(ctx.needs_input_grad) - 2
+        tensors, inputs = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n]
+        outputs = ctx.saved_tensors[2 * n :]
+        create_graph = torch.is_grad_enabled()
+        if create_graph:
+            inputs = [t.view_as(t) for t in tensors]
+            outputs = ctx.again(*inputs)
+        wanted = [t for t in inputs if t.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                outputs, wanted, d_outputs,
+                retain_graph=True, create_graph=create_graph, materialize_grads=True,
+            )
+        )  # fmt: skip
+        return None, None, *(next(found) if t.requires_grad else None for t in inputs)
+
+
+def lstm_autocast_failure(dtype: torch.dtype, *, training: bool) -> str | None:
+    """What torch's LSTM says on this processor to float32 tensors under autocast to `dtype`, or
+    None where it computes.
+
+    It takes oneDNN for float32, and finds out too late that autocast has made it a dtype for
+    which oneDNN has no kernel here. No query tells beforehand, so one time step is tried.
+    """
+    return _try_lstm(dtype, training, torch._C._get_mkldnn_enabled())
+
+
+# torch.compile calls this and takes the answer for a constant, as with the decorator
+# torch.compiler.assume_constant_result, which would import all of torch._dynamo to set this.
+lstm_autocast_failure._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@functools.cache
+def _try_lstm(dtype: torch.dtype, training: bool, onednn: bool) -> str | None:
+    # In a thread of its own: what the caller is in (a trace, a mode, hooks of a checkpoint) would
+    # take part in it, and all that is a thread's.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_failure_of_lstm, dtype, training).result()
+
+
+def _failure_of_lstm(dtype: torch.dtype, training: bool) -> str | None:
+    like = {"device": "cpu", "dtype": torch.float32}
+    x = torch.zeros(1, 1, 1, **like, requires_grad=training)
+    weights = [torch.zeros(4, 1, **like) for _ in range(2)]
+    state = [torch.zeros(1, 1, 1, **like) for _ in range(2)]
+    with torch.set_grad_enabled(training), torch.autocast("cpu", dtype=dtype):
+        try:
+            output, *_ = torch.lstm(x, state, weights, False, 1, 0.0, training, False, False)
+            if training:
+                torch.autograd.grad(output.sum(), x)
+        except RuntimeError as error:
+            return str(error).split(". ")[0]
+    return None

@@ -1,0 +1,347 @@
+"""The fused kernels of `fusedrnn.kernels`, and the matrix products beside their time loops."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import operator
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fusedrnn import cells, packing
+from fusedrnn.backends.reference import joined
+from fusedrnn.call import (
+    STATES_COMPILED,
+    TRANSFORMED,
+    Call,
+    LayerMasks,
+    Masks,
+    Operands,
+    Spec,
+    Weights,
+    directions,
+    masked_input,
+    one_layer,
+    split_weights,
+)
+
+OLDEST_TRITON = (3, 6)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton_version() -> str | None:
+    """The version of the triton that Python would import, or None if that has none."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # Distributions of other names hold a package triton too: triton-windows, ROCm's, XPU's.
+        return getattr(importlib.import_module("triton"), "__version__", None)
+
+
+def _missing() -> str | None:
+    """Why Triton cannot be used in this process at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    version = triton_version()
+    if version is None:
+        return "the package named triton here is not the compiler: it has no version"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {version} is too old, {oldest} or newer is needed"
+    return None
+
+
+# Found out once, at import, so that torch.compile need not trace the search.
+MISSING = _missing()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter, which runs kernels on a CPU, is switched on."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def refuses(call: Call) -> str | None:
+    """Why the kernels cannot run the call, or None."""
+    device = call.device.type
+    if MISSING:
+        return MISSING
+    if call.transformed:
+        return TRANSFORMED
+    if device == "cpu" and not interpreted():
+        return "the tensors are on the cpu (TRITON_INTERPRET=1 would interpret the kernels there)"
+    if device not in ("cpu", "cuda"):
+        return f"the kernels run on cuda devices, not on {device}"
+    if call.dtype not in DTYPES:
+        return f"the kernels compute float32, bfloat16 and float16, not {call.dtype}"
+    if call.spec.proj_size:
+        return f"projections are not fused (proj_size={call.spec.proj_size})"
+    if "states" in call.loop_features and torch.compiler.is_compiling():
+        return STATES_COMPILED
+    if call.B == 0 or call.T == 0:
+        return f"there is nothing to launch (T={call.T}, B={call.B})"
+    if device == "cuda":
+        H = operator.index(call.spec.hidden_size)  # a number, where torch.compile has a symbol
+        index = call.device.index or 0
+        return _no_plan(call.spec.cell, call.dtype, H, directions(call.spec), index)
+    return None
+
+
+def _no_plan(cell: str, dtype: torch.dtype, H: int, D: int, index: int) -> str | None:
+    """Why the kernels cannot run such a layer on that CUDA device, or None."""
+    if torch.version.hip:
+        return "the waits of the kernels are not proven on AMD GPUs"
+    from fusedrnn.kernels import refusal
+
+    return refusal(cells.get(cell), dtype, H, D, torch.device("cuda", index))
+
+
+# As torch.compiler.assume_constant_result, see `aten.lstm_autocast_failure`.
+_no_plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def fp32_precision() -> str:
+    """ "tf32" or "ieee": what torch's switch for cuDNN's recurrent kernels asks of float32."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # pyright: ignore
+
+
+def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
+    """[output, *final states, *what `backward` needs, as `kept_shapes` lists it]."""
+    import fusedrnn.kernels as kernels
+
+    cell = cells.get(spec.cell)
+    rows = packing.rows_of(operands.input, spec.batch_first, masks.lengths, masks.batch_sizes)
+    reset, precision = _reset_flags(spec, masks, rows), fp32_precision()
+    input, finals, kept = operands.input, [], []
+    for index in range(spec.num_layers):
+        one, here, _ = one_layer(spec, operands, masks, index)
+        noise, weights = masks.of_layer(index), split_weights(one, here.weights)
+        if index > 0 and spec.save:
+            kept.append(input)
+        input = masked_input(input, noise)
+        with matmul_precision(input, precision):
+            x_gates = _input_gates(input.reshape(-1, input.shape[-1]), weights, len(cell.gates))
+        output, final, saved, states = kernels.scan_forward(
+            cell,
+            x_gates,
+            _stack_weights(weights),
+            _stack_bias([w.b_hh for w in weights]),
+            tuple([s.contiguous() for s in here.state]),
+            _stack_params(weights),
+            rows=rows,
+            save=spec.save,
+            input_precision=precision,
+            extras=_extras(spec, here, noise, reset, x_gates.shape[0]),
+        )
+        input = output.view(*input.shape[:-1], -1)
+        finals.append(final)
+        kept += [t for t in (saved, states) if t is not None]
+    return [input, *joined(finals), *kept]
+
+
+def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
+    """Of each layer, the shapes of what `forward` keeps for `backward`: the output of the layer
+    below, what the cell saved, and its states but h, as far as there are such."""
+    cell, D, H = cells.get(spec.cell), directions(spec), spec.hidden_size
+    N = input.numel() // input.shape[-1]
+    shapes = []
+    for index in range(spec.num_layers):
+        layer: list[tuple[int, ...]] = [(*input.shape[:-1], D * H)] if index and spec.save else []
+        if spec.save == "gates" and cell.saved:
+            layer.append((N, D, len(cell.saved), H))
+        if spec.save and len(cell.states) > 1:
+            layer.append((N, D, len(cell.states) - 1, H))
+        shapes.append(layer)
+    return shapes
+
+
+def backward(
+    spec: Spec,
+    d_outputs: list[Tensor],
+    operands: Operands,
+    masks: Masks,
+    output: Tensor,
+    kept: list[Tensor],
+    *,
+    d_input_wanted: bool,
+) -> list[Tensor]:
+    """The gradients of `operands.flat()`, from those of the output and of the final states.
+
+    Where that of the input is not wanted it is left empty: one large matrix product less.
+    """
+    L, D = spec.num_layers, directions(spec)
+    rows = packing.rows_of(operands.input, spec.batch_first, masks.lengths, masks.batch_sizes)
+    reset = _reset_flags(spec, masks, rows)
+    per_layer, taken = [], 0
+    for shapes in kept_shapes(spec, operands.input):
+        per_layer.append(kept[taken : taken + len(shapes)])
+        taken += len(shapes)
+    d_output, d_states, d_weights = d_outputs[0], [], []
+    for index in reversed(range(L)):
+        one, here, _ = one_layer(spec, operands, masks, index)
+        noise, kept = masks.of_layer(index), per_layer[index]
+        below = operands.input
+        if index > 0:
+            below, *kept = kept
+        here = here._replace(input=masked_input(below, noise))
+        part = slice(index * D, (index + 1) * D)
+        d_final = tuple([d[part].contiguous() for d in d_outputs[1:]])
+        d_input, d_state, gradients = _layer_backward(
+            one, here, noise, rows, reset, d_output, d_final, output, kept,
+            d_input_wanted=d_input_wanted or index > 0,
+        )  # fmt: skip
+        d_output, output = _through_masks(d_input, noise), below
+        d_states.insert(0, d_state)
+        d_weights = [*gradients, *d_weights]
+    return [d_output, *joined(d_states), *d_weights]
+
+
+def _through_masks(d_input: Tensor, noise: LayerMasks) -> Tensor:
+    if d_input.numel():
+        for mask in (noise.input, noise.dropout):
+            if mask is not None:
+                d_input = d_input * mask
+    return d_input
+
+
+def _layer_backward(
+    spec, operands, noise, rows, reset, d_output, d_final, output, kept, *, d_input_wanted
+):
+    """The gradients of one layer: of its input, its states, its weights."""
+    import fusedrnn.kernels as kernels
+
+    cell, precision = cells.get(spec.cell), fp32_precision()
+    G, D, H = len(cell.gates), directions(spec), spec.hidden_size
+    weights = split_weights(spec, operands.weights)
+    input = operands.input
+    input_ni = input.reshape(-1, input.shape[-1])
+    output_ndh = output.reshape(-1, D, H)
+    extras = _extras(spec, operands, noise, reset, input_ni.shape[0])
+    h_prev = packing.previous_h(output_ndh, operands.state[0], rows)
+    if reset is not None:
+        h_prev = packing.started_over(h_prev, reset, extras.fresh[:1], rows)
+    if noise.h is not None:
+        h_prev *= packing.by_row(noise.h, rows, h_prev.shape[0])
+    if rows.lengths is not None and rows.offsets is None:
+        # The gradients of steps that do not exist are 0, but 0 * inf is NaN in the products.
+        over = packing.rows_over(rows, rows.lengths)
+        input_ni = input_ni.masked_fill(over[:, None], 0)
+        h_prev.masked_fill_(over[:, None, None], 0)
+    kept, values = list(kept), None
+    with matmul_precision(input, precision):
+        if spec.save == "gates":
+            values = kept.pop(0) if cell.saved else None
+        elif cell.saved or noise.zoneout is not None:
+            values = (_input_gates(input_ni, weights, G), _recurrent_gates(h_prev, weights, G))
+        states = kept.pop(0) if len(cell.states) > 1 else None
+        dx_gates, dh_gates, d_state, d_params = kernels.scan_backward(
+            cell,
+            d_output.reshape(-1, D, H),
+            d_final,
+            _stack_weights(weights),
+            _stack_bias([w.b_hh for w in weights]),
+            tuple(s.contiguous() for s in operands.state),
+            _stack_params(weights),
+            output_ndh,
+            states,
+            values,
+            rows=rows,
+            save=spec.save or "",
+            input_precision=precision,
+            extras=extras,
+        )
+        d_input = input.new_empty([0])
+        if d_input_wanted:
+            w_ih = torch.cat([w.w_ih for w in weights])
+            d_input = (dx_gates.flatten(1) @ w_ih).view(input.shape)
+        gradients: list[Tensor] = []
+        for d, w in enumerate(weights):
+            dx, dh = dx_gates[:, d].flatten(1), dh_gates[:, d].flatten(1)
+            gradients += [dx.T @ input_ni, dh.T @ h_prev[:, d]]
+            if spec.bias:
+                # Summed in float32: N is large, and a low-precision sum would stop growing.
+                d_b_ih = dx.sum(0, dtype=torch.float32).to(dx.dtype)
+                d_b_hh = d_b_ih if cell.additive else dh.sum(0, dtype=torch.float32).to(dh.dtype)
+                gradients += [d_b_ih, d_b_hh.clone()]
+            gradients += [
+                p[d].to(q.dtype, copy=True) for p, q in zip(d_params, w.params, strict=True)
+            ]
+    return d_input, d_state, gradients
+
+
+def _reset_flags(spec: Spec, masks: Masks, rows: packing.Rows) -> Tensor | None:
+    if masks.reset is None:
+        return None
+    return packing.starts_by_row(masks.reset, rows, spec.batch_first, directions(spec))
+
+
+def _extras(spec, operands: Operands, noise: LayerMasks, reset: Tensor | None, N: int):
+    """Resets, masks and zoneout as the kernels take them."""
+    import fusedrnn.kernels as kernels
+
+    zoneout = noise.zoneout
+    if zoneout is not None and zoneout.dim() > 1:
+        zoneout = zoneout.reshape(N, directions(spec), len(operands.state), -1).view(torch.int8)
+    fresh = tuple([f.contiguous() for f in operands.reset_state])
+    return kernels.Extras(reset, fresh, noise.h, zoneout, spec.clip)
+
+
+def _stack_weights(weights: list[Weights]) -> Tensor:
+    """[D, G * H, H] from W_hh of each direction; a view where there is one."""
+    if len(weights) == 1:
+        return weights[0].w_hh.unsqueeze(0)
+    return torch.stack([w.w_hh for w in weights])
+
+
+def _stack_bias(biases: list[Tensor | None]) -> Tensor | None:
+    """[D, G * H] from the biases of each direction, or None where they have none."""
+    present = [b for b in biases if b is not None]
+    if not present:
+        return None
+    return present[0].unsqueeze(0) if len(present) == 1 else torch.stack(present)
+
+
+def _stack_params(weights: list[Weights]) -> tuple[Tensor, ...]:
+    columns = zip(*(w.params for w in weights), strict=True)
+    return tuple(torch.stack(column) for column in columns)
+
+
+def _input_gates(input_ni: Tensor, weights: list[Weights], G: int) -> Tensor:
+    """x_gates [N, D, G, H]: the input projection of all time steps and both directions."""
+    w_ih = torch.cat([w.w_ih for w in weights]) if len(weights) > 1 else weights[0].w_ih
+    b_ih = _stack_bias([w.b_ih for w in weights])
+    x_gates = torch.nn.functional.linear(input_ni, w_ih, None if b_ih is None else b_ih.flatten())
+    return x_gates.view(input_ni.shape[0], len(weights), G, -1)
+
+
+def _recurrent_gates(h_prev_ndh: Tensor, weights: list[Weights], G: int) -> Tensor:
+    """h_gates [N, D, G, H] of all time steps at once, from the h before each of them."""
+    linear = torch.nn.functional.linear
+    gates = [linear(h_prev_ndh[:, d], w.w_hh, w.b_hh) for d, w in enumerate(weights)]
+    return torch.stack(gates, dim=1).unflatten(-1, (G, -1))
+
+
+@contextmanager
+def matmul_precision(input: Tensor, precision: str) -> Iterator[None]:
+    """Runs the matrix products beside the loop in the precision of the loop, as cuDNN does."""
+    if input.device.type != "cuda" or input.dtype != torch.float32:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    with _matmul_switch:
+        before = settings.fp32_precision
+        settings.fp32_precision = precision
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
+
+
+# The switch is the process's: a thread (DataParallel has one per device) must not find, and later
+# restore, what another had set for its own products. Held while they are launched, not while run.
+_matmul_switch = threading.Lock()

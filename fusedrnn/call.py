@@ -1,0 +1,197 @@
+"""A call's facts, gathered once and passed whole: what is static, and its tensors."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedrnn import cells
+
+# What a time loop may have to do besides the cell, by the names in `Call.loop_features`.
+LOOP_FEATURES = {
+    "reset": "resets inside a sequence",
+    "reset_state": "resets to a given state",
+    "recurrent_dropout": "recurrent dropout",
+    "zoneout": "zoneout",
+    "clip_gradient": "gradient clipping inside the loop",
+}
+# What several backends refuse. ("states" are had in other ways beside every backend's loop.)
+STATES_COMPILED = "torch.compile sees the states of all steps only in plain torch operators"
+TRANSFORMED = "torch.func transforms and forward-mode AD need plain torch operators"
+
+
+class Spec(NamedTuple):
+    """What is static about a call of a stack: plain values, which a custom op takes one by one.
+
+    Attributes:
+        cell: a name in `fusedrnn.cells.REGISTRY`.
+        input_size, hidden_size, num_layers: I, H, L. proj_size: P, or 0.
+        backend: the one that was asked for, or None; once chosen, the one that runs.
+        save: what the fused backward reads, "gates" or "states"; None if there will be none.
+        autocast: the dtype that autocast gives the aten backend, as "bfloat16", or None.
+        clip: bound of the gradient of each h_t inside the loop; 0 for none.
+    """
+
+    cell: str
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+    training: bool = False
+    backend: str | None = None
+    save: str | None = "gates"
+    autocast: str | None = None
+    clip: float = 0.0
+
+
+def directions(spec: Spec) -> int:
+    """D."""
+    return 2 if spec.bidirectional else 1
+
+
+def widths(spec: Spec) -> tuple[int, ...]:
+    """The features of each of the cell's S states: h may be projected."""
+    others = len(cells.get(spec.cell).states) - 1
+    return (spec.proj_size or spec.hidden_size, *(spec.hidden_size,) * others)
+
+
+def weights_per_direction(spec: Spec) -> int:
+    """How many parameters a layer and direction has."""
+    return 2 + 2 * spec.bias + bool(spec.proj_size) + len(cells.get(spec.cell).params)
+
+
+class Weights(NamedTuple):
+    """The parameters of one layer and direction, in torch's order."""
+
+    w_ih: Tensor  # [G * H, I]
+    w_hh: Tensor  # [G * H, H], or [G * H, P] with a projection to P
+    b_ih: Tensor | None  # [G * H]
+    b_hh: Tensor | None  # [G * H]
+    w_hr: Tensor | None  # [P, H]
+    params: tuple[Tensor, ...]  # the cell's own, each [H]
+
+
+def split_weights(spec: Spec, flat: Sequence[Tensor]) -> list[Weights]:
+    """A flat list of parameters as one `Weights` for each layer and direction."""
+    size, groups = weights_per_direction(spec), []
+    for start in range(0, len(flat), size):
+        rest = list(flat[start : start + size])
+        w_ih, w_hh, rest = rest[0], rest[1], rest[2:]
+        b_ih, b_hh, rest = (rest[0], rest[1], rest[2:]) if spec.bias else (None, None, rest)
+        w_hr, rest = (rest[0], rest[1:]) if spec.proj_size else (None, rest)
+        groups.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(rest)))
+    return groups
+
+
+class Operands(NamedTuple):
+    """The tensors of a call that may have a gradient."""
+
+    input: Tensor  # [T, B, I], [B, T, I] with batch_first, or packed [N, I]
+    state: tuple[Tensor, ...]  # S x [L * D, B, H]
+    reset_state: tuple[Tensor, ...]  # what a reset sets: as `state`, or () for zeros
+    weights: tuple[Tensor, ...]  # layer 0 forward, layer 0 reverse, layer 1 forward, ...
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """All of them, one behind the other."""
+        return (self.input, *self.state, *self.reset_state, *self.weights)
+
+
+def operands_of(spec: Spec, flat: Sequence[Tensor]) -> Operands:
+    """What `Operands.flat` took apart."""
+    S = len(cells.get(spec.cell).states)
+    first_weight = len(flat) - spec.num_layers * directions(spec) * weights_per_direction(spec)
+    state, reset_state = flat[1 : 1 + S], flat[1 + S : first_weight]
+    return Operands(flat[0], tuple(state), tuple(reset_state), tuple(flat[first_weight:]))
+
+
+class LayerMasks(NamedTuple):
+    """The noise of one layer. The input is multiplied by the first two, one after the other."""
+
+    dropout: Tensor | None = None  # in the shape of the input
+    input: Tensor | None = None  # broadcasts over the time steps of a row
+    h: Tensor | None = None  # [D, B, H], multiplies h_{t-1} before the recurrent product
+    zoneout: Tensor | None = None  # bool [*rows, D, S, H]: keep the state; or [S] floats
+
+
+NO_MASKS = LayerMasks()
+
+
+class Masks(NamedTuple):
+    """The tensors of a call without a gradient: which steps exist, where sequences begin, noise."""
+
+    lengths: Tensor | None = None  # [B], for padded input
+    batch_sizes: Tensor | None = None  # [T] on the CPU, for packed input
+    reset: Tensor | None = None  # [T, B] bool, or [B, T] with batch_first
+    layers: tuple[LayerMasks, ...] = ()  # () where there is no noise
+
+    def flat(self) -> list[Tensor | None]:
+        """All of them, one behind the other."""
+        noise = [mask for masks in self.layers for mask in masks]
+        return [self.lengths, self.batch_sizes, self.reset, *noise]
+
+    def of_layer(self, layer: int) -> LayerMasks:
+        """The noise of that layer."""
+        return self.layers[layer] if self.layers else NO_MASKS
+
+
+def masks_of(flat: Sequence[Tensor | None]) -> Masks:
+    """What `Masks.flat` took apart."""
+    size = len(NO_MASKS)
+    layers = [LayerMasks(*flat[at : at + size]) for at in range(3, len(flat), size)]
+    return Masks(flat[0], flat[1], flat[2], tuple(layers))
+
+
+def one_layer(
+    spec: Spec, operands: Operands, masks: Masks, layer: int
+) -> tuple[Spec, Operands, Masks]:
+    """The call of that layer alone. The input stays the stack's, before the layer's masks."""
+    D, size = directions(spec), weights_per_direction(spec) * directions(spec)
+    part = slice(layer * D, (layer + 1) * D)
+    input_size = spec.input_size if layer == 0 else D * widths(spec)[0]
+    operands = Operands(
+        operands.input,
+        tuple([s[part] for s in operands.state]),
+        tuple([s[part] for s in operands.reset_state]),
+        operands.weights[layer * size : (layer + 1) * size],
+    )
+    masks = masks._replace(layers=(masks.of_layer(layer),) if masks.layers else ())
+    return spec._replace(num_layers=1, input_size=input_size), operands, masks
+
+
+def masked_input(input: Tensor, masks: LayerMasks) -> Tensor:
+    """What enters a layer, from the stack's input or the output of the layer below."""
+    for mask in (masks.dropout, masks.input):
+        if mask is not None:
+            input = input * mask.to(input.dtype)
+    return input
+
+
+class Call(NamedTuple):
+    """What a backend needs to know of a call to say whether it can run it.
+
+    Attributes:
+        dtype: in which it is computed: the input's, or under autocast that of autocast.
+        loop_features: what a time loop has to do besides the cell: names in LOOP_FEATURES, and
+            "states", all of them at all steps.
+        autocast: whether autocast is at work on such an input.
+    """
+
+    spec: Spec
+    device: torch.device
+    dtype: torch.dtype
+    T: int
+    B: int
+    packed: bool = False
+    lengths: bool = False
+    reset: bool = False
+    needs_grad: bool = False
+    transformed: bool = False
+    loop_features: tuple[str, ...] = ()
+    return_states: bool = False
+    autocast: bool = False
+    input_dtype: torch.dtype = torch.float32

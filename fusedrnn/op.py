@@ -1,0 +1,228 @@
+"""A stack of layers as one node of the graph: the custom ops, and their autograd.
+
+`fusedrnn::stack` and `fusedrnn::stack_backward` are opaque to torch.compile and torch.export.
+`Stack`, the autograd.Function around them, adds what an op cannot: a backward that is itself
+differentiable.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn import cells, onnx, packing
+from fusedrnn.backends import aten, reference, triton
+from fusedrnn.call import Call, Masks, Operands, Spec, directions, masks_of, operands_of, widths
+
+# An op's arguments are plain: the fields of a Spec stand at the end of its schema, one by one.
+_TYPES = {str: "str", int: "SymInt", bool: "bool", float: "float", str | None: "str?"}
+_SPEC = ", ".join(f"{_TYPES[t]} {name}" for name, t in Spec.__annotations__.items())
+
+
+def run_plain(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
+    """The stack by the backend whose operators autograd sees through: aten or reference."""
+    run = aten.forward if spec.backend == "aten" else reference.forward
+    if not spec.autocast:
+        return run(spec, operands, masks)
+    with torch.autocast(operands.input.device.type, dtype=getattr(torch, spec.autocast)):
+        return run(spec, operands, masks)
+
+
+def _forward(operands: list[Tensor], masks: list[Tensor | None], *fields: Any) -> list[Tensor]:
+    """[output, *final states, *what triton keeps for `stack_backward`]."""
+    spec = Spec(*fields)
+    call, rest = operands_of(spec, operands), masks_of(masks)
+    if rest.batch_sizes is not None:
+        packing.check_batch_sizes(rest.batch_sizes, call.input)
+    # Here, since a compiler looks at no values; on another device it would mean waiting.
+    if rest.lengths is not None and rest.lengths.device.type == "cpu":
+        packing.check_length_values(rest.lengths, call.input.shape[1 if spec.batch_first else 0])
+    if spec.backend == "triton":
+        return triton.forward(spec, call, rest)
+    return [output.contiguous() for output in run_plain(spec, call, rest)]
+
+
+def _backward(
+    d_outputs: list[Tensor],
+    operands: list[Tensor],
+    masks: list[Tensor | None],
+    output: Tensor,
+    kept: list[Tensor],
+    d_input_wanted: bool,
+    *fields: Any,
+) -> list[Tensor]:
+    """The gradients of `operands`. triton leaves that of the input empty where it is not wanted."""
+    spec = Spec(*fields)
+    if spec.backend == "triton":
+        return triton.backward(
+            spec, d_outputs, operands_of(spec, operands), masks_of(masks), output, kept,
+            d_input_wanted=d_input_wanted,
+        )  # fmt: skip
+    # An op cannot carry an autograd graph across, so the call runs again, under autograd.
+    leaves = [t.detach().requires_grad_() for t in operands]
+    with autograd_inside_op():
+        outputs = run_plain(spec, operands_of(spec, leaves), masks_of(masks))
+    gradients = torch.autograd.grad(
+        outputs, leaves, [d.to(o.dtype) for d, o in zip(d_outputs, outputs, strict=True)],
+        materialize_grads=True,
+    )  # fmt: skip
+    return [g.contiguous() for g in gradients]
+
+
+stack_op: Any = torch.library.custom_op(
+    "fusedrnn::stack", _forward, mutates_args=(),
+    schema=f"(Tensor[] operands, Tensor?[] masks, {_SPEC}) -> Tensor[]",
+)  # fmt: skip
+stack_backward_op: Any = torch.library.custom_op(
+    "fusedrnn::stack_backward", _backward, mutates_args=(),
+    schema="(Tensor[] d_outputs, Tensor[] operands, Tensor?[] masks, Tensor output, "
+    f"Tensor[] kept, bool d_input_wanted, {_SPEC}) -> Tensor[]",
+)  # fmt: skip
+
+
+@stack_op.register_fake
+def _(operands, masks, *fields):
+    spec, rest = Spec(*fields), masks_of(masks)
+    if onnx.plain_export():
+        # Every way of torch.onnx.export to our operator leads here; its own error names nobody.
+        raise NotImplementedError(onnx.lacks(spec, rest) or onnx.USE_EXPORT)
+    input, state, *_ = operands_of(spec, operands)
+    dtypes = _output_dtypes(spec, input, state, rest)
+    features = directions(spec) * widths(spec)[0]
+    outputs = [input.new_empty([*input.shape[:-1], features], dtype=dtypes[0])]
+    outputs += [s.new_empty(s.shape, dtype=d) for s, d in zip(state, dtypes, strict=True)]
+    if spec.backend == "triton":
+        kept = triton.kept_shapes(spec, input)
+        outputs += [input.new_empty(shape) for layer in kept for shape in layer]
+    return outputs
+
+
+def _output_dtypes(spec: Spec, input: Tensor, state, masks: Masks) -> list[torch.dtype]:
+    """The dtypes of the final states (the output has that of h) that torch's operators give.
+
+    Without autocast, the input's. With it, oneDNN's LSTM and the plain RNN compute in the low
+    precision; other loops mix it with the state, and so keep a wider state's dtype.
+    """
+    if not spec.autocast:
+        return [input.dtype] * len(state)
+    low = getattr(torch, spec.autocast)
+    mixed = [torch.promote_types(low, s.dtype) for s in state]
+    if spec.cell == "gru":
+        return mixed
+    padded = masks.lengths is masks.batch_sizes is None
+    if spec.cell == "lstm" and (spec.proj_size or not padded):
+        return [low if spec.proj_size else mixed[1], mixed[1]]
+    return [low] * len(state)
+
+
+@stack_backward_op.register_fake
+def _(d_outputs, operands, masks, output, kept, d_input_wanted, *fields):
+    gradients = [t.new_empty(t.shape) for t in operands]
+    if Spec(*fields).backend == "triton" and not d_input_wanted:
+        gradients[0] = gradients[0].new_empty([0])
+    return gradients
+
+
+@contextmanager
+def autograd_inside_op() -> Iterator[None]:
+    """Lets autograd record inside a custom op, whose body runs below the autograd keys."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+def watched(tensor: Tensor) -> bool:
+    """Whether somebody looks at the operators that run: a compiler, an exporter, a dispatch mode,
+    a subclass of Tensor. Then the ops must be seen; else their bodies are called, which takes
+    a fifth of the time of a small call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+class Stack(torch.autograd.Function):
+    """A stack of layers through the custom ops; differentiable twice through the reference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Spec, n_masks: int, return_states: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        masks, operands = list(tensors[:n_masks]), list(tensors[n_masks:])
+        if watched(operands[0]):
+            # torch keeps the next line in an exported program, and shows it where loading fails.
+            outputs = torch.ops.fusedrnn.stack(  # `import fusedrnn` registers this operator
+                operands, masks, *spec
+            )
+        else:
+            outputs = _forward(operands, masks, *spec)
+        end = 1 + len(cells.get(spec.cell).states)
+        ctx.save_for_backward(*tensors, outputs[0], *outputs[end:])
+        ctx.spec, ctx.n_masks, ctx.n_tensors = spec, n_masks, len(tensors)
+        if not return_states:
+            return tuple(outputs[:end])
+        ctx.mark_non_differentiable(outputs[-1])  # the states but h: see `fusedrnn.states`
+        return *outputs[:end], outputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        spec, n_masks = ctx.spec, ctx.n_masks
+        saved = list(ctx.saved_tensors)
+        masks, operands = saved[:n_masks], saved[n_masks : ctx.n_tensors]
+        output, *kept = saved[ctx.n_tensors :]
+        given = list(d_outputs[: 1 + len(cells.get(spec.cell).states)])
+        input_wanted = ctx.needs_input_grad[3 + n_masks]
+        gradients: list[Tensor | None]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = differentiable_backward(spec, given, operands, masks_of(masks))
+        else:
+            run = torch.ops.fusedrnn.stack_backward if watched(output) else _backward
+            gradients = run(given, operands, masks, output, kept, input_wanted, *spec)
+            if not input_wanted:
+                gradients = [None, *gradients[1:]]
+        return *(None,) * (3 + n_masks), *gradients
+
+
+def differentiable_backward(
+    spec: Spec, d_outputs: list[Tensor], operands: list[Tensor], masks: Masks
+) -> list[Tensor | None]:
+    """The gradients of a stack with a graph of their own, by autograd through the reference.
+
+    Each input enters as a view of itself: a tensor that stands in two places (shared weights)
+    must receive the gradient of each place once, not the sum twice.
+    """
+    views = [t.view_as(t) for t in operands]
+    wanted = [v for v in views if v.requires_grad]
+    outputs = reference.forward(spec, operands_of(spec, views), masks)
+    found = iter(
+        torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True, materialize_grads=True)
+    )
+    return [next(found) if v.requires_grad else None for v in views]
+
+
+def run(
+    spec: Spec, operands: Operands, masks: Masks, return_states: bool = False
+) -> tuple[Tensor, ...]:
+    """The stack as one node: (output, *final states), then what `return_states` adds."""
+    tensors = masks.flat()
+    return Stack.apply(spec, len(tensors), return_states, *tensors, *operands.flat())
+
+
+def execute(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[Tensor, ...]:
+    """The stack by the backend that was chosen: (output, *final states)."""
+    compiling = torch.compiler.is_compiling()
+    if spec.backend == "aten" and not compiling:
+        return aten.forward_on(spec, operands, masks, call)
+    plain = not compiling or call.transformed or "states" in call.loop_features
+    if spec.backend == "reference" and plain:
+        return reference.forward(spec, operands, masks)
+    return run(spec, operands, masks)

@@ -1,0 +1,232 @@
+"""A call from the door to a backend: its facts are gathered, its noise is drawn, and it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn import arguments, cells, dispatch, onnx, op, states
+from fusedrnn.arguments import transformed
+from fusedrnn.call import Call, Masks, Operands, Spec, directions, operands_of, widths
+from fusedrnn.regularizers import (
+    NO_REGULARIZERS,
+    Noise,
+    Regularizers,
+    draw_masks,
+    drop_weights,
+)
+from fusedrnn.types import Lengths
+
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+ResetArgument = Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None
+
+
+def run(
+    spec: Spec,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: list[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths | None = None,
+    reset: ResetArgument = None,
+    regularizers: Regularizers | None = None,
+    return_states: bool = False,
+) -> tuple[Any, ...]:
+    """A call whose input, states and weights were checked; see `fusedrnn.functional.recurrent`.
+
+    Returns:
+        output, the S final states, and with `return_states` the states of all layers and steps, by
+        name, [L * D, T, B, H] ([L * D, B, T, H] with batch_first), 0 where a row is over.
+    """
+    unbatched = batch_sizes is None and input.dim() == 2
+    to_onnx = (torch.compiler.is_compiling() or is_tracing()) and onnx.plain_export()
+    aten = cells.get(spec.cell).aten
+    plain = aten is not None and not return_states and lengths is reset is None
+    if plain and (_exported if to_onnx else _is_torchs_own)(spec, input, regularizers):
+        input, hx, _T, _B = batched(spec, input, hx, batch_sizes)
+        final: Any
+        output, *final = _torchs_own(
+            getattr(torch, str(aten)), spec, input, hx, weights, batch_sizes
+        )
+        return _as_given(spec, unbatched, output, tuple(final))
+    if to_onnx and lengths is not None and not torch.compiler.is_compiling():
+        raise NotImplementedError(onnx.USE_EXPORT)
+    call, operands, masks = gather(
+        spec, input, hx, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset,
+        regularizers=regularizers, return_states=return_states,
+    )  # fmt: skip
+    backend = "reference" if to_onnx else dispatch.select(call)
+    spec, operands, masks = settle(call, backend, operands, masks, regularizers)
+    # What autocast has made of the operands is computed as elsewhere, in float32 inside the loop.
+    cast = call.autocast and backend != "aten"
+    with torch.autocast(input.device.type, enabled=False) if cast else contextlib.nullcontext():
+        if return_states:
+            (output, *final), planes = states.run(spec, operands, masks, call)
+        else:
+            output, *final = op.execute(spec, operands, masks, call)
+    output, final = _as_given(spec, unbatched, output, tuple(final))
+    if not return_states:
+        return output, final
+    if unbatched:
+        planes = {name: s.squeeze(2) for name, s in planes.items()}
+    elif spec.batch_first and batch_sizes is None:
+        planes = {name: s.transpose(1, 2) for name, s in planes.items()}
+    return output, final, planes
+
+
+def _exported(spec: Spec, input: Tensor, regularizers: Regularizers | None) -> bool:
+    """Whether the ONNX exporters can write the call: they know torch's operator."""
+    return regularizers is None or not regularizers.changes_output(training=spec.training)
+
+
+def _is_torchs_own(spec: Spec, input: Tensor, regularizers: Regularizers | None) -> bool:
+    """Whether a call without lengths and resets goes to torch's operator as it is: what
+    `dispatch.select` says to it. The general way would cost a small layer a tenth of its time."""
+    return (
+        input.device.type == "cpu"
+        and regularizers is None
+        and not torch.compiler.is_compiling()
+        and dispatch.forced_backend(spec.backend) in ("auto", "aten")
+        and autocast_dtype(input) is None
+        and not transformed()
+    )
+
+
+def _torchs_own(function, spec: Spec, input, hx, weights, batch_sizes) -> tuple[Tensor, ...]:
+    options = (spec.bias, spec.num_layers, spec.dropout, spec.training, spec.bidirectional)
+    state = hx if len(hx) > 1 else hx[0]
+    if batch_sizes is not None:
+        return function(input, batch_sizes, state, weights, *options)
+    return function(input, state, weights, *options, spec.batch_first)
+
+
+def _as_given(
+    spec: Spec, unbatched: bool, output: Tensor, final: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The results without a batch dimension, where the input had none."""
+    if not unbatched:
+        return output, final
+    return output.squeeze(0 if spec.batch_first else 1), tuple([f.squeeze(1) for f in final])
+
+
+def batched(
+    spec: Spec, input: Tensor, hx: tuple[Tensor, ...] | None, batch_sizes: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...], int, int]:
+    """The input and the initial states, zeros if there are none, with a batch dimension; T, B."""
+    if batch_sizes is not None:
+        T, B = batch_sizes.numel(), batch_sizes[0]
+        B = B if is_tracing() else int(B)  # an int would be a constant of the trace
+    else:
+        if input.dim() == 2:
+            input = input.unsqueeze(0 if spec.batch_first else 1)
+            hx = None if hx is None else tuple([h.unsqueeze(1) for h in hx])
+        T, B = input.shape[:2]
+        if spec.batch_first:
+            T, B = B, T
+    if hx is None:
+        layers = spec.num_layers * directions(spec)
+        like = {"dtype": input.dtype, "device": input.device}
+        hx = tuple([torch.zeros(layers, B, width, **like) for width in widths(spec)])
+    return input, hx, T, B
+
+
+def gather(
+    spec: Spec,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: list[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Lengths | None = None,
+    reset: ResetArgument = None,
+    regularizers: Regularizers | None = None,
+    return_states: bool = False,
+) -> tuple[Call, Operands, Masks]:
+    """What a call of `run` is before a backend is chosen, and before any noise is drawn. Raises
+    for lengths, resets and regularisers that do not belong to it."""
+    unbatched = batch_sizes is None and input.dim() == 2
+    input, hx, T, B = batched(spec, input, hx, batch_sizes)
+    features: tuple[str, ...] = ()
+    reset_state: tuple[Tensor, ...] = ()
+    if batch_sizes is not None and not (lengths is reset is None):
+        name = "lengths" if lengths is not None else "reset"
+        raise ValueError(f"{name}: a PackedSequence has its own lengths; pass padded input instead")
+    if lengths is not None:
+        lengths = arguments.check_lengths(lengths, T, B, spec, unbatched)
+    if isinstance(reset, (tuple, list)):
+        if len(reset) != 2:
+            raise TypeError(f"reset: expected a mask or (mask, states), got {len(reset)} values")
+        reset, sets = reset
+        reset_state = arguments.check_reset_state(sets, spec, hx[0], unbatched)
+    if reset is not None:
+        reset = arguments.check_reset(reset, T, B, spec, input, unbatched)
+        features = ("reset", "reset_state") if reset_state else ("reset",)
+    if regularizers is not None:
+        if not isinstance(regularizers, Regularizers):
+            got = type(regularizers).__name__
+            raise TypeError(f"regularizers: expected fusedrnn.Regularizers or None, got {got}")
+        features += regularizers.loop_features(training=spec.training)
+        if spec.proj_size and "zoneout" in features:
+            raise ValueError(f"zoneout: expected no projection, got proj_size={spec.proj_size}")
+    if return_states and len(hx) > 1:
+        features += ("states",)
+    operands = Operands(input, hx, reset_state, tuple(weights))
+    needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in operands.flat()])
+    autocast = autocast_dtype(input)
+    call = Call(
+        spec, input.device, autocast or input.dtype, T, B, batch_sizes is not None,
+        lengths is not None, reset is not None, needs_grad, transformed(), features,
+        return_states, autocast is not None, input.dtype,
+    )  # fmt: skip
+    return call, operands, Masks(lengths, batch_sizes, reset)
+
+
+def settle(
+    call: Call,
+    backend: str,
+    operands: Operands,
+    masks: Masks,
+    regularizers: Regularizers | None,
+) -> tuple[Spec, Operands, Masks]:
+    """The call as `backend` is to run it, with all its noise drawn."""
+    spec, compiling = call.spec, torch.compiler.is_compiling()
+    spec = spec._replace(backend=backend)
+    regularizers = regularizers or NO_REGULARIZERS
+    noise = Noise(regularizers, operands.input)
+    if regularizers.weight_drop and spec.training:
+        operands = operands._replace(weights=drop_weights(spec, noise, operands.weights))
+    if call.autocast and backend != "aten":
+        cast = [_cast(t, call.dtype) for t in operands.flat()]
+        operands = operands_of(spec, cast)
+    # torch's operator for a whole stack draws its own dropout, from torch's generator.
+    drawn = spec.training and (regularizers.input_dropout or regularizers.generator is not None)
+    if backend != "aten" or compiling or call.return_states or drawn:
+        masks = masks._replace(layers=draw_masks(spec, noise, operands, masks.batch_sizes))
+        spec = spec._replace(dropout=0.0)
+    # With zoneout the stored states are not what the cell computed: that is redone.
+    save = "states" if "zoneout" in call.loop_features else spec.save
+    autocast = call.autocast and backend == "aten" and compiling
+    spec = spec._replace(
+        save=save if call.needs_grad else "states" if call.return_states else None,
+        autocast=str(call.dtype).removeprefix("torch.") if autocast else None,
+        clip=regularizers.clip_gradient or 0.0,
+    )
+    return spec, operands, masks
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a call with such an input, or None: it leaves float64 alone."""
+    device = input.device.type
+    if device == "meta" or input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: float64 is left alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
