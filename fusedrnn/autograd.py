@@ -159,27 +159,19 @@ def run_plain(config: Config, *args: Any) -> tuple[Tensor, ...]:
         return run(config, *args)
 
 
-def _stack_weights(directions: list[Weights]) -> Tensor:
-    """[D, G * H, H] from W_hh of each direction; a view where there is one."""
-    if len(directions) == 1:
-        return directions[0].w_hh.unsqueeze(0)
-    return torch.stack([w.w_hh for w in directions])
-
-
-def _stack_bias(biases: list[Tensor | None]) -> Tensor | None:
-    """[D, G * H] from the biases of each direction, or None where they have none."""
-    present = [b for b in biases if b is not None]
-    if not present:
-        return None
-    return present[0].unsqueeze(0) if len(present) == 1 else torch.stack(present)
-
-
 def _input_gates(input_ni: Tensor, directions: list[Weights], G: int) -> Tensor:
     """x_gates [N, D, G, H]: the input projection of all time steps and both directions."""
-    w_ih = torch.cat([w.w_ih for w in directions]) if len(directions) > 1 else directions[0].w_ih
-    b_ih = _stack_bias([w.b_ih for w in directions])
-    x_gates = F.linear(input_ni, w_ih, None if b_ih is None else b_ih.flatten())
-    return x_gates.view(input_ni.shape[0], len(directions), G, -1)
+    N, D, rows = input_ni.shape[0], len(directions), directions[0].w_ih.shape[0]
+    if D == 1:
+        x_gates = F.linear(input_ni, directions[0].w_ih, directions[0].b_ih)
+        return x_gates.view(N, 1, G, -1)
+    x_gates = input_ni.new_empty(N, D, rows)
+    for d, w in enumerate(directions):
+        if w.b_ih is None:
+            torch.mm(input_ni, w.w_ih.T, out=x_gates[:, d])
+        else:
+            torch.addmm(w.b_ih, input_ni, w.w_ih.T, out=x_gates[:, d])
+    return x_gates.view(N, D, G, -1)
 
 
 def _recurrent_gates(h_prev_ndh: Tensor, directions: list[Weights], G: int) -> Tensor:
@@ -188,8 +180,9 @@ def _recurrent_gates(h_prev_ndh: Tensor, directions: list[Weights], G: int) -> T
     return torch.stack(gates, dim=1).unflatten(-1, (G, -1))
 
 
-def _extras(config, state, sequence: Sequence, rows: packing.Rows, N: int):
-    """Resets, masks and zoneout as the kernels take them; `state` has the fresh states behind."""
+def _state_ops(config, state, sequence: Sequence, rows: packing.Rows, N: int):
+    """Resets, masks and zoneout as the kernels take them; the states that resets set stand behind
+    the S initial ones."""
     import fusedrnn.kernels as kernels
 
     S, D = len(cells.get(config.cell).states), 2 if config.bidirectional else 1
@@ -198,8 +191,8 @@ def _extras(config, state, sequence: Sequence, rows: packing.Rows, N: int):
         reset = packing.starts_by_row(reset, rows, config.batch_first, D)
     if zoneout is not None and zoneout.dim() > 1:
         zoneout = zoneout.reshape(N, D, S, -1).view(torch.int8)
-    fresh = tuple(f.contiguous() for f in state[S:])
-    return kernels.Extras(reset, fresh, sequence.h_mask, zoneout, config.clip)
+    reset_state = tuple(s.contiguous() for s in state[S:])
+    return kernels.StateOps(reset, reset_state, sequence.h_mask, zoneout, config.clip or None)
 
 
 def _triton_forward(config, input, state, weights, sequence) -> list[Tensor]:
@@ -214,22 +207,15 @@ def _triton_forward(config, input, state, weights, sequence) -> list[Tensor]:
     output, final, saved, states = kernels.scan_forward(
         cell,
         x_gates,
-        _stack_weights(directions),
-        _stack_bias([w.b_hh for w in directions]),
-        tuple(s.contiguous() for s in state[: len(cell.states)]),
-        _stack_params(directions),
+        directions,
+        state[: len(cell.states)],
         rows=rows,
         save=config.save or None,
         input_precision=precision,
-        extras=_extras(config, state, sequence, rows, x_gates.shape[0]),
+        state_ops=_state_ops(config, state, sequence, rows, x_gates.shape[0]),
     )
     kept = [t for t in (saved, states) if t is not None]
     return [output.view(*input.shape[:-1], -1), *final, *kept]
-
-
-def _stack_params(directions: list[Weights]) -> tuple[Tensor, ...]:
-    columns = zip(*(w.params for w in directions), strict=True)
-    return tuple(torch.stack(column) for column in columns)
 
 
 def _triton_backward(
@@ -244,12 +230,12 @@ def _triton_backward(
     precision = fp32_precision()
     input_ni = input.reshape(-1, input.shape[-1])
     output_ndh = output.reshape(-1, D, H)
-    extras = _extras(config, state, sequence, rows, input_ni.shape[0])
+    ops = _state_ops(config, state, sequence, rows, input_ni.shape[0])
     h_prev = packing.previous_h(output_ndh, state[0], rows)
-    if extras.reset is not None:
-        h_prev = packing.started_over(h_prev, extras.reset, extras.fresh[:1], rows)
-    if extras.h_mask is not None:
-        h_prev *= packing.by_row(extras.h_mask, rows, h_prev.shape[0])
+    if ops.reset is not None:
+        h_prev = packing.started_over(h_prev, ops.reset, ops.reset_state[:1], rows)
+    if ops.h_mask is not None:
+        h_prev *= packing.by_row(ops.h_mask, rows, h_prev.shape[0])
     if sequence.lengths is not None:
         # The gradients of steps that do not exist are 0, but 0 * inf is NaN in the products.
         over = packing.rows_over(rows, sequence.lengths.to(input.device))
@@ -260,7 +246,7 @@ def _triton_backward(
     with matmul_precision(input, precision):
         if config.save == "gates":
             values = saved.pop(0) if cell.saved else None
-        elif cell.saved or extras.zoneout is not None:
+        elif cell.saved or ops.zoneout is not None:
             values = (
                 _input_gates(input_ni, directions, G),
                 _recurrent_gates(h_prev, directions, G),
@@ -269,23 +255,23 @@ def _triton_backward(
         dx_gates, dh_gates, d_state, d_params = kernels.scan_backward(
             cell,
             d_outputs[0].reshape(-1, D, H),
-            tuple(d.contiguous() for d in d_outputs[1:]),
-            _stack_weights(directions),
-            _stack_bias([w.b_hh for w in directions]),
-            tuple(s.contiguous() for s in state),
-            _stack_params(directions),
+            tuple(d_outputs[1:]),
+            directions,
+            state,
             output_ndh,
             states,
             values,
             rows=rows,
             save=config.save,
             input_precision=precision,
-            extras=extras,
+            state_ops=ops,
         )
         d_input = input.new_empty([0])
         if d_input_wanted:
-            w_ih = torch.cat([w.w_ih for w in directions])
-            d_input = (dx_gates.flatten(1) @ w_ih).view(input.shape)
+            d_input = dx_gates[:, 0].flatten(1) @ directions[0].w_ih
+            for d, w in enumerate(directions[1:], 1):
+                d_input.addmm_(dx_gates[:, d].flatten(1), w.w_ih)
+            d_input = d_input.view(input.shape)
         gradients: list[Tensor] = []
         for d, w in enumerate(directions):
             dx, dh = dx_gates[:, d].flatten(1), dh_gates[:, d].flatten(1)

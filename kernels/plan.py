@@ -51,7 +51,7 @@ INTERPRETER = Device((0, 0), 1, 1 << 50, 1 << 50, "interpreter")
 
 @dataclass(frozen=True)
 class Plan:
-    """How one pass of one layer runs. The fields in capitals in the kernels have these names.
+    """How one pass of one layer runs; the kernels take it whole, as a constant.
 
     Attributes:
         schedule: "resident", "spread" or "streaming"; follows from the numbers below.
@@ -62,6 +62,7 @@ class Plan:
         max_registers: per thread, or None for the compiler's own choice.
         ahead: chunks whose left operands are read together, before the first is multiplied.
         programs_each: programs that run at the same time on each multiprocessor.
+        pairwise: the device compares pairs of 16 bits at once, see `sync.assembly`.
         slab_b, slab_d: the most batch elements and directions of one launch; None for any.
     """
 
@@ -76,6 +77,7 @@ class Plan:
     max_registers: int | None = None
     ahead: int = 1
     programs_each: int = 1
+    pairwise: bool = False
     slab_b: int | None = None
     slab_d: int | None = None
 
@@ -83,20 +85,6 @@ class Plan:
     def exchanged(self) -> bool:
         """Whether programs hand each other what they compute."""
         return self.schedule != "resident"
-
-    def constants(self, device: Device) -> dict[str, Any]:
-        """The kernels' constexpr arguments."""
-        return {
-            "BLOCK_B": self.block_b,
-            "BLOCK_H": self.block_h,
-            "BLOCK_K": self.block_k,
-            "CHUNKS": self.chunks,
-            "RESIDENT": self.resident,
-            "AHEAD": self.ahead,
-            "SPLIT": self.split,
-            "EXCHANGED": self.exchanged,
-            "PAIRWISE": device.capability >= (9, 0),
-        }
 
     def options(self, device: Device) -> dict[str, Any]:
         """The compiler's options. The time loop itself is never pipelined: each step needs the
@@ -108,16 +96,16 @@ class Plan:
             options["launch_cooperative_grid"] = True
         return options
 
-    def shared_bytes(self, cell: Cell, which: str) -> int:
+    def shared_bytes(self, cell: Cell, pass_: str) -> int:
         """An upper bound of a program's shared memory, for the partial sums of up to four gates;
         the ahead-of-time suite holds it to that."""
-        results = 1 if which == "backward" else min(len(cell.gates), 4)
+        results = 1 if pass_ == "backward" else min(len(cell.gates), 4)
         return 4 * self.block_b * self.block_h * (self.split * results + 1)
 
 
 def plan_scan(
     cell: Cell,
-    which: str,
+    pass_: str,
     dtype: torch.dtype,
     *,
     B: int,
@@ -135,31 +123,31 @@ def plan_scan(
     Raises:
         ValueError: no candidate fits the device; says what would have been needed.
     """
-    if which not in PASSES:
-        raise ValueError(f"which must be one of {PASSES}, got {which!r}")
+    if pass_ not in PASSES:
+        raise ValueError(f"pass_ must be one of {PASSES}, got {pass_!r}")
     if dtype not in ITEM_SIZE:
         raise ValueError(f"dtype must be one of {list(ITEM_SIZE)}, got {dtype}")
     times = None if step_times is None else tuple(step_times.items())
-    return _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times)
+    return _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times)
 
 
 def candidates(
-    cell: Cell, which: str, dtype: torch.dtype, H: int, device: Device, input_precision: str
+    cell: Cell, pass_: str, dtype: torch.dtype, H: int, device: Device, input_precision: str
 ) -> list[Plan]:
     """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
     if device.backend == "interpreter":
         block = max(16, 1 << (H - 1).bit_length())
         return [Plan("resident", 16, block, block, 1, 1, 1, num_warps=4)]
-    return list(_candidates(cell, which, ITEM_SIZE[dtype], H, device, input_precision))
+    return list(_candidates(cell, pass_, ITEM_SIZE[dtype], H, device, input_precision))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None) -> Plan:
+def _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times=None) -> Plan:
     item = ITEM_SIZE[dtype]
     precision = input_precision if item == 4 else "16-bit"
     step_times = None if times is None else dict(times)
     best, best_cost, least = None, float("inf"), None
-    for plan in candidates(cell, which, dtype, H, device, input_precision):
+    for plan in candidates(cell, pass_, dtype, H, device, input_precision):
         if plan.exchanged:
             owners = -(-H // plan.block_h)
             least = min(owners, least or owners)
@@ -168,7 +156,7 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
             continue
         whole, launches, programs = fitting
         if step_times is None:
-            cost = cycles(plan, cell, which, item, H, precision, programs, device)
+            cost = cycles(plan, cell, pass_, item, H, precision, programs, device)
         else:
             cost = step_times.get(plan, float("inf"))
         if launches * cost < best_cost:
@@ -181,7 +169,7 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
             f"at least {least} programs must run at the same time, "
             f"and the device has {device.multiprocessors} multiprocessors"
         )
-    raise ValueError(f"no plan for {which} of {cell.name!r} with H = {H}, {dtype}: {why}")
+    raise ValueError(f"no plan for {pass_} of {cell.name!r} with H = {H}, {dtype}: {why}")
 
 
 def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, int, int] | None:
@@ -201,18 +189,18 @@ def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, in
 
 
 def _candidates(
-    cell: Cell, which: str, item: int, H: int, device: Device, precision: str
+    cell: Cell, pass_: str, item: int, H: int, device: Device, precision: str
 ) -> Iterator[Plan]:
     """What fits a program, best first among equals. Each kind was compiled and keeps its values
     in registers (bench/aot.py)."""
 
     def fits(plan: Plan) -> bool:
-        used = plan.shared_bytes(cell, which)
+        used = plan.shared_bytes(cell, pass_)
         shared = device.shared_per_multiprocessor // plan.programs_each - 1024
         return used <= min(shared, device.shared_per_program)
 
     gates = len(cell.gates)
-    planes = gates if which == "backward" else 1
+    planes = gates if pass_ == "backward" else 1
     exact = item == 4 and precision == "ieee"
     kinds = [(16, 8), (16, 4), (8, 4)]
     if device.multiprocessors < -(-H // 16):
@@ -222,7 +210,7 @@ def _candidates(
         # Registers of a thread: what a second element and the sums take, a chunk's weights, its
         # left operands.
         elements = block_h // (2 * split)
-        room = REGISTERS[which] - gates // planes * block_h // 2
+        room = REGISTERS[pass_] - gates // planes * block_h // 2
         room -= (32 if exact else 16) * (elements - 1)
         weights = gates * block_h * item // 8
         lefts = planes * 4 * (item // 2)
@@ -241,7 +229,7 @@ def _candidates(
         schedule = "spread" if resident == chunks else "streaming"
         plan = Plan(
             schedule, 16, block_h, 16 * split, chunks, resident, split, split,
-            255, ahead, 8 // split,
+            255, ahead, 8 // split, device.capability >= (9, 0),
         )  # fmt: skip
         if fits(plan):
             yield plan
@@ -269,7 +257,7 @@ TOGETHER = 0.36  # of a step, what a second program on the multiprocessor adds
 def cycles(
     plan: Plan,
     cell: Cell,
-    which: str,
+    pass_: str,
     item: int,
     H: int,
     precision: str,
@@ -278,7 +266,7 @@ def cycles(
 ) -> float:
     """An estimate of the clock cycles of a step, while so many programs run."""
     gates = len(cell.gates)
-    planes = gates if which == "backward" else 1
+    planes = gates if pass_ == "backward" else 1
     results = gates // planes
     K = plan.chunks * plan.block_k
     weights = gates * K * plan.block_h

@@ -64,6 +64,7 @@ class Setting:
             num_warps=self.split,
             max_registers=255,
             ahead=self.ahead or chunks,
+            pairwise=self.capability >= (9, 0),
         )
 
 
@@ -100,7 +101,7 @@ def run(setting: Setting, p: Problem, seed: int) -> dict[str, Any]:
     case, plan = setting.case, setting.plan()
     layout = Layout(case, p.lengths)
     common = {"rows": layout.rows, "input_precision": setting.precision, "plan": plan}
-    layer = (p.w_hh, p.b_hh, p.state, p.params)
+    layer = (p.directions(), p.state)
     with on_cpu(setting.capability, seed) as machines:
         output, final, saved, states = scan_forward(
             case.cell, layout.pack(p.x_gates), *layer, save="gates", **common

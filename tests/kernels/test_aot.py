@@ -72,35 +72,33 @@ class Mutant:
         return self.name
 
 
-X_GATES = "load_planes(x_gates_ptr, rows, own_h, exists, direction, D=D, PLANES=G, H=H)"
+X_GATES = "load_planes(x_gates_ptr, rows, tile, exists, D=D, PLANES=G, H=H)"
 MUTANTS = (
     Mutant(
         "partial sums by tl.sum",
-        "product.py",
+        "matmul.py",
         (("    COUNT: tl.constexpr = x.numel // SPLIT\n", "    return tl.sum(x, axis=0)\n"),),
         "bank conflicts",
     ),
     Mutant(
         "one load of the ring after the other",
-        "product.py",
-        (("            AHEAD=AHEAD,\n", "            AHEAD=1,\n"),),
+        "matmul.py",
+        (("AHEAD: tl.constexpr = PLAN.ahead\n", "AHEAD: tl.constexpr = 1\n"),),
         "loads of the ring wait for one another",
     ),
     Mutant(
         "x_gates fetched in the step before",
         "scan_forward.py",
         (
+            ("    where,\n)", "    where,\n    zeros,\n)"),
             (
                 "    for step in range(T):\n",
-                "    x_next = ()\n"
-                "    for _ in tl.static_range(G):\n"
-                "        x_next = x_next + (tl.zeros([BLOCK_B, BLOCK_H], DTYPE),)\n"
-                "    for step in range(T):\n",
+                "    x_next = zeros(G, w_ptr.dtype.element_ty, PLAN)\n    for step in range(T):\n",
             ),
             (f"        x_gates = {X_GATES}\n", "        x_gates = x_next\n"),
             (
-                "        t += 1 - 2 * direction\n",
-                f"        x_next = {X_GATES}\n        t += 1 - 2 * direction\n",
+                "        t += 1 - 2 * tile.direction\n",
+                f"        x_next = {X_GATES}\n        t += 1 - 2 * tile.direction\n",
             ),
         ),
         "fetched ahead, and waited for before the poll",

@@ -187,10 +187,10 @@ MUTANTS = {
         "tile = tl.permute(tile, (0, 4, 1, 2, 3, 5))", "numbers",
     ),
     "the rest of h is left out": (
-        "product.py", "tl.dot(left_rest, right, total,", "tl.dot(left, right * 0, total,", EXACT
+        "matmul.py", "tl.dot(lhs_rest, rhs, total,", "tl.dot(lhs, rhs * 0, total,", EXACT
     ),
     "the rest of W is left out": (
-        "product.py", "tl.dot(left, right_rest, total,", "tl.dot(left, right * 0, total,", EXACT
+        "matmul.py", "tl.dot(lhs, rhs_rest, total,", "tl.dot(lhs, rhs * 0, total,", EXACT
     ),
 }  # fmt: skip
 

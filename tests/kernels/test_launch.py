@@ -112,9 +112,8 @@ def test_the_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     plan = plan_scan(cell, "forward", torch.float32, B=4, H=16, D=1, device=INTERPRETER)
     assert not plan.exchanged
     launch._launch(
-        Kernel(), plan, Rows(3, 4, 4, 1), steps=3, planes=1,
-        like=Tensor(torch.device("cuda", 1)), w_ptr=torch.empty(1, 3, 16, 16), H=16, D=1,
-    )  # fmt: skip
+        Kernel(), plan, Rows(3, 4, 4, 1), planes=1, like=Tensor(torch.device("cuda", 1)), H=16, D=1
+    )
     assert [index for _, index in launched] == [1]
     assert current == [0]
 

@@ -44,7 +44,7 @@ def scan(monkeypatch):
         p = problem(case)
         layout_of_rows = Layout(case, p.lengths)
         launch.scan_forward(
-            case.cell, layout_of_rows.pack(p.x_gates), p.w_hh, p.b_hh, p.state,
+            case.cell, layout_of_rows.pack(p.x_gates), p.directions(), p.state,
             rows=layout_of_rows.rows, save=None, input_precision="ieee", plan=plan,
         )  # fmt: skip
 

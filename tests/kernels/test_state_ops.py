@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from extras_checks import CASES, OPTIONS, assert_as_the_reference, run
+from state_ops_checks import CASES, OPTIONS, assert_as_the_reference, run
 from scheduler import cooperative
 from tolerances import GRADIENTS32
 
