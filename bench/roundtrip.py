@@ -52,7 +52,6 @@ def exchange_kernel(
     # Rows beyond the batch are exchanged too, and units beyond H, as zeros.
     h0 = tl.load(h0_ptr + batch * H + units, mask=own_mask, other=0.0)
     sync.publish(channel, (h0,), 1, T + 1, SLOT=SLOT, BLOCK_K=BLOCK_K)
-    sync.arrive(channel, 1)
 
     for t in range(T):
         x = tl.load(x_ptr + batch * H + units, mask=own_mask, other=0.0)
@@ -74,7 +73,6 @@ def exchange_kernel(
                 total += tl.sum(tl.sum(left, axis=2), axis=0)
         h = tl.where(own_mask, decay * (total / H)[:, None] + x, 0.0).to(DTYPE)
         sync.publish(channel, (h,), t + 2, T + 1, SLOT=SLOT, BLOCK_K=BLOCK_K)
-        sync.arrive(channel, t + 2)
         tl.store(output_ptr + batch * H + units, h, mask=own_mask)
         x_ptr += step_size
         output_ptr += step_size

@@ -54,12 +54,8 @@ def offset_in_block(row, unit, WIDE: tl.constexpr):
 
 @triton.jit
 def offset_in_slot(
-    rows,  # [16, 1]
-    units,  # [1, BLOCK_H]
-    BLOCK_K: tl.constexpr,
-    PLANES: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    rows, units, BLOCK_K: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """Where a slot of the ring holds (row, unit) of the first plane; the next lies 16 * BLOCK_K
     further.
 
@@ -96,14 +92,8 @@ def left_operand(tile, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def load_right_operand(
-    w_ptr,  # [H, pitch] of one gate
-    first_k,  # unit of K
-    first_unit,  # of the program
-    H: tl.constexpr,
-    PLAN: tl.constexpr,
-):
-    """[SPLIT, 16, BLOCK_H]: units of K by the program's units, 0 beyond H."""
+def load_right_operand(w_ptr, first_k, first_unit, H: tl.constexpr, PLAN: tl.constexpr):
+    """[SPLIT, 16, BLOCK_H]: units of K by the program's units, 0 beyond H, of [H, pitch]."""
     WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
     BLOCK_H: tl.constexpr = PLAN.block_h
     SPLIT: tl.constexpr = PLAN.split

@@ -30,17 +30,10 @@ Expected = tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
 
 
 def scan_forward(
-    cell: Cell,
-    x_gates: Tensor,
-    directions: list[Weights],
-    state: tuple[Tensor, ...],
-    *,
-    rows: Rows,
-    save: str | None,
-    input_precision: str,
-    state_ops: StateOps = NO_STATE_OPS,
-    plan: Plan | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    cell: Cell, x_gates: Tensor, directions: list[Weights], state: tuple[Tensor, ...], *,
+    rows: Rows, save: str | None, input_precision: str,
+    state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:  # fmt: skip
     """Runs a layer's time loop, all directions, in one launch.
 
     Args:
@@ -79,46 +72,22 @@ def scan_forward(
         states = x_gates.new_empty(N, D, len(state) - 1, H)
     biases = tuple(w.b_hh.contiguous() for w in directions if w.b_hh is not None)
     _launch(
-        scan_forward_kernel,
-        plan,
-        rows,
-        planes=1,
-        like=x_gates,
-        x_gates_ptr=x_gates,
-        w_ptrs=_recurrent_weights(directions, H, transposed=False),
-        b_hh_ptrs=biases or None,
-        param_ptrs=_params(directions),
-        state_ptrs=state,
-        output_ptr=output,
-        final_ptrs=final,
-        saved_ptr=saved,
-        states_ptr=states,
-        ops=state_ops,
-        CELL=bind(cell.forward),
-        G=G,
-        H=H,
-        D=D,
-        PRECISION=input_precision,
-    )
+        scan_forward_kernel, plan, rows, planes=1, like=x_gates, x_gates_ptr=x_gates,
+        w_ptrs=_recurrent_weights(directions, H, transposed=False), b_hh_ptrs=biases or None,
+        param_ptrs=_params(directions), state_ptrs=state, output_ptr=output, final_ptrs=final,
+        saved_ptr=saved, states_ptr=states, ops=state_ops, CELL=bind(cell.forward),
+        G=G, H=H, D=D, PRECISION=input_precision,
+    )  # fmt: skip
     return output, final, saved, states
 
 
 def scan_backward(
-    cell: Cell,
-    d_output: Tensor,
-    d_final: tuple[Tensor, ...],
-    directions: list[Weights],
-    state: tuple[Tensor, ...],
-    output: Tensor,
-    states: Tensor | None,
-    saved_or_gates: Tensor | tuple[Tensor, Tensor] | None,
-    *,
-    rows: Rows,
-    save: str,
-    input_precision: str,
-    state_ops: StateOps = NO_STATE_OPS,
-    plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    cell: Cell, d_output: Tensor, d_final: tuple[Tensor, ...], directions: list[Weights],
+    state: tuple[Tensor, ...], output: Tensor, states: Tensor | None,
+    saved_or_gates: Tensor | tuple[Tensor, Tensor] | None, *,
+    rows: Rows, save: str, input_precision: str,
+    state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
     """Runs a layer's time loop backward, all directions, in one launch.
 
     Args:
@@ -169,33 +138,17 @@ def scan_backward(
         for _ in cell.params
     )
     _launch(
-        scan_backward_kernel,
-        plan,
-        rows,
-        planes=G,
-        like=d_output,
-        d_output_ptr=d_output,
-        d_final_ptrs=d_final,
+        scan_backward_kernel, plan, rows, planes=G, like=d_output,
+        d_output_ptr=d_output, d_final_ptrs=d_final,
         w_ptrs=_recurrent_weights(directions, H, transposed=True),
-        param_ptrs=_params(directions),
-        state_ptrs=state,
-        output_ptr=output,
-        states_ptr=states,
+        param_ptrs=_params(directions), state_ptrs=state, output_ptr=output, states_ptr=states,
         kept_ptrs=tuple(tensor for _, tensor in kept),
-        dx_gates_ptr=dx_gates,
-        dh_gates_ptr=None if cell.additive else dh_gates,
-        d_state_ptrs=d_state[:S],
-        d_param_ptrs=d_params,
-        d_reset_state_ptrs=d_state[S:],
-        ops=state_ops,
-        CELL_FORWARD=bind(cell.forward) if recompute else None,
-        CELL_BACKWARD=bind(cell.backward),
-        KEPT=planes,
-        G=G,
-        H=H,
-        D=D,
-        PRECISION=input_precision,
-    )
+        dx_gates_ptr=dx_gates, dh_gates_ptr=None if cell.additive else dh_gates,
+        d_state_ptrs=d_state[:S], d_param_ptrs=d_params, d_reset_state_ptrs=d_state[S:],
+        ops=state_ops, CELL_FORWARD=bind(cell.forward) if recompute else None,
+        CELL_BACKWARD=bind(cell.backward), KEPT=planes,
+        G=G, H=H, D=D, PRECISION=input_precision,
+    )  # fmt: skip
     return dx_gates, dh_gates, d_state, tuple(d.sum(0) for d in d_params)
 
 
@@ -236,32 +189,17 @@ def _launch(kernel, plan: Plan, rows: Rows, *, planes: int, like: Tensor, **argu
                 if plan.exchanged:
                     _check_grid(grid, plan, device)
                     exchange = sync.workspace(
-                        groups=grid[1] * grid[2],
-                        programs=grid[0],
+                        groups=grid[1] * grid[2], programs=grid[0], planes=planes,
                         steps=rows.T + 1,  # what precedes the first step is published too
-                        chunks=plan.chunks,
-                        planes=planes,
-                        block_b=plan.block_b,
-                        block_h=plan.block_h,
-                        block_k=plan.block_k,
-                        dtype=like.dtype,
-                        device=device,
-                        error=error,
-                    )
+                        chunks=plan.chunks, block_b=plan.block_b, block_h=plan.block_h,
+                        block_k=plan.block_k, dtype=like.dtype, device=device, error=error,
+                    )  # fmt: skip
                 compiled = kernel[grid](
-                    **arguments,
-                    exchange=exchange,
-                    offsets_ptr=rows.offsets,
-                    lengths_ptr=rows.lengths,
-                    T=rows.T,
-                    B=rows.B,
-                    first_b=first_b,
-                    first_d=first_d,
-                    stride_t=rows.stride_t,
-                    stride_b=rows.stride_b,
-                    PLAN=bare,
+                    **arguments, exchange=exchange, offsets_ptr=rows.offsets,
+                    lengths_ptr=rows.lengths, T=rows.T, B=rows.B, first_b=first_b, first_d=first_d,
+                    stride_t=rows.stride_t, stride_b=rows.stride_b, PLAN=bare,
                     **plan.options(device_of(device)),
-                )
+                )  # fmt: skip
                 if plan.exchanged and compiled is not None:  # None: interpreted
                     layout.check(compiled)
     if device.type != "cuda":
@@ -312,16 +250,9 @@ def _plan(cell: Cell, pass_: str, like: Tensor, B: int, H: int, D: int, precisio
             passes=(scan_forward, scan_backward),
         )  # fmt: skip
     return plan_scan(
-        cell,
-        pass_,
-        like.dtype,
-        B=B,
-        H=H,
-        D=D,
-        device=device,
-        input_precision=precision,
-        step_times=times,
-    )
+        cell, pass_, like.dtype, B=B, H=H, D=D,
+        device=device, input_precision=precision, step_times=times,
+    )  # fmt: skip
 
 
 def refusal(cell: Cell, dtype: torch.dtype, H: int, D: int, device: torch.device) -> str | None:

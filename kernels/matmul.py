@@ -17,26 +17,22 @@ import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
-from fusedrnn.kernels.fragments import BLOCK, ROWS, load_right_operand, left_operand, pitch
+from fusedrnn.kernels.fragments import BLOCK, left_operand, load_right_operand, pitch
 
 
 @triton.jit
-def load_weights(
-    w_ptr,  # [G, H, pitch] of one direction: gate, the program's unit, unit of K
-    tile,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    PLAN: tl.constexpr,
-):
+def load_weights(w_ptr, tile, G: tl.constexpr, H: tl.constexpr, PLAN: tl.constexpr):
     """The right operands that are loaded once: of the resident chunks; of a program that owns all
-    units, G tiles [BLOCK_H, BLOCK_H], units of K by the program's units."""
+    units, G tiles [BLOCK_H, BLOCK_H], units of K by the program's units.
+
+    w_ptr: [G, H, pitch] of one direction: gate, the program's unit, unit of K.
+    """
     COUNT: tl.constexpr = PLAN.resident
+    weights = ()
     if PLAN.exchanged:
-        weights = ()
         for chunk in tl.static_range(COUNT):
             weights = weights + load_chunk(w_ptr, chunk, tile, G=G, H=H, PLAN=PLAN)
     else:
-        weights = ()
         units = tl.arange(0, PLAN.block_h)
         mask = (units[:, None] < H) & (units[None, :] < H)
         for g in tl.static_range(G):
@@ -46,14 +42,7 @@ def load_weights(
 
 
 @triton.jit
-def load_chunk(
-    w_ptr,  # as for `load_weights`
-    chunk,
-    tile,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    PLAN: tl.constexpr,
-):
+def load_chunk(w_ptr, chunk, tile, G: tl.constexpr, H: tl.constexpr, PLAN: tl.constexpr):
     """The G right operands of one chunk, 0 beyond H."""
     weights = ()
     for g in tl.static_range(G):
@@ -65,13 +54,7 @@ def load_chunk(
 
 
 @triton.jit
-def multiply(
-    lhs,  # [BLOCK_B, K], or split
-    weights,  # right operands; those from FIRST on belong to `sums`
-    sums,
-    FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def multiply(lhs, weights, sums, FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """sums[i] + lhs @ weights[FIRST + i], for all i.
 
     PRECISION, of float32, is "tf32" or "ieee". Tensor cores know only the first, which has 11 bits.
@@ -118,23 +101,18 @@ def hide_invariance(weights):
 
 @triton.jit
 def recurrent_matmul(
-    planes,  # PLANES tiles [BLOCK_B, BLOCK_H] of this program
-    channel,  # None where one program owns all units
-    weights,  # `load_weights`
-    w_ptr,  # for the chunks that are not resident
-    tile,
-    step,
-    G: tl.constexpr,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PLAN: tl.constexpr,
-):
-    """The product with what all units of a batch tile were at `step`; NaN after a time-out."""
+    planes, channel, weights, w_ptr, tile, step,
+    G: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """The product with what all units of a batch tile were at `step`; NaN after a time-out.
+
+    planes: the program's tiles [BLOCK_B, BLOCK_H]. channel: None where one program owns all units.
+    weights: as `load_weights` returns them. w_ptr: where those of the other chunks are.
+    """
     if PLAN.exchanged:
         sums = gathered_matmul(
             channel, weights, w_ptr, tile, step,
-            G=G, PLANES=PLANES, H=H, PRECISION=PRECISION, PLAN=PLAN,
+            G=G, PLANES=len(planes), H=H, PRECISION=PRECISION, PLAN=PLAN,
         )  # fmt: skip
     else:
         sums = local_matmul(planes, weights, G=G, PRECISION=PRECISION)
@@ -154,17 +132,10 @@ def local_matmul(planes, weights, G: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def gathered_matmul(
-    channel,
-    weights,  # resident * G
-    w_ptr,
-    tile,
-    step,
-    G: tl.constexpr,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-    PRECISION: tl.constexpr,
+    channel, weights, w_ptr, tile, step,
+    G: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
     PLAN: tl.constexpr,
-):
+):  # fmt: skip
     """The product with what all programs of the group published as `step`."""
     BLOCK_B: tl.constexpr = PLAN.block_b
     BLOCK_H: tl.constexpr = PLAN.block_h

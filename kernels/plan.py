@@ -104,17 +104,9 @@ class Plan:
 
 
 def plan_scan(
-    cell: Cell,
-    pass_: str,
-    dtype: torch.dtype,
-    *,
-    B: int,
-    H: int,
-    D: int,
-    device: Device,
-    input_precision: str = "tf32",
-    step_times: Mapping[Plan, float] | None = None,
-) -> Plan:
+    cell: Cell, pass_: str, dtype: torch.dtype, *, B: int, H: int, D: int, device: Device,
+    input_precision: str = "tf32", step_times: Mapping[Plan, float] | None = None,
+) -> Plan:  # fmt: skip
     """The plan for one pass ("forward" or "backward") of a layer of D directions.
 
     Args:
@@ -213,17 +205,17 @@ def _candidates(
         room = REGISTERS[pass_] - gates // planes * block_h // 2
         room -= (32 if exact else 16) * (elements - 1)
         weights = gates * block_h * item // 8
-        lefts = planes * 4 * (item // 2)
-        held = (room - lefts) // weights
+        lhs = planes * 4 * (item // 2)
+        held = (room - lhs) // weights
         if held < chunks:
             # Of those that do not stay, one is multiplied while the next is on its way.
             room -= 12 * item
-            held = max(2, (room - lefts) // weights)
+            held = max(2, (room - lhs) // weights)
         resident = chunks if held >= chunks else held - 2
-        ahead = max(1, min(chunks, (room - min(held, chunks) * weights) // lefts))
+        ahead = max(1, min(chunks, (room - min(held, chunks) * weights) // lhs))
         if exact:
             # Products take longer than the trip, and registers that operands would wait in.
-            ahead = min(ahead, max(1, 16 // lefts))
+            ahead = min(ahead, max(1, 16 // lhs))
         if resident < chunks and split < 8:
             continue  # two programs would share what L1 keeps
         schedule = "spread" if resident == chunks else "streaming"
@@ -255,15 +247,9 @@ TOGETHER = 0.36  # of a step, what a second program on the multiprocessor adds
 
 
 def cycles(
-    plan: Plan,
-    cell: Cell,
-    pass_: str,
-    item: int,
-    H: int,
-    precision: str,
-    programs: int,
+    plan: Plan, cell: Cell, pass_: str, item: int, H: int, precision: str, programs: int,
     device: Device,
-) -> float:
+) -> float:  # fmt: skip
     """An estimate of the clock cycles of a step, while so many programs run."""
     gates = len(cell.gates)
     planes = gates if pass_ == "backward" else 1

@@ -23,7 +23,7 @@ from fusedrnn.kernels import sync
 from fusedrnn.kernels.matmul import load_weights, recurrent_matmul, slot_size
 from fusedrnn.kernels.state_ops import (
     clamp,
-    load_flags,
+    load_begins,
     load_h_mask,
     load_shares,
     masked,
@@ -48,25 +48,16 @@ from fusedrnn.kernels.tiles import (
 
 @triton.jit
 def load_states_at(
-    t,
-    initial,  # S tiles: the state of rows that have not begun at t
-    output_ptr,  # [N, D, H]
-    states_ptr,  # [N, D, S - 1, H], or None
-    offsets_ptr,  # [T], or None
-    T,
-    stride_t,
-    stride_b,
-    tile,
-    D: tl.constexpr,
-    H: tl.constexpr,
-):
-    """The S states after step t.
+    t, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, tile,
+    D: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """The S states after step t, `initial` in rows that have not begun then.
 
     One direction begins at t = 0, the other at each row's last step: a t outside of the sequence
     or of the row's own length lies before the beginning.
     """
     exists = (t >= 0) & (t < T)
-    rows = row_of(tl.where(exists, t, 0), tile.batch, offsets_ptr, stride_t, stride_b)
+    rows = row_of(tl.where(exists, t, 0), tile, offsets_ptr, stride_t, stride_b)
     begun = exists & (t < tile.length) & tile.mask
     rows = rows * D + tile.direction
     states = (tl.load(output_ptr + (rows * H + tile.units), mask=begun, other=initial[0]),)
@@ -78,22 +69,12 @@ def load_states_at(
 
 
 @triton.jit
-def publish_gates(channel, gates, step, last, PLAN: tl.constexpr):
-    """Publishes dh_gates, G tiles, as this program's part of `step`."""
-    SLOT: tl.constexpr = slot_size(len(gates), PLAN)
-    sync.publish(channel, gates, step, last, SLOT=SLOT, BLOCK_K=PLAN.block_k)
-    sync.arrive(channel, step)
+def pass_back(product, d_state, h_mask, begins, d_reset_state):
+    """The gradients of the states before a step, complete; and of those that it started from.
 
-
-@triton.jit
-def pass_back(
-    product,  # dh_gates @ W_hh
-    d_state,
-    h_mask,  # one tile, or ()
-    begins,  # [BLOCK_B, 1]: where a sequence began with the step of dh_gates, or ()
-    d_reset_state,
-):
-    """The gradients of the states before a step, complete; and of those that it started from."""
+    product: dh_gates @ W_hh. h_mask: one tile, or (). begins: [BLOCK_B, 1], where a sequence began
+    with the step of dh_gates, or ().
+    """
     d_state = (d_state[0] + masked(product, h_mask),) + d_state[1:]
     for i in tl.static_range(len(begins)):
         # The gradient ends where the sequence began: at the state that it started from.
@@ -123,32 +104,22 @@ def scan_backward_kernel(
     lengths_ptr,  # [B], or None
     ops,  # `StateOps`
     exchange,  # `sync.Exchange`, or None where one program owns all units
-    T,
-    B,
-    first_b,
-    first_d,
-    stride_t,  # in rows
-    stride_b,
+    T, B, first_b, first_d, stride_t, stride_b,  # strides in rows
     CELL_FORWARD: tl.constexpr,  # computes `saved` again from the gates; None where it was saved
     CELL_BACKWARD: tl.constexpr,
     KEPT: tl.constexpr,  # planes of each of kept_ptrs: K or G
-    G: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PLAN: tl.constexpr,
-):
+    G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
     # Loaded once: weights, parameters, the states before the first step, what states start over
     # from, what multiplies h, and what goes round the loop.
     tile = program_tile(T, B, first_b, first_d, lengths_ptr, H=H, PLAN=PLAN)
     w_ptr = of_direction(w_ptrs, tile)
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    SLOT: tl.constexpr = slot_size(G, PLAN)
     weights = load_weights(w_ptr, tile, G=G, H=H, PLAN=PLAN)
     params = load_params(param_ptrs, tile, H=H)
     d_params = zeros(len(param_ptrs), tl.float32, PLAN)
-    initial = ()
-    for i in tl.static_range(len(state_ptrs)):
-        initial = initial + (tl.load(state_ptrs[i] + tile.state_offsets, mask=tile.mask, other=0.0),)
+    initial = load_states(state_ptrs, tile)
     d_state = load_states(d_final_ptrs, tile)
     reset_state = load_states(ops.reset_state, tile)
     d_reset_state = zeros(len(ops.reset_state), tl.float32, PLAN)
@@ -166,10 +137,10 @@ def scan_backward_kernel(
     channel = None
     if PLAN.exchanged:
         channel = sync.connect(exchange, tile.units, PLANES=G, BLOCK_K=PLAN.block_k)
-        publish_gates(channel, rounded, 1, T + 1, PLAN=PLAN)
+        sync.publish(channel, rounded, 1, T + 1, SLOT=SLOT, BLOCK_K=PLAN.block_k)
 
     for step in range(T):
-        rows = row_of(t, tile.batch, offsets_ptr, stride_t, stride_b)
+        rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
         active = tile.batch_mask & (t < tile.length)
         mask = tile.mask & active
 
@@ -186,12 +157,12 @@ def scan_backward_kernel(
         )  # fmt: skip
         begins_here = ()
         if ops.reset is not None:
-            begins_here = (load_flags(ops.reset, rows, tile.batch_mask, tile, D=D),)
+            begins_here = (load_begins(ops, rows, tile.batch_mask, tile, D=D),)
 
         # dh_t += dh_gates_{t+1} @ W_hh
         (product,) = recurrent_matmul(
             rounded, channel, weights, w_ptr, tile, step + 1,
-            G=G, PLANES=G, H=H, PRECISION=PRECISION, PLAN=PLAN,
+            G=G, H=H, PRECISION=PRECISION, PLAN=PLAN,
         )  # fmt: skip
         d_state, d_reset_state = pass_back(product, d_state, h_mask, begins, d_reset_state)
         begins = begins_here
@@ -223,7 +194,7 @@ def scan_backward_kernel(
         for g in tl.static_range(G):
             rounded = rounded + (tl.where(active & tile.unit_mask, dh_gates[g], 0.0).to(DTYPE),)
         if PLAN.exchanged:
-            publish_gates(channel, rounded, step + 2, T + 1, PLAN=PLAN)
+            sync.publish(channel, rounded, step + 2, T + 1, SLOT=SLOT, BLOCK_K=PLAN.block_k)
 
         # While the others catch up: write what only later launches read.
         exists = tile.mask
@@ -237,7 +208,7 @@ def scan_backward_kernel(
 
     (product,) = recurrent_matmul(
         rounded, channel, weights, w_ptr, tile, T + 1,
-        G=G, PLANES=G, H=H, PRECISION=PRECISION, PLAN=PLAN,
+        G=G, H=H, PRECISION=PRECISION, PLAN=PLAN,
     )  # fmt: skip
     d_state, d_reset_state = pass_back(product, d_state, h_mask, begins, d_reset_state)
 

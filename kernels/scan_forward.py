@@ -17,7 +17,7 @@ import triton.language as tl
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.matmul import load_weights, recurrent_matmul, slot_size
 from fusedrnn.kernels.state_ops import (
-    load_flags,
+    load_begins,
     load_h_mask,
     load_shares,
     masked,
@@ -46,7 +46,6 @@ def publish_h(channel, h, tile, step, last, PLAN: tl.constexpr):
     units beyond H, as zeros."""
     rounded = tl.where(tile.unit_mask, h, 0.0).to(channel.ring.dtype.element_ty)
     sync.publish(channel, (rounded,), step, last, SLOT=slot_size(1, PLAN), BLOCK_K=PLAN.block_k)
-    sync.arrive(channel, step)
 
 
 @triton.jit(do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b"])
@@ -64,19 +63,10 @@ def scan_forward_kernel(
     lengths_ptr,  # [B], or None
     ops,  # `StateOps`
     exchange,  # `sync.Exchange`, or None where one program owns all units
-    T,
-    B,
-    first_b,
-    first_d,
-    stride_t,  # in rows
-    stride_b,
+    T, B, first_b, first_d, stride_t, stride_b,  # strides in rows
     CELL: tl.constexpr,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PLAN: tl.constexpr,
-):
+    G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
     # Loaded once: weights, bias, parameters, states, what they start over from, what multiplies h.
     tile = program_tile(T, B, first_b, first_d, lengths_ptr, H=H, PLAN=PLAN)
     w_ptr = of_direction(w_ptrs, tile)
@@ -91,17 +81,16 @@ def scan_forward_kernel(
 
     t = tile.direction * (T - 1)
     if ops.reset is not None:
-        rows = row_of(t, tile.batch, offsets_ptr, stride_t, stride_b)
-        state = start_over(
-            state, reset_state, load_flags(ops.reset, rows, tile.batch_mask, tile, D=D)
-        )
+        rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
+        first = load_begins(ops, rows, tile.batch_mask, tile, D=D)
+        state = start_over(state, reset_state, first)
     channel = None
     if PLAN.exchanged:
         channel = sync.connect(exchange, tile.units, PLANES=1, BLOCK_K=PLAN.block_k)
         publish_h(channel, masked(state[0], h_mask), tile, 1, T + 1, PLAN=PLAN)
 
     for step in range(T):
-        rows = row_of(t, tile.batch, offsets_ptr, stride_t, stride_b)
+        rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
         active = tile.batch_mask
         if lengths_ptr is not None:
             active = tile.batch_mask & (t < tile.length)
@@ -115,14 +104,14 @@ def scan_forward_kernel(
         if ops.reset is not None:
             ahead = tile.batch_mask & (step + 1 < T)
             t_next = tl.where(step + 1 < T, t + 1 - 2 * tile.direction, t)  # a step that there is
-            next_rows = row_of(t_next, tile.batch, offsets_ptr, stride_t, stride_b)
-            begins = load_flags(ops.reset, next_rows, ahead, tile, D=D)
+            next_rows = row_of(t_next, tile, offsets_ptr, stride_t, stride_b)
+            begins = load_begins(ops, next_rows, ahead, tile, D=D)
 
         # h_gates = h_{t-1} @ W_hh^T + b_hh
         h = (masked(state[0], h_mask).to(w_ptr.dtype.element_ty),)
         h_gates = recurrent_matmul(
             h, channel, weights, w_ptr, tile, step + 1,
-            G=G, PLANES=1, H=H, PRECISION=PRECISION, PLAN=PLAN,
+            G=G, H=H, PRECISION=PRECISION, PLAN=PLAN,
         )  # fmt: skip
         if b_hh_ptrs is not None:
             h_gates = add(h_gates, bias)

@@ -32,15 +32,9 @@ class StateOps(NamedTuple):
 
 
 @triton.jit
-def load_flags(
-    ptr,  # [N, D] int8
-    rows,  # [BLOCK_B, 1]
-    mask,  # [BLOCK_B, 1]
-    tile,
-    D: tl.constexpr,
-):
-    """[BLOCK_B, 1]: whether the flag of a row block is set."""
-    return tl.load(ptr + rows * D + tile.direction, mask=mask, other=0) != 0
+def load_begins(ops, rows, mask, tile, D: tl.constexpr):
+    """[BLOCK_B, 1]: whether a sequence begins with the step of these rows."""
+    return tl.load(ops.reset + rows * D + tile.direction, mask=mask, other=0) != 0
 
 
 @triton.jit
@@ -81,20 +75,11 @@ def clamp(x, bound):
 
 
 @triton.jit
-def load_shares(
-    ops,
-    rows,  # [BLOCK_B, 1]
-    tile,
-    mask,  # [BLOCK_B, BLOCK_H]
-    D: tl.constexpr,
-    S: tl.constexpr,
-    H: tl.constexpr,
-):
+def load_shares(ops, rows, tile, mask, D: tl.constexpr, S: tl.constexpr, H: tl.constexpr):
     """The share of its previous value that every state keeps in this step: S tiles or scalars."""
     shares = ()
     if ops.zoneout.dtype.element_ty == tl.int8:
-        drawn = load_planes(ops.zoneout, rows, tile, mask, D=D, PLANES=S, H=H)
-        shares = as_float32(drawn)
+        shares = as_float32(load_planes(ops.zoneout, rows, tile, mask, D=D, PLANES=S, H=H))
     else:
         for i in tl.static_range(S):
             shares = shares + (tl.load(ops.zoneout + i),)

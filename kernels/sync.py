@@ -11,7 +11,6 @@ spells a step like this:
         lhs = sync.load(channel, slot_ptr, t + 1, sync.arrivals(t + 1, n_programs), ...)
         h = cell(dot(lhs, w), ...)
         sync.publish(channel, (h,), t + 2, last, ...)
-        sync.arrive(channel, t + 2)
         ...                                          # whatever nobody waits for
     sync.report(channel)
 
@@ -99,13 +98,9 @@ class Channel(NamedTuple):
 
 
 @triton.jit
-def connect(
-    exchange,
-    units,  # [1, BLOCK_H], that this program publishes
-    PLANES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The channel of this program; a group is a batch tile of a direction."""
+def connect(exchange, units, PLANES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The channel of a program that publishes `units`, [1, BLOCK_H]; a group is a batch tile of a
+    direction."""
     WIDE: tl.constexpr = exchange.ring.dtype.element_ty.primitive_bitwidth == 32
     group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     ring = exchange.ring + group.to(tl.int64) * exchange.ring_stride
@@ -124,18 +119,15 @@ def slot(step):
 
 
 @triton.jit
-def publish(
-    channel,
-    planes,  # this program's tiles, in the dtype that is exchanged
-    step,
-    last,  # the last step of the launch
-    SLOT: tl.constexpr,  # elements of a slot
-    BLOCK_K: tl.constexpr,
-):
-    """Stores this program's tiles as its part of `step`."""
+def publish(channel, planes, step, last, SLOT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Stores this program's tiles, in the dtype that is exchanged, as its part of `step`.
+
+    last: the last step of the launch. SLOT: elements of a slot.
+    """
     for plane in tl.static_range(len(planes)):
         offs = channel.stored + plane * (ROWS * BLOCK_K)
         _publish(channel.ring, SLOT, offs, planes[plane], step, last)
+    arrive(channel, step)
 
 
 @triton.jit
@@ -186,16 +178,11 @@ def arrivals(step, n_programs):
 
 @triton.jit
 def load(
-    channel,
-    slot_ptr,  # from the first of these chunks on
-    step,
-    arrived,  # wait for so many `arrivals` first
-    COUNT: tl.constexpr,
-    STRIDE: tl.constexpr,  # elements from chunk to chunk
-    WARPS: tl.constexpr,
-    PAIRWISE: tl.constexpr,  # see `assembly`
-):
-    """COUNT tiles shaped like `channel.loaded`, of what the group published as `step`.
+    channel, slot_ptr, step, arrived,
+    COUNT: tl.constexpr, STRIDE: tl.constexpr, WARPS: tl.constexpr, PAIRWISE: tl.constexpr,
+):  # fmt: skip
+    """COUNT tiles shaped like `channel.loaded`, of what the group published as `step`: STRIDE
+    elements apart from `slot_ptr` on, once so many `arrivals` have come.
 
     One block of assembly for each thread, so that all loads are on their way before one is looked
     at. A thread asks again for the vectors in which an element is missing, and after `spin_limit`
@@ -359,19 +346,10 @@ def report(channel):
 
 
 def workspace(
-    *,
-    groups: int,
-    programs: int,
-    steps: int,
-    chunks: int,
-    planes: int,
-    block_b: int,
-    block_h: int,
-    block_k: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    error: torch.Tensor | None = None,
-) -> Exchange:
+    *, groups: int, programs: int, steps: int, chunks: int, planes: int,
+    block_b: int, block_h: int, block_k: int,
+    dtype: torch.dtype, device: torch.device | str, error: torch.Tensor | None = None,
+) -> Exchange:  # fmt: skip
     """Allocates and fills what one launch exchanges through.
 
     Args:

@@ -31,16 +31,9 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def program_tile(
-    T,
-    B,
-    first_b,  # the launch covers the batch and the directions from here on
-    first_d,
-    lengths_ptr,  # [B], or None
-    H: tl.constexpr,
-    PLAN: tl.constexpr,
-):
-    """The tile of this program."""
+def program_tile(T, B, first_b, first_d, lengths_ptr, H: tl.constexpr, PLAN: tl.constexpr):
+    """The tile of this program. The launch covers the batch and the directions from `first_b` and
+    `first_d` on; lengths_ptr: [B], or None."""
     direction = first_d + tl.program_id(2)
     first_unit = tl.program_id(0) * PLAN.block_h
     units = first_unit + tl.arange(0, PLAN.block_h)
@@ -54,16 +47,9 @@ def program_tile(
     unit_mask = units < H
     batch_mask = (batch < B)[:, None]
     state_offsets = (direction * tl.cast(B, tl.int64) + batch[:, None]) * H + units
+    mask = batch_mask & unit_mask
     return Tile(
-        direction,
-        first_unit,
-        units,
-        batch,
-        length,
-        unit_mask,
-        batch_mask,
-        batch_mask & unit_mask,
-        state_offsets,
+        direction, first_unit, units, batch, length, unit_mask, batch_mask, mask, state_offsets
     )
 
 
@@ -80,32 +66,20 @@ def hide_contiguity(offs):
 
 
 @triton.jit
-def row_of(
-    t,
-    batch,  # [BLOCK_B]
-    offsets_ptr,  # [T] int64, or None
-    stride_t,
-    stride_b,
-):
-    """Rows of step t: [BLOCK_B, 1] int64."""
+def row_of(t, tile, offsets_ptr, stride_t, stride_b):
+    """Rows of step t: [BLOCK_B, 1] int64; offsets_ptr: [T] int64, or None."""
     if offsets_ptr is None:
-        rows = tl.cast(stride_t, tl.int64) * t + tl.cast(stride_b, tl.int64) * batch
+        rows = tl.cast(stride_t, tl.int64) * t + tl.cast(stride_b, tl.int64) * tile.batch
     else:
-        rows = tl.load(offsets_ptr + t) + batch
+        rows = tl.load(offsets_ptr + t) + tile.batch
     return rows[:, None]
 
 
 @triton.jit
 def load_planes(
-    ptr,  # [N, D, PLANES, H]
-    rows,  # [BLOCK_B, 1]
-    tile,
-    mask,  # [BLOCK_B, BLOCK_H]
-    D: tl.constexpr,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-):
-    """The PLANES tiles of a row block, in their own dtype, 0 where masked."""
+    ptr, rows, tile, mask, D: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr
+):  # fmt: skip
+    """The PLANES tiles of a row block of [N, D, PLANES, H], in its dtype, 0 where masked."""
     base = ptr + ((rows * D + tile.direction) * PLANES * H + tile.units)
     tiles = ()
     for plane in tl.static_range(PLANES):
@@ -114,17 +88,9 @@ def load_planes(
 
 
 @triton.jit
-def store_planes(
-    ptr,  # [N, D, len(tiles), H]
-    tiles,
-    rows,  # [BLOCK_B, 1]
-    tile,
-    active,  # [BLOCK_B, 1]: rows that the sequence has reached; the others receive 0
-    mask,  # [BLOCK_B, BLOCK_H]: what exists
-    D: tl.constexpr,
-    H: tl.constexpr,
-):
-    """Stores a row block's tiles, rounded to the dtype of `ptr`."""
+def store_planes(ptr, tiles, rows, tile, active, mask, D: tl.constexpr, H: tl.constexpr):
+    """Stores a row block's tiles into [N, D, len(tiles), H], rounded to its dtype: 0 in rows that
+    the sequence has not reached (`active`), nothing where there is none (`mask`)."""
     base = ptr + ((rows * D + tile.direction) * len(tiles) * H + tile.units)
     for plane in tl.static_range(len(tiles)):
         value = tl.where(active, tiles[plane], 0.0)
@@ -132,11 +98,8 @@ def store_planes(
 
 
 @triton.jit
-def of_direction(
-    ptrs,  # D pointers
-    tile,
-):
-    """The pointer of the tile's direction."""
+def of_direction(ptrs, tile):
+    """Of D pointers that of the tile's direction."""
     ptr = ptrs[0]
     if len(ptrs) == 2:
         ptr = tl.where(tile.direction == 0, ptrs[0], ptrs[1])
@@ -144,13 +107,8 @@ def of_direction(
 
 
 @triton.jit
-def load_vectors(
-    ptrs,  # D x [PLANES, H]
-    tile,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-):
-    """PLANES tiles [1, BLOCK_H] of what a direction has for every unit, in float32."""
+def load_vectors(ptrs, tile, PLANES: tl.constexpr, H: tl.constexpr):
+    """PLANES tiles [1, BLOCK_H] in float32; ptrs: [PLANES, H] of each direction."""
     base = of_direction(ptrs, tile) + tile.units
     tiles = ()
     for plane in tl.static_range(PLANES):
@@ -160,12 +118,8 @@ def load_vectors(
 
 
 @triton.jit
-def load_params(
-    param_ptrs,  # P x D x [H]
-    tile,
-    H: tl.constexpr,
-):
-    """The P parameters of a cell, as `load_vectors`."""
+def load_params(param_ptrs, tile, H: tl.constexpr):
+    """The P parameters of a cell, as `load_vectors`; param_ptrs: P x D x [H]."""
     params = ()
     for i in tl.static_range(len(param_ptrs)):
         params = params + load_vectors(param_ptrs[i], tile, PLANES=1, H=H)
@@ -173,11 +127,8 @@ def load_params(
 
 
 @triton.jit
-def load_states(
-    ptrs,  # S x [D, B, H], or ()
-    tile,
-):
-    """Their tiles in float32, 0 where masked."""
+def load_states(ptrs, tile):
+    """A tile of each [D, B, H] in float32, 0 where masked."""
     states = ()
     for i in tl.static_range(len(ptrs)):
         state = tl.load(ptrs[i] + tile.state_offsets, mask=tile.mask, other=0.0)
@@ -186,12 +137,8 @@ def load_states(
 
 
 @triton.jit
-def store_states(
-    ptrs,  # S x [D, B, H], or ()
-    states,
-    tile,
-):
-    """Stores tiles, rounded to the dtype of each pointer."""
+def store_states(ptrs, states, tile):
+    """Stores a tile into each [D, B, H], rounded to its dtype."""
     for i in tl.static_range(len(ptrs)):
         rounded = states[i].to(ptrs[i].dtype.element_ty)
         tl.store(ptrs[i] + tile.state_offsets, rounded, mask=tile.mask)

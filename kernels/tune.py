@@ -53,18 +53,10 @@ def cache_file() -> Path:
 
 
 def step_times(
-    cell: Cell,
-    pass_: str,
-    dtype: torch.dtype,
-    *,
-    H: int,
-    D: int,
-    device: torch.device,
-    properties: Device,
-    input_precision: str,
-    passes: tuple[Callable[..., Any], Callable[..., Any]],
-    measure: Measure | None = None,
-) -> dict[Plan, float] | None:
+    cell: Cell, pass_: str, dtype: torch.dtype, *, H: int, D: int,
+    device: torch.device, properties: Device, input_precision: str,
+    passes: tuple[Callable[..., Any], Callable[..., Any]], measure: Measure | None = None,
+) -> dict[Plan, float] | None:  # fmt: skip
     """Microseconds of a step for every candidate plan, from the file or measured now.
 
     `passes` are `launch.scan_forward` and `launch.scan_backward`, which call this. None while a

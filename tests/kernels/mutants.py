@@ -53,6 +53,12 @@ _TARGET = "step // LAP * n_programs"
 ARRIVALS = (
     Mutant("waits for no arrival", (Race,), (Change(_ENOUGH, '"setp.lt.s32 missing, 0, 0;"'),)),
     Mutant("does not arrive", (Deadlock,), (Change(_ADD, _ADD[:-1] + "0"),), always=True),
+    Mutant(
+        "arrives with the step before",
+        (Deadlock,),
+        (Change("    arrive(channel, step)\n", "    arrive(channel, step - 1)\n"),),
+        always=True,
+    ),
     Mutant("arrives twice", (Race,), (Change(_ADD, _ADD[:-1] + "2"),)),
     Mutant(
         "waits for those before",
@@ -241,7 +247,9 @@ TIME_OUTS = (
         (),
         (Change('"setp.ne.s32 missing, told, 0;"', '"setp.ne.s32 missing, 0, 0;"'),),
     ),
-    Mutant("reports nothing", (), (Change("tl.store(channel.error, step, mask=step != 0)", "pass"),)),
+    Mutant(
+        "reports nothing", (), (Change("tl.store(channel.error, step, mask=step != 0)", "pass"),)
+    ),
 )
 
 # Mistakes of a caller, made in bench/roundtrip.py.
@@ -299,12 +307,6 @@ MATMUL = (
 _FORWARD_PUBLISH = "publish_h(channel, masked(state[0], h_mask), tile, step + 2, T + 1, PLAN=PLAN)"
 FORWARD = (
     Mutant(
-        "forward arrives with the step before",
-        (Deadlock,),
-        kernel=(Change("sync.arrive(channel, step)", "sync.arrive(channel, step - 1)"),),
-        always=True,
-    ),
-    Mutant(
         "forward publishes less than is polled",
         (Race, Deadlock),
         kernel=(Change(_FORWARD_PUBLISH, f"channel = {_HALF}\n            {_FORWARD_PUBLISH}"),),
@@ -321,7 +323,7 @@ BACKWARD = (
     Mutant(
         "backward publishes less than is polled",
         (Deadlock,),
-        kernel=(Change("sync.publish(channel, gates,", "sync.publish(channel, gates[1:],"),),
+        kernel=(Change("channel, rounded, step + 2,", "channel, rounded[1:], step + 2,"),),
         always=True,
     ),
     Mutant(

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from state_ops_checks import CASES, OPTIONS, assert_as_the_reference, run
 from scheduler import cooperative
+from state_ops_checks import CASES, OPTIONS, assert_as_the_reference, run
 from tolerances import GRADIENTS32
 
 from fusedrnn.kernels import launch

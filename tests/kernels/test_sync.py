@@ -100,7 +100,6 @@ def relay_kernel(
     anchor = sync.layout_of_loads(ring, at)
     channel = sync.Channel(ring, signal, error, spin_limit, own, at, anchor)
     sync.publish(channel, (tl.load(x_ptr + own),), 1, 1, SLOT=2 * N, BLOCK_K=0)
-    sync.arrive(channel, 1)
     slot_ptr = ring + sync.slot(1) * 2 * N
     WARPS: tl.constexpr = N // LENGTH // 32
     tiles = sync.load(channel, slot_ptr, 1, 0, COUNT=1, STRIDE=0, WARPS=WARPS, PAIRWISE=PAIRWISE)
