@@ -62,7 +62,7 @@ class Job:
 
     def key(self) -> str:
         p = self.plan
-        chunks = f"{p.resident}/{p.chunks}x{p.block_k}/{p.split} +{p.ahead}"
+        chunks = f"{p.resident}/{p.chunks}x{p.block_k}/{p.split_k} +{p.prefetch}"
         tile = f"{p.block_b}x{p.block_h} {chunks}"
         return " ".join(
             [self.target, self.cell, self.which, self.save, self.dtype, self.precision]
@@ -105,7 +105,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "H": job.H,
         "D": D,
         "PRECISION": job.precision,
-        "PLAN": replace(plan, slab_b=None, slab_d=None),
+        "PLAN": replace(plan, batch_per_launch=None, directions_per_launch=None),
     }
     return values
 
@@ -199,7 +199,7 @@ def faults(job: Job, compiled, reading: Reading) -> list[str]:
     if plan.resident == plan.chunks:
         # The ring is read past L1 (.cg, volatile); any other load of such a shape is a weight: see
         # `load_right_operand` in fragments.py.
-        rows = plan.block_h // 8 * plan.split * 32
+        rows = plan.block_h // 8 * plan.split_k * 32
         shape = f"{2 * rows}x2x" if item == 4 else f"{rows}x4x"
         loads = [line for line in loop if "tt.load" in line or "async_copy" in line]
         loads = [line for line in loads if not re.search(r"= cg|isVolatile = true", line)]

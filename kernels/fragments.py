@@ -96,7 +96,7 @@ def load_right_operand(w_ptr, first_k, first_unit, H: tl.constexpr, PLAN: tl.con
     """[SPLIT, 16, BLOCK_H]: units of K by the program's units, 0 beyond H, of [H, pitch]."""
     WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
     BLOCK_H: tl.constexpr = PLAN.block_h
-    SPLIT: tl.constexpr = PLAN.split
+    SPLIT: tl.constexpr = PLAN.split_k
     EACH: tl.constexpr = 2 if WIDE else 1
     LENGTH: tl.constexpr = 2 if WIDE else 4
     N: tl.constexpr = BLOCK_H // 8

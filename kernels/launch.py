@@ -173,9 +173,9 @@ def _launch(kernel, plan: Plan, rows: Rows, *, planes: int, like: Tensor, **argu
     H, D = arguments["H"], arguments["D"]
     error = _error_word(device)
     _raise_if_timed_out(error)
-    step_b, step_d = plan.slab_b or max(rows.B, 1), plan.slab_d or D
+    step_b, step_d = plan.batch_per_launch or max(rows.B, 1), plan.directions_per_launch or D
     # How the batch is cut into launches is no part of a kernel.
-    bare = replace(plan, slab_b=None, slab_d=None)
+    bare = replace(plan, batch_per_launch=None, directions_per_launch=None)
     # Triton launches on the current device and its stream, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for first_d in range(0, D, step_d):
@@ -290,7 +290,7 @@ def _raise_if_timed_out(error: Tensor) -> None:
 def _check_grid(grid: tuple[int, int, int], plan: Plan, device: torch.device) -> None:
     """A grid that does not fit would wait for programs that cannot start."""
     programs = grid[0] * grid[1] * grid[2]
-    room = device_of(device).multiprocessors * plan.programs_each
+    room = device_of(device).multiprocessors * plan.programs_per_sm
     if device.type == "cuda" and programs > room:
         raise RuntimeError(
             f"the grid {grid} has {programs} programs that must run at the same time, "

@@ -139,10 +139,10 @@ def gathered_matmul(
     """The product with what all programs of the group published as `step`."""
     BLOCK_B: tl.constexpr = PLAN.block_b
     BLOCK_H: tl.constexpr = PLAN.block_h
-    SPLIT: tl.constexpr = PLAN.split
+    SPLIT: tl.constexpr = PLAN.split_k
     CHUNKS: tl.constexpr = PLAN.chunks
     RESIDENT: tl.constexpr = PLAN.resident
-    AHEAD: tl.constexpr = PLAN.ahead
+    AHEAD: tl.constexpr = PLAN.prefetch
     sums = ()
     for _ in tl.static_range(G // PLANES):
         sums = sums + (tl.zeros([SPLIT, BLOCK_B, BLOCK_H], tl.float32),)

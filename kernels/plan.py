@@ -2,10 +2,11 @@
 
 Three schedules, one kernel each for forward and backward:
 
-    spread     programs that run at the same time own BLOCK_H units each, their weights in registers
-    streaming  as spread, but not all chunks of K fit: the others are read through L1 in every step
-    resident   one program owns all units, and nothing is exchanged: for the interpreter, which runs
-               one program after the other. For a GPU the meter of a step prefers the others.
+    multi_block   programs that run at the same time own BLOCK_H units each, their weights in
+                  registers
+    streamed      the same, but not all chunks of K fit: the others are read through L1 in each step
+    single_block  one program owns all units, and nothing is exchanged: for the interpreter, which
+                  runs one program after the other. For a GPU the meter prefers the others.
 
 A plan is the cheapest of a few candidates by an estimate of the clock cycles of a step, among
 those whose registers and shared memory fit a program and whose grid fits the device. The batch
@@ -54,16 +55,16 @@ class Plan:
     """How one pass of one layer runs; the kernels take it whole, as a constant.
 
     Attributes:
-        schedule: "resident", "spread" or "streaming"; follows from the numbers below.
+        schedule: "single_block", "multi_block" or "streamed"; follows from the numbers below.
         block_b, block_h: batch elements of a tile, and units of a program.
         block_k, chunks: K, which is all of H, in equal chunks.
         resident: chunks whose weights stay on the multiprocessor.
-        split: groups of warps that share out each chunk.
+        split_k: groups of warps that share out each chunk.
         max_registers: per thread, or None for the compiler's own choice.
-        ahead: chunks whose left operands are read together, before the first is multiplied.
-        programs_each: programs that run at the same time on each multiprocessor.
+        prefetch: chunks whose left operands are read together, before the first is multiplied.
+        programs_per_sm: programs that run at the same time on each multiprocessor.
         pairwise: the device compares pairs of 16 bits at once, see `sync.assembly`.
-        slab_b, slab_d: the most batch elements and directions of one launch; None for any.
+        batch_per_launch, directions_per_launch: the most of one launch; None for any.
     """
 
     schedule: str
@@ -72,19 +73,19 @@ class Plan:
     block_k: int
     chunks: int
     resident: int
-    split: int
+    split_k: int
     num_warps: int
     max_registers: int | None = None
-    ahead: int = 1
-    programs_each: int = 1
+    prefetch: int = 1
+    programs_per_sm: int = 1
     pairwise: bool = False
-    slab_b: int | None = None
-    slab_d: int | None = None
+    batch_per_launch: int | None = None
+    directions_per_launch: int | None = None
 
     @property
     def exchanged(self) -> bool:
         """Whether programs hand each other what they compute."""
-        return self.schedule != "resident"
+        return self.schedule != "single_block"
 
     def options(self, device: Device) -> dict[str, Any]:
         """The compiler's options. The time loop itself is never pipelined: each step needs the
@@ -100,7 +101,7 @@ class Plan:
         """An upper bound of a program's shared memory, for the partial sums of up to four gates;
         the ahead-of-time suite holds it to that."""
         results = 1 if pass_ == "backward" else min(len(cell.gates), 4)
-        return 4 * self.block_b * self.block_h * (self.split * results + 1)
+        return 4 * self.block_b * self.block_h * (self.split_k * results + 1)
 
 
 def plan_scan(
@@ -129,7 +130,7 @@ def candidates(
     """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
     if device.backend == "interpreter":
         block = max(16, 1 << (H - 1).bit_length())
-        return [Plan("resident", 16, block, block, 1, 1, 1, num_warps=4)]
+        return [Plan("single_block", 16, block, block, 1, 1, 1, num_warps=4)]
     return list(_candidates(cell, pass_, ITEM_SIZE[dtype], H, device, input_precision))
 
 
@@ -170,14 +171,15 @@ def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, in
     if not plan.exchanged:
         return plan, 1, 1
     owners = -(-H // plan.block_h)
-    room = device.multiprocessors * plan.programs_each
+    room = device.multiprocessors * plan.programs_per_sm
     if owners > room:
         return None
-    slab_d = min(D, room // owners)
-    slab_b = room // (owners * slab_d) * plan.block_b
-    launches = -(-D // slab_d) * -(-B // slab_b)
-    programs = owners * slab_d * -(-min(B, slab_b) // plan.block_b)
-    return replace(plan, slab_b=slab_b, slab_d=slab_d), launches, programs
+    directions = min(D, room // owners)
+    batch = room // (owners * directions) * plan.block_b
+    launches = -(-D // directions) * -(-B // batch)
+    programs = owners * directions * -(-min(B, batch) // plan.block_b)
+    plan = replace(plan, batch_per_launch=batch, directions_per_launch=directions)
+    return plan, launches, programs
 
 
 def _candidates(
@@ -188,7 +190,7 @@ def _candidates(
 
     def fits(plan: Plan) -> bool:
         used = plan.shared_bytes(cell, pass_)
-        shared = device.shared_per_multiprocessor // plan.programs_each - 1024
+        shared = device.shared_per_multiprocessor // plan.programs_per_sm - 1024
         return used <= min(shared, device.shared_per_program)
 
     gates = len(cell.gates)
@@ -218,7 +220,7 @@ def _candidates(
             ahead = min(ahead, max(1, 16 // lhs))
         if resident < chunks and split < 8:
             continue  # two programs would share what L1 keeps
-        schedule = "spread" if resident == chunks else "streaming"
+        schedule = "multi_block" if resident == chunks else "streamed"
         plan = Plan(
             schedule, 16, block_h, 16 * split, chunks, resident, split, split,
             255, ahead, 8 // split, device.capability >= (9, 0),
@@ -263,9 +265,9 @@ def cycles(
     l2 = min(L2_BYTES, L2_BYTES_OF_ALL / multiprocessors)
     busy += max(multiply, plan.chunks * planes * CHAIN * (item // 2))
     busy += weights * (1 - plan.resident / plan.chunks) * item / L1_BYTES
-    busy += 2 * 4 * plan.split * plan.block_b * plan.block_h * results / SHARED_BYTES
+    busy += 2 * 4 * plan.split_k * plan.block_b * plan.block_h * results / SHARED_BYTES
     volume = planes * plan.block_b * K * item / l2
-    wait = TRIP + (-(-plan.chunks // plan.ahead) - 1) * ANOTHER_TRIP
+    wait = TRIP + (-(-plan.chunks // plan.prefetch) - 1) * ANOTHER_TRIP
     if programs > device.multiprocessors:
         return (1 + TOGETHER) * (busy + volume) + wait
     return busy + volume + wait

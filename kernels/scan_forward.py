@@ -5,7 +5,7 @@
 
 One launch runs the whole sequence. A program owns BLOCK_H units of BLOCK_B elements of the batch
 in one direction: it keeps their states and their rows of the recurrent weights in registers from
-the first step to the last. Where one program owns all units (the *resident* schedule), nothing
+the first step to the last. Where one program owns all units (schedule single_block), nothing
 else is needed. Otherwise the programs of one batch tile and direction hand each other their h in
 every step, through a ring in global memory (`sync`). Step 1 of the exchange publishes h_0, so that
 the loop reads every h_{t-1} from the same place.

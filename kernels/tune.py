@@ -114,7 +114,7 @@ def _directions_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
     """How many of D directions of one batch tile run in one launch, all programs together."""
     if not plan.exchanged:
         return D
-    room = properties.multiprocessors * plan.programs_each
+    room = properties.multiprocessors * plan.programs_per_sm
     return min(D, room // -(-H // plan.block_h))
 
 

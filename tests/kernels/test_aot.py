@@ -83,7 +83,7 @@ MUTANTS = (
     Mutant(
         "one load of the ring after the other",
         "matmul.py",
-        (("AHEAD: tl.constexpr = PLAN.ahead\n", "AHEAD: tl.constexpr = 1\n"),),
+        (("AHEAD: tl.constexpr = PLAN.prefetch\n", "AHEAD: tl.constexpr = 1\n"),),
         "loads of the ring wait for one another",
     ),
     Mutant(
@@ -139,7 +139,7 @@ def test_the_sample_has_every_kind(compiled):
     assert {job[2] for job in jobs} == set(PASSES)
     assert {job[3] for job in jobs} == set(aot.DTYPES)
     schedules = {compiled[job]["plan"]["schedule"] for job in jobs}
-    assert schedules == {"spread", "streaming"}
+    assert schedules == {"multi_block", "streamed"}
 
 
 # --- the gate -----------------------------------------------------------------------------------
@@ -192,7 +192,10 @@ def test_some_targets_are_only_reported(target):
 
 def test_every_kernel_is_compiled_once():
     jobs = [job for job, B in aot_suite.jobs() if B is None]
-    bare = [replace(job, plan=replace(job.plan, slab_b=None, slab_d=None)) for job in jobs]
+    bare = [
+        replace(job, plan=replace(job.plan, batch_per_launch=None, directions_per_launch=None))
+        for job in jobs
+    ]
     assert len(set(bare)) == len(bare)
 
 
@@ -204,7 +207,7 @@ def test_the_suite_has_every_kind():
         for which in PASSES:
             mine = [j for j in made_for if (j.cell, j.which, j.dtype) == (cell, which, "bf16")]
             assert {j.H for j in mine} >= set(hidden)
-    assert {job.plan.schedule for job in made_for} == {"spread", "streaming"}
+    assert {job.plan.schedule for job in made_for} == {"multi_block", "streamed"}
     assert len({job.key() for job in made_for}) == len(set(made_for))
     assert {job.dtype for job in made_for} == set(aot.DTYPES)
     assert {job.save for job in made_for} == {"gates", "states"}

@@ -11,7 +11,7 @@ from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch, layout
 from fusedrnn.kernels.plan import Plan
 
-SPREAD = Plan("spread", 16, 16, 32, 1, 1, 2, 2, "sentinel")
+SPREAD = Plan("multi_block", 16, 16, 32, 1, 1, 2, 2, "sentinel")
 # What Triton prints, cut down to the lines that count.
 GOOD = """
 #blocked = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [32, 1], warpsPerCTA = [2, 1], order = [1, 0]}>
@@ -77,7 +77,7 @@ def test_another_layout_is_an_error_that_names_triton(ttgir, message, scan):
 
 def test_nothing_is_looked_at_where_nothing_is_exchanged(scan):
     compiled = Compiled("")
-    scan(compiled, Plan("resident", 16, 32, 32, 1, 1, 1, 4))
+    scan(compiled, Plan("single_block", 16, 32, 32, 1, 1, 1, 4))
     assert compiled.reads == 0
 
 

@@ -76,26 +76,28 @@ def test_every_plan_fits(capability, multiprocessors):
         assert plan.shared_bytes(cell, pass_) <= where.shared_per_program, told
         assert plan.chunks * plan.block_k >= H > (plan.chunks - 1) * plan.block_k, told
         assert 0 <= plan.resident <= plan.chunks, told
-        for power in (plan.block_b, plan.block_h, plan.block_k, plan.split, plan.num_warps):
+        for power in (plan.block_b, plan.block_h, plan.block_k, plan.split_k, plan.num_warps):
             assert power & (power - 1) == 0, told
         owners = -(-H // plan.block_h)
         # What the layout of the exchange rests on (`fragments`): a warp for each 16 units of a
         # chunk, and a program's units all in one chunk.
         assert plan.block_b == 16, told
-        assert plan.block_k == 16 * plan.split, told
-        assert plan.split == plan.num_warps, told
+        assert plan.block_k == 16 * plan.split_k, told
+        assert plan.split_k == plan.num_warps, told
         assert plan.block_k % plan.block_h == 0, told
-        assert 1 <= plan.ahead <= plan.chunks, told
+        assert 1 <= plan.prefetch <= plan.chunks, told
         # No launch has more programs than run at the same time, and each launch does something.
-        assert plan.slab_b % plan.block_b == 0, told
-        assert 1 <= plan.slab_d <= D, told
-        grid = owners * plan.slab_d * -(-min(B, plan.slab_b) // plan.block_b)
-        assert grid <= multiprocessors * plan.programs_each, told
+        assert plan.batch_per_launch % plan.block_b == 0, told
+        assert 1 <= plan.directions_per_launch <= D, told
+        grid = (
+            owners * plan.directions_per_launch * -(-min(B, plan.batch_per_launch) // plan.block_b)
+        )
+        assert grid <= multiprocessors * plan.programs_per_sm, told
         # Of two programs on a multiprocessor, each has half of its 65,536 registers.
-        assert plan.programs_each * plan.num_warps * 32 * 256 <= 65536, told
+        assert plan.programs_per_sm * plan.num_warps * 32 * 256 <= 65536, told
         used = plan.shared_bytes(cell, pass_) + KIB
-        assert plan.programs_each * used <= where.shared_per_multiprocessor, told
-        assert (plan.schedule == "spread") == (plan.resident == plan.chunks), told
+        assert plan.programs_per_sm * used <= where.shared_per_multiprocessor, told
+        assert (plan.schedule == "multi_block") == (plan.resident == plan.chunks), told
 
 
 def test_every_plan_fits_in_full_precision():
@@ -113,7 +115,7 @@ def test_a_measurement_is_believed_instead_of_the_estimate():
         plan = plan_scan(
             LSTM, "forward", torch.bfloat16, B=1, H=512, D=1, device=H200, step_times=times
         )
-        assert replace(plan, slab_b=None, slab_d=None) == fastest
+        assert replace(plan, batch_per_launch=None, directions_per_launch=None) == fastest
 
 
 def test_the_cheapest_candidate_is_chosen():
@@ -131,32 +133,32 @@ def test_a_batch_is_cut_into_as_few_launches_as_hold_it():
     (plan,) = (
         p
         for p in candidates(LSTM, "forward", torch.bfloat16, 512, H200, "tf32")
-        if (p.block_h, p.split) == (16, 8)
+        if (p.block_h, p.split_k) == (16, 8)
     )
     # 32 programs hold 512 units, and 132 multiprocessors hold four times 32.
     for B, launches, programs in ((1, 1, 32), (16, 1, 32), (17, 1, 64), (64, 1, 128), (65, 2, 128)):
         whole, *counts = placed(plan, 512, 1, B, H200)
-        assert (whole.slab_b, counts) == (64, [launches, programs])
+        assert (whole.batch_per_launch, counts) == (64, [launches, programs])
     assert placed(plan, 132 * 16 + 1, 1, 1, H200) is None
 
 
 @pytest.mark.parametrize(
     ("H", "dtype", "schedule"),
     [
-        (8, torch.bfloat16, "spread"),
-        (128, torch.bfloat16, "spread"),
-        (128, torch.float32, "spread"),
-        (300, torch.bfloat16, "spread"),
-        (768, torch.bfloat16, "spread"),
-        (1024, torch.float16, "spread"),
-        (2048, torch.bfloat16, "streaming"),
+        (8, torch.bfloat16, "multi_block"),
+        (128, torch.bfloat16, "multi_block"),
+        (128, torch.float32, "multi_block"),
+        (300, torch.bfloat16, "multi_block"),
+        (768, torch.bfloat16, "multi_block"),
+        (1024, torch.float16, "multi_block"),
+        (2048, torch.bfloat16, "streamed"),
     ],
 )
 def test_schedule_on_a_large_gpu(H, dtype, schedule):
     for pass_ in PASSES:
         plan = plan_scan(LSTM, pass_, dtype, B=16, H=H, D=1, device=H200)
         assert plan.schedule == schedule, plan
-        assert plan.slab_b is None or plan.slab_b >= 16
+        assert plan.batch_per_launch is None or plan.batch_per_launch >= 16
 
 
 def test_batch_decides_between_few_kernels():
@@ -164,8 +166,8 @@ def test_batch_decides_between_few_kernels():
     kernels = {
         replace(
             plan_scan(LSTM, "forward", torch.bfloat16, B=B, H=512, D=1, device=H200),
-            slab_b=None,
-            slab_d=None,
+            batch_per_launch=None,
+            directions_per_launch=None,
         )
         for B in range(1, 2000)
     }
@@ -176,22 +178,22 @@ def test_units_beyond_16_for_each_multiprocessor():
     for pass_ in PASSES:
         for H, block_h in ((132 * 16, 16), (132 * 16 + 1, 32), (132 * 32, 32)):
             plan = plan_scan(LSTM, pass_, torch.bfloat16, B=16, H=H, D=1, device=H200)
-            assert (plan.schedule, plan.block_h) == ("streaming", block_h)
+            assert (plan.schedule, plan.block_h) == ("streamed", block_h)
         with pytest.raises(ValueError, match="133 programs"):
             plan_scan(LSTM, pass_, torch.bfloat16, B=16, H=132 * 32 + 1, D=1, device=H200)
 
 
 def test_two_directions_share_a_launch_where_they_fit():
     one = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=512, D=2, device=H200)
-    assert one.slab_d == 2
+    assert one.directions_per_launch == 2
     two = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=1500, D=2, device=H200)
-    assert two.slab_d == 1
+    assert two.directions_per_launch == 1
 
 
 def test_interpreter_runs_everything_resident():
     for H in HIDDEN:
         plan = plan_scan(LSTM, "forward", torch.float32, B=5, H=H, D=2, device=INTERPRETER)
-        assert plan.schedule == "resident"
+        assert plan.schedule == "single_block"
         assert plan.block_h >= H
 
 

@@ -15,7 +15,7 @@ from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels.plan import Plan
 
 # H = 20 over three programs of 8 units, K in two chunks of 16; the batch in tiles of 16 rows.
-SPREAD = Plan("spread", 16, 8, 16, 2, 2, split=1, num_warps=1)
+SPREAD = Plan("multi_block", 16, 8, 16, 2, 2, split_k=1, num_warps=1)
 RAGGED = {"T": 3, "B": 3, "H": 20, "lengths": (1, 3, 2)}
 EVEN = {"T": 3, "B": 3, "H": 20, "D": 1}
 
@@ -39,7 +39,7 @@ def test_every_dtype(dtype):
 
 
 def test_all_chunks_read_together():
-    check(Case(REGISTRY["gru"], **EVEN), replace(SPREAD, ahead=2))
+    check(Case(REGISTRY["gru"], **EVEN), replace(SPREAD, prefetch=2))
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -47,7 +47,7 @@ def test_all_chunks_read_together():
 @pytest.mark.parametrize("resident", [0, 1])
 def test_streams_what_is_not_resident(resident, split, ahead):
     case = Case(REGISTRY["lstm"], T=3, B=3, H=20 * split, D=1)
-    plan = replace(SPREAD, schedule="streaming", resident=resident, split=split, ahead=ahead)
+    plan = replace(SPREAD, schedule="streamed", resident=resident, split_k=split, prefetch=ahead)
     check(case, replace(plan, block_k=16 * split))
 
 
@@ -59,4 +59,7 @@ def test_packed(save):
 
 def test_several_launches():
     """A grid for two rows of one direction, so four launches for three rows of two."""
-    check(Case(REGISTRY["gru"], **RAGGED), replace(SPREAD, slab_b=2, slab_d=1))
+    check(
+        Case(REGISTRY["gru"], **RAGGED),
+        replace(SPREAD, batch_per_launch=2, directions_per_launch=1),
+    )

@@ -96,7 +96,7 @@ def test_only_grids_that_fit_are_measured(H):
     assert seen == [plan for plan in found if at_once[plan]]
     for plan in seen:
         grid = (-(-H // plan.block_h), 1, at_once[plan])
-        assert math.prod(grid) <= H100.multiprocessors * plan.programs_each
+        assert math.prod(grid) <= H100.multiprocessors * plan.programs_per_sm
     assert 1 in at_once.values()  # which two directions at once would have refused
 
 
