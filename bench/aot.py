@@ -30,6 +30,8 @@ from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import Device, Plan
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
+from fusedrnn.kernels.state_ops import StateOps
+from fusedrnn.kernels.sync import Exchange
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +62,7 @@ class Job:
 
     def key(self) -> str:
         p = self.plan
-        chunks = f"{p.resident}/{p.chunks}x{p.block_k}/{p.split} +{p.ahead}"
+        chunks = f"{p.resident}/{p.chunks}x{p.block_k}/{p.split_k} +{p.prefetch}"
         tile = f"{p.block_b}x{p.block_h} {chunks}"
         return " ".join(
             [self.target, self.cell, self.which, self.save, self.dtype, self.precision]
@@ -74,13 +76,15 @@ def arguments(job: Job) -> dict[str, Any]:
     cell, plan = REGISTRY[job.cell], job.plan
     G, K, S, P = len(cell.gates), len(cell.saved), len(cell.states), len(cell.params)
     sequence = f"*{job.dtype}"
+    D = 1 if job.plain else 2
     recompute = job.save == "states" and K > 0
     values: dict[str, Any] = {
-        **dict.fromkeys(("x_gates_ptr", "w_ptr", "b_hh_ptr", "output_ptr"), sequence),
+        **dict.fromkeys(("x_gates_ptr", "output_ptr"), sequence),
+        **dict.fromkeys(("w_ptrs", "b_hh_ptrs"), (sequence,) * D),
         **dict.fromkeys(("d_output_ptr", "dx_gates_ptr"), sequence),
         **dict.fromkeys(("state_ptrs", "final_ptrs"), (sequence,) * S),
         **dict.fromkeys(("d_final_ptrs", "d_state_ptrs"), (sequence,) * S),
-        "param_ptrs": (sequence,) * P,
+        "param_ptrs": ((sequence,) * D,) * P,
         "d_param_ptrs": ("*fp32",) * P,
         "saved_ptr": sequence if K else None,
         "states_ptr": sequence if S > 1 else None,
@@ -88,24 +92,20 @@ def arguments(job: Job) -> dict[str, Any]:
         "dh_gates_ptr": None if cell.additive else sequence,
         "offsets_ptr": None if job.plain else "*i64",
         "lengths_ptr": None if job.plain else "*i64",
-        "ring_ptr": sequence,
-        "signal_ptr": "*i32",
-        "error_ptr": "*i32",
-        **dict.fromkeys(("ring_stride", "signal_stride", "spin_limit"), "i32"),
+        "exchange": Exchange(sequence, "*i32", "*i32", *["i32"] * 3),
         **dict.fromkeys(("T", "B", "first_b", "first_d", "stride_t", "stride_b"), "i32"),
         # What regularizes is off: it adds loads and selects, and no product.
-        **dict.fromkeys(("reset_ptr", "h_mask_ptr", "zoneout_ptr", "ZONEOUT", "clip")),
-        **dict.fromkeys(("fresh_ptrs", "d_fresh_ptrs"), ()),
+        "ops": StateOps(),
+        "d_reset_state_ptrs": (),
         "CELL": bind(cell.forward),
         "CELL_FORWARD": bind(cell.forward) if recompute else None,
         "CELL_BACKWARD": bind(cell.backward),
         "KEPT": G if recompute else K,
         "G": G,
         "H": job.H,
-        "PITCH": -(-job.H // 8) * 8,  # as `launch` pads
-        "D": 1 if job.plain else 2,
+        "D": D,
         "PRECISION": job.precision,
-        **plan.constants(TARGETS[job.target]),
+        "PLAN": replace(plan, batch_per_launch=None, directions_per_launch=None),
     }
     return values
 
@@ -121,15 +121,16 @@ def compile_job(job: Job):
     kernel = scan_forward_kernel if job.which == "forward" else scan_backward_kernel
     values = arguments(job)
     signature, constants, attributes = {}, {}, {}
-    aligned = {(kernel.arg_names.index(n),) for n in ("ring_stride", "signal_stride", "spin_limit")}
+    exchange = kernel.arg_names.index("exchange")
 
     def describe(value, path, constant):
         if isinstance(value, tuple) and not constant:
-            return tuple(describe(v, (*path, i), constant) for i, v in enumerate(value))
+            parts = [describe(v, (*path, i), constant) for i, v in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if value is None or constant:
             constants[path] = value
             return "constexpr"
-        if value.startswith("*") or path in aligned:
+        if value.startswith("*") or path[0] == exchange:
             attributes[path] = [["tt.divisibility", 16]]  # as torch and `sync` allocate
         return value
 
@@ -198,7 +199,7 @@ def faults(job: Job, compiled, reading: Reading) -> list[str]:
     if plan.resident == plan.chunks:
         # The ring is read past L1 (.cg, volatile); any other load of such a shape is a weight: see
         # `load_right_operand` in fragments.py.
-        rows = plan.block_h // 8 * plan.split * 32
+        rows = plan.block_h // 8 * plan.split_k * 32
         shape = f"{2 * rows}x2x" if item == 4 else f"{rows}x4x"
         loads = [line for line in loop if "tt.load" in line or "async_copy" in line]
         loads = [line for line in loads if not re.search(r"= cg|isVolatile = true", line)]
@@ -237,7 +238,7 @@ def run_job(job: Job, B: int | None = None) -> dict[str, Any]:
 def fingerprint() -> str:
     """Of all that decides which kernels there are and what they are compiled to, besides the
     version of Triton: lines that are only a comment are left out."""
-    elsewhere = ("__init__", "interpreter", "launch", "layout", "tune")
+    elsewhere = ("__init__", "launch", "layout", "tune")
     kernels = [f for f in sorted((ROOT / "kernels").glob("*.py")) if f.stem not in elsewhere]
     return _digest([*kernels, *sorted((ROOT / "fusedrnn" / "cells").glob("*.py"))])
 

@@ -112,7 +112,9 @@ def jobs() -> list[tuple[aot.Job, int | None]]:
 
     def add(job: aot.Job, B: int | None = None, kind: object = None) -> None:
         # How a batch is cut into launches is no part of a kernel.
-        bare = replace(job, plan=replace(job.plan, slab_b=None, slab_d=None))
+        bare = replace(
+            job, plan=replace(job.plan, batch_per_launch=None, directions_per_launch=None)
+        )
         key = (kind or bare, B)
         if B is not None or all((kind or bare, b) not in found for b in (None, *batches)):
             found.setdefault(key, (job, B))

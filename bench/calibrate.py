@@ -71,6 +71,7 @@ SHAPES = tuple(
 
 def time_loop(shape: Shape, which: str, device: torch.device, steps: int) -> Callable[[], object]:
     """One pass of the time loop of one layer, `steps` steps, without the products around it."""
+    from fusedrnn.call import Weights
     from fusedrnn.kernels.launch import check, scan_backward, scan_forward
 
     cell, B, H = cells.get(shape.cell), shape.B, shape.H
@@ -81,7 +82,8 @@ def time_loop(shape: Shape, which: str, device: torch.device, steps: int) -> Cal
         dtype = TORCH_DTYPES[shape.dtype]
         return torch.randn(*size, generator=generator, device=device).to(dtype)
 
-    w_hh, b_hh = draw(1, G * H, H) / H**0.5, draw(1, G * H)
+    w_hh = draw(G * H, H) / H**0.5
+    directions = [Weights(w_hh, w_hh, None, draw(G * H), None, ())]
     state = tuple(draw(1, B, H) for _ in cell.states)
     x_gates = draw(steps * B, 1, G, H)
     rows = Rows(steps, B, B, 1)
@@ -90,14 +92,14 @@ def time_loop(shape: Shape, which: str, device: torch.device, steps: int) -> Cal
     }  # fmt: skip
 
     def forward():
-        return scan_forward(cell, x_gates, w_hh, b_hh, state, (), **layer)
+        return scan_forward(cell, x_gates, directions, state, **layer)
 
     output, _, saved, states = forward()
     check(device)  # a launch that timed out would be timed
     if which == "forward":
         return forward
     return lambda: scan_backward(
-        cell, output, state, w_hh, b_hh, state, (), output, states, saved, **layer
+        cell, output, state, directions, state, output, states, saved, **layer
     )
 
 

@@ -57,7 +57,9 @@ def jobs(points: list[Point], device, most: int) -> list[Job]:
         except ValueError:  # no plan for such a layer: the run says so where it comes
             continue
         # How a batch is cut into launches is no part of a kernel either.
-        same = tuple(replace(plan, slab_b=None, slab_d=None) for plan in plans)
+        same = tuple(
+            replace(plan, batch_per_launch=None, directions_per_launch=None) for plan in plans
+        )
         for backend in dict.fromkeys(FUSED[b] for b in point.backends if b in FUSED):
             kind = replace(shape, B=0, I=0, lengths="packed" if shape.lengths else "")
             earlier = found.setdefault((kind, same, backend), Job(shape, backend, point.passes))

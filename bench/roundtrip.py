@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
-from fusedrnn.kernels.fragments import BLOCK, LANES, ROWS, left_operand, offset_in_slot, vectors
+from fusedrnn.kernels.fragments import BLOCK, ROWS, left_operand
 
 BLOCK_H, SPLIT, AHEAD = 8, 8, 8
 
@@ -27,12 +27,7 @@ def exchange_kernel(
     x_ptr,  # [T, B, H]
     h0_ptr,  # [B, H]
     output_ptr,  # [T, B, H]
-    ring_ptr,  # [groups, slots, 16 * CHUNKS * 16 * SPLIT]
-    signal_ptr,  # [groups, signal_stride]
-    error_ptr,  # [1]
-    ring_stride,
-    signal_stride,
-    spin_limit,
+    exchange,  # `sync.Exchange`
     T,
     B,
     H,
@@ -43,56 +38,45 @@ def exchange_kernel(
     SPLIT: tl.constexpr,  # groups of warps, each of which reads 16 units of every chunk
     PAIRWISE: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = ring_ptr.dtype.element_ty
-    WIDE: tl.constexpr = DTYPE.primitive_bitwidth == 32
-    SLOT: tl.constexpr = ROWS * CHUNKS * ROWS * SPLIT
-    group = tl.program_id(1)
-    ring_ptr += group.to(tl.int64) * ring_stride
-    signal_ptr += group * signal_stride
+    DTYPE: tl.constexpr = exchange.ring.dtype.element_ty
+    BLOCK_K: tl.constexpr = ROWS * SPLIT
+    SLOT: tl.constexpr = ROWS * CHUNKS * BLOCK_K
     step_size = tl.full((), B, tl.int64) * H
 
     rows = tl.arange(0, ROWS)[:, None]  # within the group
-    batch = group * ROWS + rows
+    batch = tl.program_id(1) * ROWS + rows
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     own_mask = (batch < B) & (units < H)
-    own = offset_in_slot(rows, units, BLOCK_K=ROWS * SPLIT, PLANES=1, WIDE=WIDE)
-    at = vectors(SPLIT=SPLIT, WIDE=WIDE)
-    VECTORS: tl.constexpr = at.numel // at.shape[1] // (SPLIT * LANES)
-    anchor = sync.layout_of_loads(ring_ptr, at)
+    channel = sync.connect(exchange, units, PLANES=1, BLOCK_K=BLOCK_K)
 
     # Rows beyond the batch are exchanged too, and units beyond H, as zeros.
     h0 = tl.load(h0_ptr + batch * H + units, mask=own_mask, other=0.0)
-    sync.publish(ring_ptr, SLOT, own, h0, 1, T + 1)
-    sync.arrive(signal_ptr, 1)
+    sync.publish(channel, (h0,), 1, T + 1, SLOT=SLOT, BLOCK_K=BLOCK_K)
 
     for t in range(T):
         x = tl.load(x_ptr + batch * H + units, mask=own_mask, other=0.0)
         total = tl.zeros((ROWS,), tl.float32)
-        slot_ptr = ring_ptr + sync.slot(t + 1) * SLOT
+        slot_ptr = channel.ring + sync.slot(t + 1) * SLOT
         for first in tl.static_range(0, CHUNKS, AHEAD):
             lefts = sync.load(
+                channel,
                 slot_ptr + first * SPLIT * BLOCK,
-                at,
-                anchor,
                 t + 1,
                 sync.arrivals(t + 1, tl.num_programs(0)) if first == 0 else 0,
-                signal_ptr,
-                spin_limit,
                 COUNT=min(AHEAD, CHUNKS - first),
-                VECTORS=VECTORS,
                 STRIDE=SPLIT * BLOCK,
+                WARPS=SPLIT,
                 PAIRWISE=PAIRWISE,
             )
             for i in tl.static_range(min(AHEAD, CHUNKS - first)):
                 left = left_operand(lefts[i], SPLIT=SPLIT).to(tl.float32)
                 total += tl.sum(tl.sum(left, axis=2), axis=0)
         h = tl.where(own_mask, decay * (total / H)[:, None] + x, 0.0).to(DTYPE)
-        sync.publish(ring_ptr, SLOT, own, h, t + 2, T + 1)
-        sync.arrive(signal_ptr, t + 2)
+        sync.publish(channel, (h,), t + 2, T + 1, SLOT=SLOT, BLOCK_K=BLOCK_K)
         tl.store(output_ptr + batch * H + units, h, mask=own_mask)
         x_ptr += step_size
         output_ptr += step_size
-    sync.report(signal_ptr, error_ptr)
+    sync.report(channel)
 
 
 def exchange(
@@ -136,12 +120,7 @@ def exchange(
         x_ptr=x,
         h0_ptr=h0,
         output_ptr=output,
-        ring_ptr=space.ring,
-        signal_ptr=space.signal,
-        error_ptr=space.error,
-        ring_stride=space.ring_stride,
-        signal_stride=space.signal_stride,
-        spin_limit=sync.spin_limit(x.device) if spin_limit is None else spin_limit,
+        exchange=space if spin_limit is None else space._replace(spin_limit=spin_limit),
         T=T,
         B=B,
         H=H,

@@ -30,6 +30,12 @@ BLOCK = tl.constexpr(256)  # elements of a block
 LANES = tl.constexpr(32)
 
 
+@triton.constexpr_function
+def pitch(H):
+    """Elements from one row of W_hh to the next: a multiple of 16 bytes."""
+    return -(-H // 8) * 8
+
+
 @triton.jit
 def offset_in_block(row, unit, WIDE: tl.constexpr):
     """Where a block holds (row, unit), both below 16. WIDE: elements of 32 bits."""
@@ -48,12 +54,8 @@ def offset_in_block(row, unit, WIDE: tl.constexpr):
 
 @triton.jit
 def offset_in_slot(
-    rows,  # [16, 1]
-    units,  # [1, BLOCK_H]
-    BLOCK_K: tl.constexpr,
-    PLANES: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    rows, units, BLOCK_K: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """Where a slot of the ring holds (row, unit) of the first plane; the next lies 16 * BLOCK_K
     further.
 
@@ -90,17 +92,11 @@ def left_operand(tile, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def load_right_operand(
-    w_ptr,  # [H, PITCH] of one gate
-    first,  # unit of K
-    own_first,  # the program's first unit
-    H: tl.constexpr,
-    PITCH: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """[SPLIT, 16, BLOCK_H]: units of K by own units, 0 beyond H."""
+def load_right_operand(w_ptr, first_k, first_unit, H: tl.constexpr, PLAN: tl.constexpr):
+    """[SPLIT, 16, BLOCK_H]: units of K by the program's units, 0 beyond H, of [H, pitch]."""
+    WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
+    BLOCK_H: tl.constexpr = PLAN.block_h
+    SPLIT: tl.constexpr = PLAN.split_k
     EACH: tl.constexpr = 2 if WIDE else 1
     LENGTH: tl.constexpr = 2 if WIDE else 4
     N: tl.constexpr = BLOCK_H // 8
@@ -109,9 +105,9 @@ def load_right_operand(
     group = index // LANES % SPLIT
     n = index // (LANES * SPLIT) % N
     j = index // (LANES * SPLIT * N)
-    own = own_first + n * 8 + lane // 4
-    unit = first + group * ROWS + j * 8 + lane % 4 * LENGTH + tl.arange(0, LENGTH)[None, :]
-    tile = tl.load(w_ptr + own * PITCH + unit, mask=(unit < PITCH) & (own < H), other=0.0)
+    unit = first_unit + n * 8 + lane // 4
+    k = first_k + group * ROWS + j * 8 + lane % 4 * LENGTH + tl.arange(0, LENGTH)[None, :]
+    tile = tl.load(w_ptr + unit * pitch(H) + k, mask=(k < pitch(H)) & (unit < H), other=0.0)
     if WIDE:
         tile = tl.reshape(tile, (2, N, SPLIT, 8, 4, 2))  # j n s g t i
         tile = tl.permute(tile, (2, 0, 5, 4, 1, 3))  # s (j i t) (n g)

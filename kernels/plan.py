@@ -2,10 +2,11 @@
 
 Three schedules, one kernel each for forward and backward:
 
-    spread     programs that run at the same time own BLOCK_H units each, their weights in registers
-    streaming  as spread, but not all chunks of K fit: the others are read through L1 in every step
-    resident   one program owns all units, and nothing is exchanged: for the interpreter, which runs
-               one program after the other. For a GPU the meter of a step prefers the others.
+    multi_block   programs that run at the same time own BLOCK_H units each, their weights in
+                  registers
+    streamed      the same, but not all chunks of K fit: the others are read through L1 in each step
+    single_block  one program owns all units, and nothing is exchanged: for the interpreter, which
+                  runs one program after the other. For a GPU the meter prefers the others.
 
 A plan is the cheapest of a few candidates by an estimate of the clock cycles of a step, among
 those whose registers and shared memory fit a program and whose grid fits the device. The batch
@@ -51,18 +52,19 @@ INTERPRETER = Device((0, 0), 1, 1 << 50, 1 << 50, "interpreter")
 
 @dataclass(frozen=True)
 class Plan:
-    """How one pass of one layer runs. The fields in capitals in the kernels have these names.
+    """How one pass of one layer runs; the kernels take it whole, as a constant.
 
     Attributes:
-        schedule: "resident", "spread" or "streaming"; follows from the numbers below.
+        schedule: "single_block", "multi_block" or "streamed"; follows from the numbers below.
         block_b, block_h: batch elements of a tile, and units of a program.
         block_k, chunks: K, which is all of H, in equal chunks.
         resident: chunks whose weights stay on the multiprocessor.
-        split: groups of warps that share out each chunk.
+        split_k: groups of warps that share out each chunk.
         max_registers: per thread, or None for the compiler's own choice.
-        ahead: chunks whose left operands are read together, before the first is multiplied.
-        programs_each: programs that run at the same time on each multiprocessor.
-        slab_b, slab_d: the most batch elements and directions of one launch; None for any.
+        prefetch: chunks whose left operands are read together, before the first is multiplied.
+        programs_per_sm: programs that run at the same time on each multiprocessor.
+        pairwise: the device compares pairs of 16 bits at once, see `sync.assembly`.
+        batch_per_launch, directions_per_launch: the most of one launch; None for any.
     """
 
     schedule: str
@@ -71,32 +73,19 @@ class Plan:
     block_k: int
     chunks: int
     resident: int
-    split: int
+    split_k: int
     num_warps: int
     max_registers: int | None = None
-    ahead: int = 1
-    programs_each: int = 1
-    slab_b: int | None = None
-    slab_d: int | None = None
+    prefetch: int = 1
+    programs_per_sm: int = 1
+    pairwise: bool = False
+    batch_per_launch: int | None = None
+    directions_per_launch: int | None = None
 
     @property
     def exchanged(self) -> bool:
         """Whether programs hand each other what they compute."""
-        return self.schedule != "resident"
-
-    def constants(self, device: Device) -> dict[str, Any]:
-        """The kernels' constexpr arguments."""
-        return {
-            "BLOCK_B": self.block_b,
-            "BLOCK_H": self.block_h,
-            "BLOCK_K": self.block_k,
-            "CHUNKS": self.chunks,
-            "RESIDENT": self.resident,
-            "AHEAD": self.ahead,
-            "SPLIT": self.split,
-            "EXCHANGED": self.exchanged,
-            "PAIRWISE": device.capability >= (9, 0),
-        }
+        return self.schedule != "single_block"
 
     def options(self, device: Device) -> dict[str, Any]:
         """The compiler's options. The time loop itself is never pipelined: each step needs the
@@ -108,25 +97,17 @@ class Plan:
             options["launch_cooperative_grid"] = True
         return options
 
-    def shared_bytes(self, cell: Cell, which: str) -> int:
+    def shared_bytes(self, cell: Cell, pass_: str) -> int:
         """An upper bound of a program's shared memory, for the partial sums of up to four gates;
         the ahead-of-time suite holds it to that."""
-        results = 1 if which == "backward" else min(len(cell.gates), 4)
-        return 4 * self.block_b * self.block_h * (self.split * results + 1)
+        results = 1 if pass_ == "backward" else min(len(cell.gates), 4)
+        return 4 * self.block_b * self.block_h * (self.split_k * results + 1)
 
 
 def plan_scan(
-    cell: Cell,
-    which: str,
-    dtype: torch.dtype,
-    *,
-    B: int,
-    H: int,
-    D: int,
-    device: Device,
-    input_precision: str = "tf32",
-    step_times: Mapping[Plan, float] | None = None,
-) -> Plan:
+    cell: Cell, pass_: str, dtype: torch.dtype, *, B: int, H: int, D: int, device: Device,
+    input_precision: str = "tf32", step_times: Mapping[Plan, float] | None = None,
+) -> Plan:  # fmt: skip
     """The plan for one pass ("forward" or "backward") of a layer of D directions.
 
     Args:
@@ -135,31 +116,31 @@ def plan_scan(
     Raises:
         ValueError: no candidate fits the device; says what would have been needed.
     """
-    if which not in PASSES:
-        raise ValueError(f"which must be one of {PASSES}, got {which!r}")
+    if pass_ not in PASSES:
+        raise ValueError(f"pass_ must be one of {PASSES}, got {pass_!r}")
     if dtype not in ITEM_SIZE:
         raise ValueError(f"dtype must be one of {list(ITEM_SIZE)}, got {dtype}")
     times = None if step_times is None else tuple(step_times.items())
-    return _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times)
+    return _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times)
 
 
 def candidates(
-    cell: Cell, which: str, dtype: torch.dtype, H: int, device: Device, input_precision: str
+    cell: Cell, pass_: str, dtype: torch.dtype, H: int, device: Device, input_precision: str
 ) -> list[Plan]:
     """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
     if device.backend == "interpreter":
         block = max(16, 1 << (H - 1).bit_length())
-        return [Plan("resident", 16, block, block, 1, 1, 1, num_warps=4)]
-    return list(_candidates(cell, which, ITEM_SIZE[dtype], H, device, input_precision))
+        return [Plan("single_block", 16, block, block, 1, 1, 1, num_warps=4)]
+    return list(_candidates(cell, pass_, ITEM_SIZE[dtype], H, device, input_precision))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None) -> Plan:
+def _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times=None) -> Plan:
     item = ITEM_SIZE[dtype]
     precision = input_precision if item == 4 else "16-bit"
     step_times = None if times is None else dict(times)
     best, best_cost, least = None, float("inf"), None
-    for plan in candidates(cell, which, dtype, H, device, input_precision):
+    for plan in candidates(cell, pass_, dtype, H, device, input_precision):
         if plan.exchanged:
             owners = -(-H // plan.block_h)
             least = min(owners, least or owners)
@@ -168,7 +149,7 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
             continue
         whole, launches, programs = fitting
         if step_times is None:
-            cost = cycles(plan, cell, which, item, H, precision, programs, device)
+            cost = cycles(plan, cell, pass_, item, H, precision, programs, device)
         else:
             cost = step_times.get(plan, float("inf"))
         if launches * cost < best_cost:
@@ -181,38 +162,39 @@ def _plan_scan(cell, which, dtype, B, H, D, device, input_precision, times=None)
             f"at least {least} programs must run at the same time, "
             f"and the device has {device.multiprocessors} multiprocessors"
         )
-    raise ValueError(f"no plan for {which} of {cell.name!r} with H = {H}, {dtype}: {why}")
+    raise ValueError(f"no plan for {pass_} of {cell.name!r} with H = {H}, {dtype}: {why}")
 
 
 def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, int, int] | None:
-    """The plan with the slabs of the batch and of the directions that one launch takes; the number
-    of launches, and of programs that run at the same time. None where one slab is too large."""
+    """The plan with the most of the batch and of the directions that one launch takes; the number
+    of launches, and of programs that run at the same time. None where one tile is too many."""
     if not plan.exchanged:
         return plan, 1, 1
     owners = -(-H // plan.block_h)
-    room = device.multiprocessors * plan.programs_each
+    room = device.multiprocessors * plan.programs_per_sm
     if owners > room:
         return None
-    slab_d = min(D, room // owners)
-    slab_b = room // (owners * slab_d) * plan.block_b
-    launches = -(-D // slab_d) * -(-B // slab_b)
-    programs = owners * slab_d * -(-min(B, slab_b) // plan.block_b)
-    return replace(plan, slab_b=slab_b, slab_d=slab_d), launches, programs
+    directions = min(D, room // owners)
+    batch = room // (owners * directions) * plan.block_b
+    launches = -(-D // directions) * -(-B // batch)
+    programs = owners * directions * -(-min(B, batch) // plan.block_b)
+    plan = replace(plan, batch_per_launch=batch, directions_per_launch=directions)
+    return plan, launches, programs
 
 
 def _candidates(
-    cell: Cell, which: str, item: int, H: int, device: Device, precision: str
+    cell: Cell, pass_: str, item: int, H: int, device: Device, precision: str
 ) -> Iterator[Plan]:
     """What fits a program, best first among equals. Each kind was compiled and keeps its values
     in registers (bench/aot.py)."""
 
     def fits(plan: Plan) -> bool:
-        used = plan.shared_bytes(cell, which)
-        shared = device.shared_per_multiprocessor // plan.programs_each - 1024
+        used = plan.shared_bytes(cell, pass_)
+        shared = device.shared_per_multiprocessor // plan.programs_per_sm - 1024
         return used <= min(shared, device.shared_per_program)
 
     gates = len(cell.gates)
-    planes = gates if which == "backward" else 1
+    planes = gates if pass_ == "backward" else 1
     exact = item == 4 and precision == "ieee"
     kinds = [(16, 8), (16, 4), (8, 4)]
     if device.multiprocessors < -(-H // 16):
@@ -222,26 +204,26 @@ def _candidates(
         # Registers of a thread: what a second element and the sums take, a chunk's weights, its
         # left operands.
         elements = block_h // (2 * split)
-        room = REGISTERS[which] - gates // planes * block_h // 2
+        room = REGISTERS[pass_] - gates // planes * block_h // 2
         room -= (32 if exact else 16) * (elements - 1)
         weights = gates * block_h * item // 8
-        lefts = planes * 4 * (item // 2)
-        held = (room - lefts) // weights
+        lhs = planes * 4 * (item // 2)
+        held = (room - lhs) // weights
         if held < chunks:
             # Of those that do not stay, one is multiplied while the next is on its way.
             room -= 12 * item
-            held = max(2, (room - lefts) // weights)
+            held = max(2, (room - lhs) // weights)
         resident = chunks if held >= chunks else held - 2
-        ahead = max(1, min(chunks, (room - min(held, chunks) * weights) // lefts))
+        ahead = max(1, min(chunks, (room - min(held, chunks) * weights) // lhs))
         if exact:
             # Products take longer than the trip, and registers that operands would wait in.
-            ahead = min(ahead, max(1, 16 // lefts))
+            ahead = min(ahead, max(1, 16 // lhs))
         if resident < chunks and split < 8:
             continue  # two programs would share what L1 keeps
-        schedule = "spread" if resident == chunks else "streaming"
+        schedule = "multi_block" if resident == chunks else "streamed"
         plan = Plan(
             schedule, 16, block_h, 16 * split, chunks, resident, split, split,
-            255, ahead, 8 // split,
+            255, ahead, 8 // split, device.capability >= (9, 0),
         )  # fmt: skip
         if fits(plan):
             yield plan
@@ -267,18 +249,12 @@ TOGETHER = 0.36  # of a step, what a second program on the multiprocessor adds
 
 
 def cycles(
-    plan: Plan,
-    cell: Cell,
-    which: str,
-    item: int,
-    H: int,
-    precision: str,
-    programs: int,
+    plan: Plan, cell: Cell, pass_: str, item: int, H: int, precision: str, programs: int,
     device: Device,
-) -> float:
+) -> float:  # fmt: skip
     """An estimate of the clock cycles of a step, while so many programs run."""
     gates = len(cell.gates)
-    planes = gates if which == "backward" else 1
+    planes = gates if pass_ == "backward" else 1
     results = gates // planes
     K = plan.chunks * plan.block_k
     weights = gates * K * plan.block_h
@@ -289,9 +265,9 @@ def cycles(
     l2 = min(L2_BYTES, L2_BYTES_OF_ALL / multiprocessors)
     busy += max(multiply, plan.chunks * planes * CHAIN * (item // 2))
     busy += weights * (1 - plan.resident / plan.chunks) * item / L1_BYTES
-    busy += 2 * 4 * plan.split * plan.block_b * plan.block_h * results / SHARED_BYTES
+    busy += 2 * 4 * plan.split_k * plan.block_b * plan.block_h * results / SHARED_BYTES
     volume = planes * plan.block_b * K * item / l2
-    wait = TRIP + (-(-plan.chunks // plan.ahead) - 1) * ANOTHER_TRIP
+    wait = TRIP + (-(-plan.chunks // plan.prefetch) - 1) * ANOTHER_TRIP
     if programs > device.multiprocessors:
         return (1 + TOGETHER) * (busy + volume) + wait
     return busy + volume + wait

@@ -4,20 +4,18 @@ Programs of one *group* (one batch tile, one direction) exchange a tile of `h` (
 the gates' gradients (backward) at every step; groups never wait for each other. A time loop
 spells a step like this:
 
+    channel = sync.connect(exchange, ...)
     publish h_0 as step 1, as below
     for t in range(T):
-        slot_ptr = ring_ptr + sync.slot(t + 1) * slot_size
-        arrivals = sync.arrivals(t + 1, n_programs)
-        lefts = sync.load(slot_ptr, at, anchor, t + 1, arrivals, signal_ptr, spin_limit, ...)
-        h_own = cell(dot(lefts, w), ...)
-        sync.publish(ring_ptr, slot_size, offs_own, h_own, t + 2, last)
-        sync.arrive(signal_ptr, t + 2)
+        slot_ptr = channel.ring + sync.slot(t + 1) * SLOT
+        lhs = sync.load(channel, slot_ptr, t + 1, sync.arrivals(t + 1, n_programs), ...)
+        h = cell(dot(lhs, w), ...)
+        sync.publish(channel, (h,), t + 2, last, ...)
         ...                                          # whatever nobody waits for
-    sync.report(signal_ptr, error_ptr)
+    sync.report(channel)
 
 Steps count from 1. User data is never polled in place, where it could look like anything: h_0
-goes through `publish` as all else does. `ring_ptr` and `signal_ptr` point at the group's own part
-of the workspace (`Workspace.ring_stride`, `.signal_stride`).
+goes through `publish` as all else does.
 
 The value is the flag. A slot holds -0.0, the *sentinel*, until a value has been stored there, and
 every thread polls the elements that it needs itself, each of which is read and written at once; no
@@ -49,11 +47,13 @@ Rules for the caller:
 The data go round in 16 bytes a lane, see `fragments`.
 """
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from fusedrnn.kernels.fragments import LANES, ROWS, offset_in_slot, vectors
 
 LAP = tl.constexpr(64)
 
@@ -63,7 +63,53 @@ _GAVE_UP = tl.constexpr(32)
 _SIGNAL = 64
 
 
+class Exchange(NamedTuple):
+    """What the programs of one launch exchange through, as a kernel takes it; fresh for every
+    launch, so no launch can hurt the next.
+
+    Attributes:
+        ring: [groups, slots, slot_size]. signal: [groups, 64] int32, zero.
+        error: [1] int32: 0, or the step at which a wait timed out.
+        ring_stride, signal_stride: elements from one group to the next.
+        spin_limit: polls before a wait gives up.
+    """
+
+    ring: Any
+    signal: Any
+    error: Any
+    ring_stride: Any
+    signal_stride: Any
+    spin_limit: Any
+
+
 # --- on the device -----------------------------------------------------------------------------
+
+
+class Channel(NamedTuple):
+    """A program's access to its group's part of an `Exchange`."""
+
+    ring: Any
+    signal: Any
+    error: Any
+    spin_limit: Any
+    stored: Any  # offsets of the program's tile in a slot, of its first plane
+    loaded: Any  # `fragments.vectors`: [lanes, LENGTH]
+    anchor: Any  # see `load`
+
+
+@triton.jit
+def connect(exchange, units, PLANES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The channel of a program that publishes `units`, [1, BLOCK_H]; a group is a batch tile of a
+    direction."""
+    WIDE: tl.constexpr = exchange.ring.dtype.element_ty.primitive_bitwidth == 32
+    group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    ring = exchange.ring + group.to(tl.int64) * exchange.ring_stride
+    signal = exchange.signal + group * exchange.signal_stride
+    rows = tl.arange(0, ROWS)[:, None]
+    stored = offset_in_slot(rows, units, BLOCK_K=BLOCK_K, PLANES=PLANES, WIDE=WIDE)
+    loaded = vectors(SPLIT=BLOCK_K // ROWS, WIDE=WIDE)
+    anchor = layout_of_loads(ring, loaded)
+    return Channel(ring, signal, exchange.error, exchange.spin_limit, stored, loaded, anchor)
 
 
 @triton.jit
@@ -73,25 +119,29 @@ def slot(step):
 
 
 @triton.jit
-def publish(
-    ring_ptr,  # [slots, slot_size]
-    slot_size,
-    offs,  # of this program's own tile in a slot
-    tile,  # in the dtype that is exchanged
-    step,
-    last,  # the last step of the launch
-):
-    """Stores this program's own tile as its part of `step`."""
+def publish(channel, planes, step, last, SLOT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Stores this program's tiles, in the dtype that is exchanged, as its part of `step`.
+
+    last: the last step of the launch. SLOT: elements of a slot.
+    """
+    for plane in tl.static_range(len(planes)):
+        offs = channel.stored + plane * (ROWS * BLOCK_K)
+        _publish(channel.ring, SLOT, offs, planes[plane], step, last)
+    arrive(channel, step)
+
+
+@triton.jit
+def _publish(ring_ptr, SLOT: tl.constexpr, offs, tile, step, last):
     BITS: tl.constexpr = tile.dtype.primitive_bitwidth
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
     # In integers: of a float, compilers may think that x + 0.0 is x.
     bits = tile.to(INTEGER, bitcast=True)
     minus_zero = tl.full((), -(2 ** (BITS - 1)), INTEGER)
     bits = tl.where(bits == minus_zero, tl.zeros_like(bits), bits)
-    _store(ring_ptr + slot(step) * slot_size + offs, bits)
+    _store(ring_ptr + slot(step) * SLOT + offs, bits)
     step = tl.cast(step, tl.int32)
     if (step > LAP) & (step + LAP <= last):
-        again_ptr = ring_ptr + slot(step + LAP) * slot_size
+        again_ptr = ring_ptr + slot(step + LAP) * SLOT
         _store(again_ptr + offs, tl.zeros_like(bits) + minus_zero)
 
 
@@ -111,12 +161,12 @@ def _store(ptr, bits):
 
 
 @triton.jit
-def arrive(signal_ptr, step):
+def arrive(channel, step):
     """Says, once a lap, that this program has published `step`."""
     if tl.cast(step, tl.int32) % LAP == 0:
         # One thread releases for all, and Triton puts no barrier before it.
         tl.debug_barrier()
-        tl.atomic_add(signal_ptr, 1, sem="release", scope="gpu")
+        tl.atomic_add(channel.signal, 1, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -128,40 +178,34 @@ def arrivals(step, n_programs):
 
 @triton.jit
 def load(
-    slot_ptr,  # from the first of these chunks on
-    at,  # `fragments.vectors`: [lanes, LENGTH]
-    anchor,  # `layout_of_loads`
-    step,
-    arrived,  # wait for so many `arrivals` first
-    signal_ptr,
-    spin_limit,
-    COUNT: tl.constexpr,
-    VECTORS: tl.constexpr,  # rows of `at` that a thread holds
-    STRIDE: tl.constexpr,  # elements from chunk to chunk
-    PAIRWISE: tl.constexpr,  # see `assembly`
-):
-    """COUNT tiles shaped like `at`, of what the group published as `step`.
+    channel, slot_ptr, step, arrived,
+    COUNT: tl.constexpr, STRIDE: tl.constexpr, WARPS: tl.constexpr, PAIRWISE: tl.constexpr,
+):  # fmt: skip
+    """COUNT tiles shaped like `channel.loaded`, of what the group published as `step`: STRIDE
+    elements apart from `slot_ptr` on, once so many `arrivals` have come.
 
     One block of assembly for each thread, so that all loads are on their way before one is looked
     at. A thread asks again for the vectors in which an element is missing, and after `spin_limit`
     times, or where another has given up, takes NaN for all of them.
 
     The block reads one vector for each row of `at`, and writes the row's elements into consecutive
-    registers. So a thread must hold whole rows. It does, because `anchor` was loaded from memory
-    so, and the compiler lays out as it was loaded what is computed from it (bench/aot.py and
-    `launch` look at the compiled code).
+    registers. So a thread must hold whole rows. It does, because the channel's anchor was loaded
+    from memory so, and the compiler lays out as it was loaded what is computed from it
+    (bench/aot.py and `launch` look at the compiled code).
     """
     DTYPE: tl.constexpr = slot_ptr.dtype.element_ty
+    at = channel.loaded
     LENGTH: tl.constexpr = at.shape[1]
+    VECTORS: tl.constexpr = at.shape[0] // (WARPS * LANES)  # rows that a thread holds
     nothing = tl.zeros_like(at)
     return tl.inline_asm_elementwise(
         assembly(COUNT, VECTORS, STRIDE * 16 // LENGTH, LENGTH, PAIRWISE),
         operands(COUNT, VECTORS, LENGTH),
         [
             (slot_ptr + at).to(tl.int64),
-            anchor,
-            (signal_ptr + nothing).to(tl.int64),
-            spin_limit + nothing,
+            channel.anchor,
+            (channel.signal + nothing).to(tl.int64),
+            channel.spin_limit + nothing,
             step + nothing,
             arrived + nothing,
         ],
@@ -173,7 +217,7 @@ def load(
 
 @triton.jit
 def layout_of_loads(slot_ptr, at):
-    """What `load` takes as its anchor; the values do not matter."""
+    """The anchor of `load`; its values do not matter."""
     tile = tl.load(slot_ptr + at, cache_modifier=".cg")
     INTEGER: tl.constexpr = tl.int16 if tile.dtype.primitive_bitwidth == 16 else tl.int32
     return tile.to(INTEGER, bitcast=True)
@@ -291,55 +335,21 @@ def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE):
 
 
 @triton.jit
-def report(signal_ptr, error_ptr):
+def report(channel):
     """At the end of a program: sets the error word if anybody in its group has given up."""
-    step = tl.atomic_add(signal_ptr + _GAVE_UP, 0, sem="relaxed", scope="gpu")
+    step = tl.atomic_add(channel.signal + _GAVE_UP, 0, sem="relaxed", scope="gpu")
     # A plain store: the error word may lie in host memory, where atomics need not work.
-    tl.store(error_ptr, step, mask=step != 0)
+    tl.store(channel.error, step, mask=step != 0)
 
 
 # --- on the host -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """What one launch exchanges through; fresh for every launch, so no launch can hurt the next.
-
-    Attributes:
-        ring: [groups, slots, slot_size].
-        signal: [groups, 64] int32, zero.
-        error: [1] int32: 0, or the step at which a wait timed out.
-    """
-
-    ring: torch.Tensor
-    signal: torch.Tensor
-    error: torch.Tensor
-
-    @property
-    def ring_stride(self) -> int:
-        """Elements from one group's ring to the next."""
-        return self.ring.stride(0)
-
-    @property
-    def signal_stride(self) -> int:
-        """Words from one group's signal to the next."""
-        return self.signal.stride(0)
-
-
 def workspace(
-    *,
-    groups: int,
-    programs: int,
-    steps: int,
-    chunks: int,
-    planes: int,
-    block_b: int,
-    block_h: int,
-    block_k: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    error: torch.Tensor | None = None,
-) -> Workspace:
+    *, groups: int, programs: int, steps: int, chunks: int, planes: int,
+    block_b: int, block_h: int, block_k: int,
+    dtype: torch.dtype, device: torch.device | str, error: torch.Tensor | None = None,
+) -> Exchange:  # fmt: skip
     """Allocates and fills what one launch exchanges through.
 
     Args:
@@ -366,10 +376,11 @@ def workspace(
         half = (slice(1, 2),) if dtype == torch.float32 else (slice(None), slice(2, 4))
         last[(slice(None),) * 4 + (block, *half)] = 0.0
     last[:, :, :, :, block + (rest > 0) :] = 0.0
+    ring = ring.view(groups, slots, -1)
     signal = torch.zeros((groups, _SIGNAL), dtype=torch.int32, device=device)
     if error is None:
         error = torch.zeros(1, dtype=torch.int32, device=device)
-    return Workspace(ring.view(groups, slots, -1), signal, error)
+    return Exchange(ring, signal, error, ring.stride(0), signal.stride(0), spin_limit(device))
 
 
 def spin_limit(device: torch.device | str) -> int:

@@ -10,12 +10,51 @@ one element of the batch. Only the row of (t, b) depends on the layout:
 A tile of a row block is [BLOCK_B, BLOCK_H]. Offsets are int64: N * D * G * H passes 2**31.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
+class Tile(NamedTuple):
+    """The part of a layer that one program computes, at every step."""
+
+    direction: Any
+    first_unit: Any
+    units: Any  # [1, BLOCK_H]
+    batch: Any  # [BLOCK_B]
+    length: Any  # [BLOCK_B, 1]: steps of each row, or T
+    unit_mask: Any  # [1, BLOCK_H]: below H
+    batch_mask: Any  # [BLOCK_B, 1]: below B
+    mask: Any  # of both
+    state_offsets: Any  # [BLOCK_B, BLOCK_H], into [D, B, H]
+
+
 @triton.jit
-def one_by_one(offs):
+def program_tile(T, B, first_b, first_d, lengths_ptr, H: tl.constexpr, PLAN: tl.constexpr):
+    """The tile of this program. The launch covers the batch and the directions from `first_b` and
+    `first_d` on; lengths_ptr: [B], or None."""
+    direction = first_d + tl.program_id(2)
+    first_unit = tl.program_id(0) * PLAN.block_h
+    units = first_unit + tl.arange(0, PLAN.block_h)
+    if PLAN.exchanged:
+        units = hide_contiguity(units)
+    units = units[None, :]
+    batch = first_b + tl.program_id(1) * PLAN.block_b + tl.arange(0, PLAN.block_b)
+    length = T
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + batch, mask=batch < B, other=0).to(tl.int32)[:, None]
+    unit_mask = units < H
+    batch_mask = (batch < B)[:, None]
+    state_offsets = (direction * tl.cast(B, tl.int64) + batch[:, None]) * H + units
+    mask = batch_mask & unit_mask
+    return Tile(
+        direction, first_unit, units, batch, length, unit_mask, batch_mask, mask, state_offsets
+    )
+
+
+@triton.jit
+def hide_contiguity(offs):
     """The same offsets, of which the compiler does not know that they are neighbours.
 
     Loads of two elements at once are taken apart right behind the load, and so waited for, however
@@ -27,34 +66,21 @@ def one_by_one(offs):
 
 
 @triton.jit
-def row_of(
-    t,
-    offs_b,  # [BLOCK_B]
-    offsets_ptr,  # [T] int64, or None
-    stride_t,
-    stride_b,
-):
-    """Rows of step t: [BLOCK_B, 1] int64."""
+def row_of(t, tile, offsets_ptr, stride_t, stride_b):
+    """Rows of step t: [BLOCK_B, 1] int64; offsets_ptr: [T] int64, or None."""
     if offsets_ptr is None:
-        rows = tl.cast(stride_t, tl.int64) * t + tl.cast(stride_b, tl.int64) * offs_b
+        rows = tl.cast(stride_t, tl.int64) * t + tl.cast(stride_b, tl.int64) * tile.batch
     else:
-        rows = tl.load(offsets_ptr + t) + offs_b
+        rows = tl.load(offsets_ptr + t) + tile.batch
     return rows[:, None]
 
 
 @triton.jit
 def load_planes(
-    ptr,  # [N, D, PLANES, H]
-    rows,  # [BLOCK_B, 1]
-    offs_h,  # [1, BLOCK_H]
-    mask,  # [BLOCK_B, BLOCK_H]
-    direction,
-    D: tl.constexpr,
-    PLANES: tl.constexpr,
-    H: tl.constexpr,
-):
-    """The PLANES tiles of a row block, in their own dtype, 0 where masked."""
-    base = ptr + ((rows * D + direction) * PLANES * H + offs_h)
+    ptr, rows, tile, mask, D: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr
+):  # fmt: skip
+    """The PLANES tiles of a row block of [N, D, PLANES, H], in its dtype, 0 where masked."""
+    base = ptr + ((rows * D + tile.direction) * PLANES * H + tile.units)
     tiles = ()
     for plane in tl.static_range(PLANES):
         tiles = tiles + (tl.load(base + plane * H, mask=mask, other=0.0),)
@@ -62,35 +88,60 @@ def load_planes(
 
 
 @triton.jit
-def store_planes(
-    ptr,  # [N, D, len(tiles), H]
-    tiles,
-    rows,  # [BLOCK_B, 1]
-    offs_h,  # [1, BLOCK_H]
-    active,  # [BLOCK_B, 1]: rows that the sequence has reached; the others receive 0
-    mask,  # [BLOCK_B, BLOCK_H]: what exists
-    direction,
-    D: tl.constexpr,
-    H: tl.constexpr,
-):
-    """Stores a row block's tiles, rounded to the dtype of `ptr`."""
-    base = ptr + ((rows * D + direction) * len(tiles) * H + offs_h)
+def store_planes(ptr, tiles, rows, tile, active, mask, D: tl.constexpr, H: tl.constexpr):
+    """Stores a row block's tiles into [N, D, len(tiles), H], rounded to its dtype: 0 in rows that
+    the sequence has not reached (`active`), nothing where there is none (`mask`)."""
+    base = ptr + ((rows * D + tile.direction) * len(tiles) * H + tile.units)
     for plane in tl.static_range(len(tiles)):
-        tile = tl.where(active, tiles[plane], 0.0)
-        tl.store(base + plane * H, tile.to(ptr.dtype.element_ty), mask=mask)
+        value = tl.where(active, tiles[plane], 0.0)
+        tl.store(base + plane * H, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_each(
-    ptrs,  # S x [D, B, H], or ()
-    offs,  # [BLOCK_B, BLOCK_H]
-    mask,
-):
-    """Their tiles in float32, 0 where masked."""
+def of_direction(ptrs, tile):
+    """Of D pointers that of the tile's direction."""
+    ptr = ptrs[0]
+    if len(ptrs) == 2:
+        ptr = tl.where(tile.direction == 0, ptrs[0], ptrs[1])
+    return ptr
+
+
+@triton.jit
+def load_vectors(ptrs, tile, PLANES: tl.constexpr, H: tl.constexpr):
+    """PLANES tiles [1, BLOCK_H] in float32; ptrs: [PLANES, H] of each direction."""
+    base = of_direction(ptrs, tile) + tile.units
     tiles = ()
-    for i in tl.static_range(len(ptrs)):
-        tiles = tiles + (tl.load(ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32),)
+    for plane in tl.static_range(PLANES):
+        vector = tl.load(base + plane * H, mask=tile.unit_mask, other=0.0)
+        tiles = tiles + (vector.to(tl.float32),)
     return tiles
+
+
+@triton.jit
+def load_params(param_ptrs, tile, H: tl.constexpr):
+    """The P parameters of a cell, as `load_vectors`; param_ptrs: P x D x [H]."""
+    params = ()
+    for i in tl.static_range(len(param_ptrs)):
+        params = params + load_vectors(param_ptrs[i], tile, PLANES=1, H=H)
+    return params
+
+
+@triton.jit
+def load_states(ptrs, tile):
+    """A tile of each [D, B, H] in float32, 0 where masked."""
+    states = ()
+    for i in tl.static_range(len(ptrs)):
+        state = tl.load(ptrs[i] + tile.state_offsets, mask=tile.mask, other=0.0)
+        states = states + (state.to(tl.float32),)
+    return states
+
+
+@triton.jit
+def store_states(ptrs, states, tile):
+    """Stores a tile into each [D, B, H], rounded to its dtype."""
+    for i in tl.static_range(len(ptrs)):
+        rounded = states[i].to(ptrs[i].dtype.element_ty)
+        tl.store(ptrs[i] + tile.state_offsets, rounded, mask=tile.mask)
 
 
 @triton.jit
@@ -103,9 +154,29 @@ def as_float32(tiles):
 
 
 @triton.jit
-def select(condition, ours, theirs):
-    """`where`, for two tuples of tiles."""
+def where(condition, x, y):
+    """`tl.where`, for two tuples of tiles."""
     chosen = ()
-    for i in tl.static_range(len(ours)):
-        chosen = chosen + (tl.where(condition, ours[i], theirs[i]),)
+    for i in tl.static_range(len(x)):
+        chosen = chosen + (tl.where(condition, x[i], y[i]),)
     return chosen
+
+
+@triton.jit
+def add(x, y):
+    """Two tuples, tile by tile."""
+    sums = ()
+    for i in tl.static_range(len(x)):
+        sums = sums + (x[i] + y[i],)
+    return sums
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, DTYPE: tl.constexpr, PLAN: tl.constexpr):
+    """COUNT tiles [BLOCK_B, BLOCK_H] of zeros."""
+    BLOCK_B: tl.constexpr = PLAN.block_b
+    BLOCK_H: tl.constexpr = PLAN.block_h
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros([BLOCK_B, BLOCK_H], DTYPE),)
+    return tiles

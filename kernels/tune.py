@@ -26,6 +26,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from fusedrnn.call import Weights
 from fusedrnn.cells import Cell
 from fusedrnn.kernels.plan import Device, Plan, candidates
 from fusedrnn.packing import Rows
@@ -52,18 +53,10 @@ def cache_file() -> Path:
 
 
 def step_times(
-    cell: Cell,
-    which: str,
-    dtype: torch.dtype,
-    *,
-    H: int,
-    D: int,
-    device: torch.device,
-    properties: Device,
-    input_precision: str,
-    passes: tuple[Callable[..., Any], Callable[..., Any]],
-    measure: Measure | None = None,
-) -> dict[Plan, float] | None:
+    cell: Cell, pass_: str, dtype: torch.dtype, *, H: int, D: int,
+    device: torch.device, properties: Device, input_precision: str,
+    passes: tuple[Callable[..., Any], Callable[..., Any]], measure: Measure | None = None,
+) -> dict[Plan, float] | None:  # fmt: skip
     """Microseconds of a step for every candidate plan, from the file or measured now.
 
     `passes` are `launch.scan_forward` and `launch.scan_backward`, which call this. None while a
@@ -71,7 +64,7 @@ def step_times(
     """
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     key = "|".join(
-        map(str, (name, triton.__version__, cell.name, which, dtype, H, D, input_precision))
+        map(str, (name, triton.__version__, cell.name, pass_, dtype, H, D, input_precision))
     )
     remembered = _remembered.setdefault(str(cache_file()), {})
     if key in remembered:
@@ -82,10 +75,10 @@ def step_times(
             return None
         if measure is None:
             measure = functools.partial(
-                _measure, passes, cell, which, dtype, H, D, device, properties, input_precision
+                _measure, passes, cell, pass_, dtype, H, D, device, properties, input_precision
             )
         times = []
-        for plan in candidates(cell, which, dtype, H, properties, input_precision):
+        for plan in candidates(cell, pass_, dtype, H, properties, input_precision):
             if _directions_at_once(plan, H, D, properties) == 0:
                 continue
             try:
@@ -121,12 +114,12 @@ def _directions_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
     """How many of D directions of one batch tile run in one launch, all programs together."""
     if not plan.exchanged:
         return D
-    room = properties.multiprocessors * plan.programs_each
+    room = properties.multiprocessors * plan.programs_per_sm
     return min(D, room // -(-H // plan.block_h))
 
 
 def _measure(
-    passes, cell, which, dtype, H, D, device, properties, input_precision, plan, *, steps=STEPS
+    passes, cell, pass_, dtype, H, D, device, properties, input_precision, plan, *, steps=STEPS
 ) -> float:
     """Microseconds of a step: the best of some runs of one batch tile, in one launch."""
     scan_forward, scan_backward = passes
@@ -138,20 +131,20 @@ def _measure(
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     rows = Rows(steps, B, B, 1)
-    w_hh, b_hh = draw(D, G * H, H) / H**0.5, draw(D, G * H)
+    w_hh = draw(G * H, H) / H**0.5
+    weights = Weights(w_hh, w_hh, None, draw(G * H), None, tuple(draw(H) for _ in cell.params))
     state = tuple(draw(D, B, H) for _ in cell.states)
-    params = tuple(draw(D, H) for _ in cell.params)
     x_gates = draw(steps * B, D, G, H)
     layer = {"rows": rows, "save": "gates", "input_precision": input_precision}
 
     def forward(plan):
-        return scan_forward(cell, x_gates, w_hh, b_hh, state, params, **layer, plan=plan)
+        return scan_forward(cell, x_gates, [weights] * D, state, **layer, plan=plan)
 
     run = functools.partial(forward, plan)
-    if which == "backward":
+    if pass_ == "backward":
         output, _final, saved, states = forward(None)
         run = functools.partial(
-            scan_backward, cell, output, state, w_hh, b_hh, state, params, output, states, saved,
+            scan_backward, cell, output, state, [weights] * D, state, output, states, saved,
             **layer, plan=plan,
         )  # fmt: skip
     run()

@@ -303,6 +303,7 @@ def test_imports_point_one_way():
                 assert f"fusedrnn.{later}" not in reachable(graph, start), f"{start} -> {later}"
     # The chain is one: each link is there.
     assert any(m.startswith("fusedrnn.cells") for m in graph["fusedrnn.kernels.bind"])
+    assert "fusedrnn.call" in graph["fusedrnn.kernels.launch"]
     assert "fusedrnn.kernels" in graph["fusedrnn.backends.triton"]
     assert "fusedrnn.backends.triton" in graph["fusedrnn.op"]
     assert "fusedrnn.op" in graph["fusedrnn.stack"]

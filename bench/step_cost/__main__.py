@@ -50,7 +50,7 @@ def label(job: aot.Job, batch: int) -> str:
     dtype = job.precision if job.dtype == "fp32" else job.dtype
     return (
         f"{job.cell}_{dtype}_{job.H}_{batch}-{job.which}-"
-        f"{p.block_b}x{p.block_h}k{p.block_k}s{p.split}r{p.resident}a{p.ahead}w{p.num_warps}"
+        f"{p.block_b}x{p.block_h}k{p.block_k}s{p.split_k}r{p.resident}a{p.prefetch}w{p.num_warps}"
     )
 
 

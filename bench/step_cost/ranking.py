@@ -49,7 +49,7 @@ def both(named: Named, which: str, plan: Plan) -> dict:
     ghz = parameters.Parameters().clock_ghz.middle
     return {
         "layer": named.name, "pass": which, "schedule": plan.schedule,
-        "block_h": plan.block_h, "split": plan.split, "launches": launches,
+        "block_h": plan.block_h, "split_k": plan.split_k, "launches": launches,
         "estimated_us": launches * estimate / ghz / 1e3, "predicted_us": reading.predicted_us,
         "spill": reading.spill, "parts_us": reading.parts_us,
     }  # fmt: skip

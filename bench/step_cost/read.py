@@ -106,9 +106,9 @@ def read(
     counts = loop.counts()
     known = [a for a in accesses if a.wavefronts is not None]
     programs = -(-H // plan.block_h)
-    launches = 1 if plan.slab_b is None else -(-B // plan.slab_b)
-    running = programs * -(-min(B, plan.slab_b or B) // plan.block_b)
-    together = 1 if running <= multiprocessors else plan.programs_each
+    launches = 1 if plan.batch_per_launch is None else -(-B // plan.batch_per_launch)
+    running = programs * -(-min(B, plan.batch_per_launch or B) // plan.block_b)
+    together = 1 if running <= multiprocessors else plan.programs_per_sm
     busy = min(running, multiprocessors)
     times: list[float | None] = [None] * len(LEVELS)
     parts = None
@@ -148,7 +148,7 @@ def read(
         unknown=tuple(a.text for a in accesses if a.wavefronts is None),
         ring_loads=sum(i.is_ring_load for i in loop.step),
         serial_waits=sass.serial_waits(loop.step),
-        planned_waits=-(-plan.chunks // plan.ahead) - 1,
+        planned_waits=-(-plan.chunks // plan.prefetch) - 1,
         early=tuple(f"{i.address:#x} {i.text}" for i in sass.early_consumers(loop.step)),
         predicted_us=middle,
         low_us=low,

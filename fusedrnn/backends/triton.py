@@ -27,7 +27,6 @@ from fusedrnn.call import (
     Weights,
     directions,
     masked_input,
-    one_layer,
     split_weights,
 )
 
@@ -114,13 +113,12 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
     """[output, *final states, *what `backward` needs, as `kept_shapes` lists it]."""
     import fusedrnn.kernels as kernels
 
-    cell = cells.get(spec.cell)
-    rows = packing.rows_of(operands.input, spec.batch_first, masks.lengths, masks.batch_sizes)
+    cell, input = cells.get(spec.cell), operands.input
+    rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
     reset, precision = _reset_flags(spec, masks, rows), fp32_precision()
-    input, finals, kept = operands.input, [], []
-    for index in range(spec.num_layers):
-        one, here, _ = one_layer(spec, operands, masks, index)
-        noise, weights = masks.of_layer(index), split_weights(one, here.weights)
+    finals, kept = [], []
+    for index, (here, weights) in enumerate(_layers(spec, operands)):
+        noise = masks.of_layer(index)
         if index > 0 and spec.save:
             kept.append(input)
         input = masked_input(input, noise)
@@ -129,19 +127,28 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
         output, final, saved, states = kernels.scan_forward(
             cell,
             x_gates,
-            _stack_weights(weights),
-            _stack_bias([w.b_hh for w in weights]),
-            tuple([s.contiguous() for s in here.state]),
-            _stack_params(weights),
+            weights,
+            here.state,
             rows=rows,
             save=spec.save,
             input_precision=precision,
-            extras=_extras(spec, here, noise, reset, x_gates.shape[0]),
+            state_ops=_state_ops(spec, here, noise, reset, x_gates.shape[0]),
         )
         input = output.view(*input.shape[:-1], -1)
         finals.append(final)
         kept += [t for t in (saved, states) if t is not None]
     return [input, *joined(finals), *kept]
+
+
+def _layers(spec: Spec, operands: Operands) -> Iterator[tuple[Operands, list[Weights]]]:
+    """The operands of every layer, and its weights by direction; the input is the stack's."""
+    D, weights = directions(spec), split_weights(spec, operands.weights)
+    for first in range(0, spec.num_layers * D, D):
+        state, reset_state = operands.state, operands.reset_state
+        if spec.num_layers > 1:
+            state = tuple([s[first : first + D] for s in state])
+            reset_state = tuple([s[first : first + D] for s in reset_state])
+        yield Operands(operands.input, state, reset_state, ()), weights[first : first + D]
 
 
 def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
@@ -174,26 +181,21 @@ def backward(
 
     Where that of the input is not wanted it is left empty: one large matrix product less.
     """
-    L, D = spec.num_layers, directions(spec)
+    D = directions(spec)
     rows = packing.rows_of(operands.input, spec.batch_first, masks.lengths, masks.batch_sizes)
     reset = _reset_flags(spec, masks, rows)
-    per_layer, taken = [], 0
-    for shapes in kept_shapes(spec, operands.input):
-        per_layer.append(kept[taken : taken + len(shapes)])
-        taken += len(shapes)
     d_output, d_states, d_weights = d_outputs[0], [], []
-    for index in reversed(range(L)):
-        one, here, _ = one_layer(spec, operands, masks, index)
-        noise, kept = masks.of_layer(index), per_layer[index]
-        below = operands.input
-        if index > 0:
-            below, *kept = kept
-        here = here._replace(input=masked_input(below, noise))
-        part = slice(index * D, (index + 1) * D)
-        d_final = tuple([d[part].contiguous() for d in d_outputs[1:]])
+    layers = list(_layers(spec, operands))
+    shapes = kept_shapes(spec, operands.input)
+    for index in reversed(range(spec.num_layers)):
+        (here, weights), noise = layers[index], masks.of_layer(index)
+        first = len(kept) - len(shapes[index])
+        kept, layer_kept = kept[:first], kept[first:]
+        below = layer_kept.pop(0) if index > 0 else operands.input
+        d_final = tuple([d[index * D : (index + 1) * D] for d in d_outputs[1:]])
         d_input, d_state, gradients = _layer_backward(
-            one, here, noise, rows, reset, d_output, d_final, output, kept,
-            d_input_wanted=d_input_wanted or index > 0,
+            spec, here._replace(input=masked_input(below, noise)), weights, noise, rows, reset,
+            d_output, d_final, output, layer_kept, d_input_wanted=d_input_wanted or index > 0,
         )  # fmt: skip
         d_output, output = _through_masks(d_input, noise), below
         d_states.insert(0, d_state)
@@ -210,21 +212,20 @@ def _through_masks(d_input: Tensor, noise: LayerMasks) -> Tensor:
 
 
 def _layer_backward(
-    spec, operands, noise, rows, reset, d_output, d_final, output, kept, *, d_input_wanted
+    spec, operands, weights, noise, rows, reset, d_output, d_final, output, kept, *, d_input_wanted
 ):
     """The gradients of one layer: of its input, its states, its weights."""
     import fusedrnn.kernels as kernels
 
     cell, precision = cells.get(spec.cell), fp32_precision()
-    G, D, H = len(cell.gates), directions(spec), spec.hidden_size
-    weights = split_weights(spec, operands.weights)
+    G, D, H = len(cell.gates), len(weights), spec.hidden_size
     input = operands.input
     input_ni = input.reshape(-1, input.shape[-1])
     output_ndh = output.reshape(-1, D, H)
-    extras = _extras(spec, operands, noise, reset, input_ni.shape[0])
+    state_ops = _state_ops(spec, operands, noise, reset, input_ni.shape[0])
     h_prev = packing.previous_h(output_ndh, operands.state[0], rows)
     if reset is not None:
-        h_prev = packing.started_over(h_prev, reset, extras.fresh[:1], rows)
+        h_prev = packing.started_over(h_prev, reset, operands.reset_state[:1], rows)
     if noise.h is not None:
         h_prev *= packing.by_row(noise.h, rows, h_prev.shape[0])
     if rows.lengths is not None and rows.offsets is None:
@@ -232,33 +233,32 @@ def _layer_backward(
         over = packing.rows_over(rows, rows.lengths)
         input_ni = input_ni.masked_fill(over[:, None], 0)
         h_prev.masked_fill_(over[:, None, None], 0)
-    kept, values = list(kept), None
+    values = None
     with matmul_precision(input, precision):
         if spec.save == "gates":
             values = kept.pop(0) if cell.saved else None
         elif cell.saved or noise.zoneout is not None:
             values = (_input_gates(input_ni, weights, G), _recurrent_gates(h_prev, weights, G))
-        states = kept.pop(0) if len(cell.states) > 1 else None
         dx_gates, dh_gates, d_state, d_params = kernels.scan_backward(
             cell,
             d_output.reshape(-1, D, H),
             d_final,
-            _stack_weights(weights),
-            _stack_bias([w.b_hh for w in weights]),
-            tuple(s.contiguous() for s in operands.state),
-            _stack_params(weights),
+            weights,
+            operands.state,
             output_ndh,
-            states,
+            kept.pop(0) if len(cell.states) > 1 else None,
             values,
             rows=rows,
-            save=spec.save or "",
+            save=spec.save,
             input_precision=precision,
-            extras=extras,
+            state_ops=state_ops,
         )
         d_input = input.new_empty([0])
         if d_input_wanted:
-            w_ih = torch.cat([w.w_ih for w in weights])
-            d_input = (dx_gates.flatten(1) @ w_ih).view(input.shape)
+            d_input = dx_gates[:, 0].flatten(1) @ weights[0].w_ih
+            for d, w in enumerate(weights[1:], 1):
+                d_input.addmm_(dx_gates[:, d].flatten(1), w.w_ih)
+            d_input = d_input.view(input.shape)
         gradients: list[Tensor] = []
         for d, w in enumerate(weights):
             dx, dh = dx_gates[:, d].flatten(1), dh_gates[:, d].flatten(1)
@@ -280,43 +280,30 @@ def _reset_flags(spec: Spec, masks: Masks, rows: packing.Rows) -> Tensor | None:
     return packing.starts_by_row(masks.reset, rows, spec.batch_first, directions(spec))
 
 
-def _extras(spec, operands: Operands, noise: LayerMasks, reset: Tensor | None, N: int):
+def _state_ops(spec, operands: Operands, noise: LayerMasks, reset: Tensor | None, N: int):
     """Resets, masks and zoneout as the kernels take them."""
     import fusedrnn.kernels as kernels
 
     zoneout = noise.zoneout
     if zoneout is not None and zoneout.dim() > 1:
         zoneout = zoneout.reshape(N, directions(spec), len(operands.state), -1).view(torch.int8)
-    fresh = tuple([f.contiguous() for f in operands.reset_state])
-    return kernels.Extras(reset, fresh, noise.h, zoneout, spec.clip)
-
-
-def _stack_weights(weights: list[Weights]) -> Tensor:
-    """[D, G * H, H] from W_hh of each direction; a view where there is one."""
-    if len(weights) == 1:
-        return weights[0].w_hh.unsqueeze(0)
-    return torch.stack([w.w_hh for w in weights])
-
-
-def _stack_bias(biases: list[Tensor | None]) -> Tensor | None:
-    """[D, G * H] from the biases of each direction, or None where they have none."""
-    present = [b for b in biases if b is not None]
-    if not present:
-        return None
-    return present[0].unsqueeze(0) if len(present) == 1 else torch.stack(present)
-
-
-def _stack_params(weights: list[Weights]) -> tuple[Tensor, ...]:
-    columns = zip(*(w.params for w in weights), strict=True)
-    return tuple(torch.stack(column) for column in columns)
+    reset_state = tuple([s.contiguous() for s in operands.reset_state])
+    return kernels.StateOps(reset, reset_state, noise.h, zoneout, spec.clip or None)
 
 
 def _input_gates(input_ni: Tensor, weights: list[Weights], G: int) -> Tensor:
     """x_gates [N, D, G, H]: the input projection of all time steps and both directions."""
-    w_ih = torch.cat([w.w_ih for w in weights]) if len(weights) > 1 else weights[0].w_ih
-    b_ih = _stack_bias([w.b_ih for w in weights])
-    x_gates = torch.nn.functional.linear(input_ni, w_ih, None if b_ih is None else b_ih.flatten())
-    return x_gates.view(input_ni.shape[0], len(weights), G, -1)
+    N, D, rows = input_ni.shape[0], len(weights), weights[0].w_ih.shape[0]
+    if D == 1:
+        x_gates = torch.nn.functional.linear(input_ni, weights[0].w_ih, weights[0].b_ih)
+        return x_gates.view(N, 1, G, -1)
+    x_gates = input_ni.new_empty(N, D, rows)
+    for d, w in enumerate(weights):
+        if w.b_ih is None:
+            torch.mm(input_ni, w.w_ih.T, out=x_gates[:, d])
+        else:
+            torch.addmm(w.b_ih, input_ni, w.w_ih.T, out=x_gates[:, d])
+    return x_gates.view(N, D, G, -1)
 
 
 def _recurrent_gates(h_prev_ndh: Tensor, weights: list[Weights], G: int) -> Tensor:

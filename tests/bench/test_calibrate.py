@@ -96,7 +96,7 @@ def test_the_shapes_are_a_spread():
                 device=Gpu(*H200), input_precision=s.precision[1],
             )  # fmt: skip
             schedules.add((which, plan.schedule))
-            assert plan.slab_b is None or plan.slab_b >= s.B, s.key
+            assert plan.batch_per_launch is None or plan.batch_per_launch >= s.B, s.key
     assert len(schedules) == 2 * 2
 
 

@@ -90,7 +90,7 @@ def test_what_a_row_says(kept):
         plan = Plan(**row["plan"])
         assert row["warps"] == plan.num_warps
         assert row["programs"] == -(-256 // plan.block_h)
-        assert row["launches"] == -(-300 // plan.slab_b)
+        assert row["launches"] == -(-300 // plan.batch_per_launch)
         assert row["wavefronts"] >= row["ideal_wavefronts"] > 0
         assert (row["unknown"], row["spill"]) == ([], 0)
         assert 0 < row["low_us"] <= row["predicted_us"] <= row["high_us"]
@@ -141,7 +141,7 @@ def test_nothing_is_compiled_where_triton_interprets(monkeypatch, capsys):
 
 # --- reading, on machine code made by hand ------------------------------------------------------
 
-PLAN = Plan("spread", 16, 16, 64, 1, 1, 1, 1, slab_b=16)
+PLAN = Plan("multi_block", 16, 16, 64, 1, 1, 1, 1, batch_per_launch=16)
 LOAD = "ld.shared.b32 %r5, [%r4];"
 USED = {"registers": 32, "spill": 0, "shared": 1024}
 STEP = [

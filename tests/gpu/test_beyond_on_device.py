@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from extras_checks import CASES, assert_as_the_reference
 from layer_checks import precision
+from state_ops_checks import CASES, assert_as_the_reference
 from tolerances import GRADIENTS32
 from torch import func, nn
 

@@ -30,10 +30,10 @@ def launchable(which: str, case: Case, device: torch.device) -> list[Plan]:
     for plan in candidates(case.cell, which, case.dtype, case.H, properties, "ieee"):
         if plan.exchanged:
             owners = -(-case.H // plan.block_h)
-            groups = properties.multiprocessors * plan.programs_each // owners
+            groups = properties.multiprocessors * plan.programs_per_sm // owners
             if groups == 0:
                 continue
-            plan = replace(plan, slab_b=groups * plan.block_b, slab_d=1)
+            plan = replace(plan, batch_per_launch=groups * plan.block_b, directions_per_launch=1)
         plans.append(plan)
     return plans
 

@@ -15,6 +15,8 @@ from exchange import roundtrip
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fusedrnn.kernels.sync import Exchange
+
 SPLIT = {"bf16": 8, "fp32": 4}
 
 
@@ -28,15 +30,17 @@ def assembly(dtype: str, target: str) -> str:
     }
     types = dict.fromkeys(roundtrip.exchange_kernel.arg_names, "i32")
     types |= dict.fromkeys(constants, "constexpr")
-    types |= {name: f"*{dtype}" for name in ("x_ptr", "h0_ptr", "output_ptr", "ring_ptr")}
-    types |= {"decay": "fp32", "signal_ptr": "*i32", "error_ptr": "*i32"}
+    types |= {name: f"*{dtype}" for name in ("x_ptr", "h0_ptr", "output_ptr")}
+    types["decay"] = "fp32"
     names = list(types)
-    divisible = [n for n, t in types.items() if t[0] == "*"] + ["ring_stride", "H"]
+    divisible = [(n,) for n, t in enumerate(types.values()) if t[0] == "*"] + [(names.index("H"),)]
+    types["exchange"] = Exchange(f"*{dtype}", "*i32", "*i32", "i32", "i32", "i32")
+    divisible += [(names.index("exchange"), n) for n in range(4)]
     source = ASTSource(
         roundtrip.exchange_kernel,
         types,
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        {path: [["tt.divisibility", 16]] for path in divisible},
     )
     options = {"num_warps": SPLIT[dtype], "num_stages": 1}
     return triton.compile(source, target=GPUTarget("cuda", int(target), 32), options=options).asm[

@@ -49,21 +49,22 @@ class Setting:
     def plan(self) -> Plan:
         if not self.exchanged:
             block = max(16, 1 << (self.case.H - 1).bit_length())
-            return Plan("resident", 16, block, block, 1, 1, 1, num_warps=4)
+            return Plan("single_block", 16, block, block, 1, 1, 1, num_warps=4)
         block_k = 16 * self.split
         chunks = -(-self.case.H // block_k)
         resident = chunks if self.resident is None else self.resident
         return Plan(
-            "spread" if resident == chunks else "streaming",
+            "multi_block" if resident == chunks else "streamed",
             block_b=16,
             block_h=self.block_h,
             block_k=block_k,
             chunks=chunks,
             resident=resident,
-            split=self.split,
+            split_k=self.split,
             num_warps=self.split,
             max_registers=255,
-            ahead=self.ahead or chunks,
+            prefetch=self.ahead or chunks,
+            pairwise=self.capability >= (9, 0),
         )
 
 
@@ -72,7 +73,7 @@ class Setting:
 # operands out by itself.
 PROBLEMS = {
     "lstm fp16": Setting(Case(LSTM, T=3, B=5, H=32, D=1, dtype=FP16)),
-    "lstm bf16, streaming, lengths, 8.0": Setting(
+    "lstm bf16, streamed, lengths, 8.0": Setting(
         Case(LSTM, T=3, B=5, H=40, D=1, dtype=BF16, lengths=(3, 1, 2, 3, 2)),
         block_h=8,
         resident=1,
@@ -87,8 +88,8 @@ PROBLEMS = {
         Case(GRU, T=2, B=5, H=32, D=1, dtype=FP32), block_h=8, capability=(8, 0)
     ),
     "rnn fp16": Setting(Case(RNN, T=2, B=3, H=32, D=1, dtype=FP16)),
-    "rnn bf16, resident": Setting(Case(RNN, T=2, B=3, H=20, D=1, dtype=BF16), exchanged=False),
-    "rnn fp32, resident": Setting(Case(RNN, T=2, B=3, H=20, D=1, dtype=FP32), exchanged=False),
+    "rnn bf16, single block": Setting(Case(RNN, T=2, B=3, H=20, D=1, dtype=BF16), exchanged=False),
+    "rnn fp32, single block": Setting(Case(RNN, T=2, B=3, H=20, D=1, dtype=FP32), exchanged=False),
     "rnn fp32, ieee, lengths": Setting(
         Case(RNN, T=3, B=3, H=20, D=2, dtype=FP32, lengths=(3, 1, 2)), precision="ieee"
     ),
@@ -100,7 +101,7 @@ def run(setting: Setting, p: Problem, seed: int) -> dict[str, Any]:
     case, plan = setting.case, setting.plan()
     layout = Layout(case, p.lengths)
     common = {"rows": layout.rows, "input_precision": setting.precision, "plan": plan}
-    layer = (p.w_hh, p.b_hh, p.state, p.params)
+    layer = (p.directions(), p.state)
     with on_cpu(setting.capability, seed) as machines:
         output, final, saved, states = scan_forward(
             case.cell, layout.pack(p.x_gates), *layer, save="gates", **common

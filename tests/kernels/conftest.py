@@ -13,3 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 # importlib mode leaves sys.path alone; the helpers beside this file are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
+
+from interpreter_repairs import repair
+
+repair()

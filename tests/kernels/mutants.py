@@ -45,7 +45,7 @@ class Mutant:
         return self.name
 
 
-_ADD = "        tl.atomic_add(signal_ptr, 1"
+_ADD = "        tl.atomic_add(channel.signal, 1"
 _BARRIER = "        tl.debug_barrier()\n"
 _ENOUGH = 'f"setp.lt.s32 missing, x, ${arrived};"'
 _LOAD = "ld.acquire.gpu.global"
@@ -53,6 +53,12 @@ _TARGET = "step // LAP * n_programs"
 ARRIVALS = (
     Mutant("waits for no arrival", (Race,), (Change(_ENOUGH, '"setp.lt.s32 missing, 0, 0;"'),)),
     Mutant("does not arrive", (Deadlock,), (Change(_ADD, _ADD[:-1] + "0"),), always=True),
+    Mutant(
+        "arrives with the step before",
+        (Deadlock,),
+        (Change("arrive(channel, step)\n\n", "arrive(channel, tl.maximum(step - 1, 1))\n\n"),),
+        always=True,
+    ),
     Mutant("arrives twice", (Race,), (Change(_ADD, _ADD[:-1] + "2"),)),
     Mutant(
         "waits for those before",
@@ -81,7 +87,7 @@ ARRIVALS = (
 _AGAIN = "if (step > LAP) & (step + LAP <= last):"
 _AGAIN_SLOT = "slot(step + LAP)"
 _AGAIN_VALUE = "_store(again_ptr + offs, tl.zeros_like(bits) + minus_zero)"
-_VALUE = "ring_ptr + slot(step) * slot_size + offs, bits)\n    step ="
+_VALUE = "ring_ptr + slot(step) * SLOT + offs, bits)\n    step ="
 _LAST_VECTOR = "for n in vectors[1:]:"
 SLOTS = (
     Mutant(
@@ -241,12 +247,15 @@ TIME_OUTS = (
         (),
         (Change('"setp.ne.s32 missing, told, 0;"', '"setp.ne.s32 missing, 0, 0;"'),),
     ),
-    Mutant("reports nothing", (), (Change("tl.store(error_ptr, step, mask=step != 0)", "pass"),)),
+    Mutant(
+        "reports nothing", (), (Change("tl.store(channel.error, step, mask=step != 0)", "pass"),)
+    ),
 )
 
 # Mistakes of a caller, made in bench/roundtrip.py.
-_PUBLISH = "sync.publish(ring_ptr, SLOT, own, h, t + 2, T + 1)"
+_PUBLISH = "sync.publish(channel, (h,), t + 2, T + 1, SLOT=SLOT"
 _ARRIVALS = "sync.arrivals(t + 1, "
+_HALF = "channel._replace(stored=channel.stored // 2 * 2)"
 CALLER = (
     Mutant(
         "waits for the lap after a poll that needs it",
@@ -263,7 +272,7 @@ CALLER = (
     Mutant(
         "publishes less than is read",
         (WrongResult, Deadlock, Race),
-        kernel=(Change(_PUBLISH, _PUBLISH.replace("own,", "own // 2 * 2,")),),
+        kernel=(Change(_PUBLISH, f"channel = {_HALF}\n        {_PUBLISH}"),),
         always=True,
     ),
     Mutant(
@@ -280,8 +289,8 @@ CALLER = (
     ),
 )
 
-# Mistakes of the time loops, made in kernels/product.py, scan_forward.py and scan_backward.py.
-PRODUCT = (
+# Mistakes of the time loops, made in kernels/matmul.py, scan_forward.py and scan_backward.py.
+MATMUL = (
     Mutant(
         "waits for the lap after a poll that needs it",
         (Race,),
@@ -295,21 +304,12 @@ PRODUCT = (
         always=True,
     ),
 )
-_FORWARD_PUBLISH = "sync.publish(ring_ptr, SLOT, offs_own, h, step + 2, T + 1)"
-_FORWARD_ARRIVE = "sync.arrive(signal_ptr, step + 2)"
+_FORWARD_PUBLISH = "publish_h(channel, masked(state[0], h_mask), tile, step + 2, T + 1, PLAN=PLAN)"
 FORWARD = (
-    Mutant(
-        "forward arrives with the step before",
-        (Deadlock,),
-        kernel=(Change(_FORWARD_ARRIVE, _FORWARD_ARRIVE.replace("step + 2", "step + 1")),),
-        always=True,
-    ),
     Mutant(
         "forward publishes less than is polled",
         (Race, Deadlock),
-        kernel=(
-            Change(_FORWARD_PUBLISH, _FORWARD_PUBLISH.replace("offs_own", "offs_own // 2 * 2")),
-        ),
+        kernel=(Change(_FORWARD_PUBLISH, f"channel = {_HALF}\n            {_FORWARD_PUBLISH}"),),
         always=True,
     ),
     Mutant(
@@ -319,17 +319,11 @@ FORWARD = (
         always=True,
     ),
 )
-_BACKWARD_PUBLISH = "for g in tl.static_range(len(rounded)):"
 BACKWARD = (
     Mutant(
         "backward publishes less than is polled",
         (Deadlock,),
-        kernel=(
-            Change(
-                f"{_BACKWARD_PUBLISH}\n        offs = ",
-                f"{_BACKWARD_PUBLISH.replace(')):', ') - 1):')}\n        offs = ",
-            ),
-        ),
+        kernel=(Change("channel, rounded, step + 2,", "channel, rounded[1:], step + 2,"),),
         always=True,
     ),
     Mutant(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fusedrnn.call import Weights
 from fusedrnn.cells import Cell
 from fusedrnn.kernels import Rows, scan_backward, scan_forward
 
@@ -38,6 +39,14 @@ class Problem:
     d_output: Tensor
     d_final: tuple[Tensor, ...]
     lengths: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def directions(self) -> list[Weights]:
+        """What the kernels read of each direction's weights."""
+        biases = [None] * len(self.w_hh) if self.b_hh is None else self.b_hh
+        return [
+            Weights(w, w, None, b, None, tuple(p[d] for p in self.params))
+            for d, (w, b) in enumerate(zip(self.w_hh, biases, strict=True))
+        ]
 
     def leaves(self) -> list[Tensor]:
         """Everything that has a gradient, in the order of `Answer.gradients`."""
@@ -156,7 +165,7 @@ def kernels(case: Case, p: Problem, plans=(None, None), precision: str = "ieee")
     x_gates = layout.pack(p.x_gates)
     common = {"rows": layout.rows, "input_precision": precision}
     output, final, saved, states = scan_forward(
-        cell, x_gates, p.w_hh, p.b_hh, p.state, p.params, save=case.save, plan=plans[0], **common
+        cell, x_gates, p.directions(), p.state, save=case.save, plan=plans[0], **common
     )
     h_prev = previous(case, p, layout.unpack(output))  # [T, B, D, H]
     if case.save == "states":
@@ -170,10 +179,8 @@ def kernels(case: Case, p: Problem, plans=(None, None), precision: str = "ieee")
         cell,
         layout.pack(p.d_output),
         p.d_final,
-        p.w_hh,
-        p.b_hh,
+        p.directions(),
         p.state,
-        p.params,
         output,
         states,
         saved,

@@ -193,7 +193,7 @@ class _Session:
         self.rmw = BUILDER.create_atomic_rmw
         self.cas = BUILDER.create_atomic_cas
 
-    def workspace(self, **sizes: Any) -> sync.Workspace:
+    def workspace(self, **sizes: Any) -> sync.Exchange:
         """A workspace that the detector knows."""
         space = self.allocate(**sizes)
         if self.detector is not None:

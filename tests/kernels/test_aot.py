@@ -72,35 +72,33 @@ class Mutant:
         return self.name
 
 
-X_GATES = "load_planes(x_gates_ptr, rows, own_h, exists, direction, D=D, PLANES=G, H=H)"
+X_GATES = "load_planes(x_gates_ptr, rows, tile, exists, D=D, PLANES=G, H=H)"
 MUTANTS = (
     Mutant(
         "partial sums by tl.sum",
-        "product.py",
+        "matmul.py",
         (("    COUNT: tl.constexpr = x.numel // SPLIT\n", "    return tl.sum(x, axis=0)\n"),),
         "bank conflicts",
     ),
     Mutant(
         "one load of the ring after the other",
-        "product.py",
-        (("            AHEAD=AHEAD,\n", "            AHEAD=1,\n"),),
+        "matmul.py",
+        (("AHEAD: tl.constexpr = PLAN.prefetch\n", "AHEAD: tl.constexpr = 1\n"),),
         "loads of the ring wait for one another",
     ),
     Mutant(
         "x_gates fetched in the step before",
         "scan_forward.py",
         (
+            ("    where,\n)", "    where,\n    zeros,\n)"),
             (
                 "    for step in range(T):\n",
-                "    x_next = ()\n"
-                "    for _ in tl.static_range(G):\n"
-                "        x_next = x_next + (tl.zeros([BLOCK_B, BLOCK_H], DTYPE),)\n"
-                "    for step in range(T):\n",
+                "    x_next = zeros(G, w_ptr.dtype.element_ty, PLAN)\n    for step in range(T):\n",
             ),
             (f"        x_gates = {X_GATES}\n", "        x_gates = x_next\n"),
             (
-                "        t += 1 - 2 * direction\n",
-                f"        x_next = {X_GATES}\n        t += 1 - 2 * direction\n",
+                "        t += 1 - 2 * tile.direction\n",
+                f"        x_next = {X_GATES}\n        t += 1 - 2 * tile.direction\n",
             ),
         ),
         "fetched ahead, and waited for before the poll",
@@ -141,7 +139,7 @@ def test_the_sample_has_every_kind(compiled):
     assert {job[2] for job in jobs} == set(PASSES)
     assert {job[3] for job in jobs} == set(aot.DTYPES)
     schedules = {compiled[job]["plan"]["schedule"] for job in jobs}
-    assert schedules == {"spread", "streaming"}
+    assert schedules == {"multi_block", "streamed"}
 
 
 # --- the gate -----------------------------------------------------------------------------------
@@ -194,7 +192,10 @@ def test_some_targets_are_only_reported(target):
 
 def test_every_kernel_is_compiled_once():
     jobs = [job for job, B in aot_suite.jobs() if B is None]
-    bare = [replace(job, plan=replace(job.plan, slab_b=None, slab_d=None)) for job in jobs]
+    bare = [
+        replace(job, plan=replace(job.plan, batch_per_launch=None, directions_per_launch=None))
+        for job in jobs
+    ]
     assert len(set(bare)) == len(bare)
 
 
@@ -206,7 +207,7 @@ def test_the_suite_has_every_kind():
         for which in PASSES:
             mine = [j for j in made_for if (j.cell, j.which, j.dtype) == (cell, which, "bf16")]
             assert {j.H for j in mine} >= set(hidden)
-    assert {job.plan.schedule for job in made_for} == {"spread", "streaming"}
+    assert {job.plan.schedule for job in made_for} == {"multi_block", "streamed"}
     assert len({job.key() for job in made_for}) == len(set(made_for))
     assert {job.dtype for job in made_for} == set(aot.DTYPES)
     assert {job.save for job in made_for} == {"gates", "states"}

@@ -26,13 +26,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PROBLEMS = (
     "lstm fp16",
-    "lstm bf16, streaming, lengths, 8.0",
+    "lstm bf16, streamed, lengths, 8.0",
     "lstm fp16, 4 warps",
     "gru bf16, packed, 4 warps",
     "gru fp32, 8.0",
     "rnn fp16",
-    "rnn bf16, resident",
-    "rnn fp32, resident",
+    "rnn bf16, single block",
+    "rnn fp32, single block",
     "rnn fp32, ieee, lengths",
 )
 SMALL = "rnn fp16"
@@ -92,13 +92,13 @@ def test_both_passes_compute_the_recurrence(name, compiled):
 def test_some_elements_had_to_be_asked_for_again(compiled):
     """Else what asks again was never executed. Resident programs have nothing to ask for."""
     for name, record in compiled[0].items():
-        assert (sum(record["retries"]) == 0) == ("resident" in name), name
+        assert (sum(record["retries"]) == 0) == ("single block" in name), name
 
 
 def test_the_layout_is_as_needed(compiled):
     assert len(compiled[1]) == 2 * len(PROBLEMS)
     exchanging = [text for text in compiled[1] if "tt.elementwise_inline_asm" in text]
-    assert len(exchanging) == 2 * sum("resident" not in name for name in PROBLEMS)
+    assert len(exchanging) == 2 * sum("single block" not in name for name in PROBLEMS)
     for text in exchanging:
         assert layout.faults(text, warps(text)) == []
 
@@ -162,7 +162,7 @@ def test_what_is_loaded_is_multiplied_as_it_lies_in_the_registers(compiled):
                 apart += 1
                 found = set().union(*(origins(code, r, TAKE_APART) for r in registers))
             assert found == {load}
-    assert products == 2 * sum("resident" not in name for name in PROBLEMS)
+    assert products == 2 * sum("single block" not in name for name in PROBLEMS)
     assert apart == 2 * sum("ieee" in name for name in PROBLEMS)
 
 
@@ -187,10 +187,10 @@ MUTANTS = {
         "tile = tl.permute(tile, (0, 4, 1, 2, 3, 5))", "numbers",
     ),
     "the rest of h is left out": (
-        "product.py", "tl.dot(left_rest, right, total,", "tl.dot(left, right * 0, total,", EXACT
+        "matmul.py", "tl.dot(lhs_rest, rhs, total,", "tl.dot(lhs, rhs * 0, total,", EXACT
     ),
     "the rest of W is left out": (
-        "product.py", "tl.dot(left, right_rest, total,", "tl.dot(left, right * 0, total,", EXACT
+        "matmul.py", "tl.dot(lhs, rhs_rest, total,", "tl.dot(lhs, rhs * 0, total,", EXACT
     ),
 }  # fmt: skip
 

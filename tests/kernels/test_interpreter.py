@@ -1,12 +1,10 @@
-"""The repairs of Triton's interpreter, one by one."""
+"""The repairs of Triton's interpreter (`interpreter_repairs`, by conftest.py), one by one."""
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-
-import fusedrnn.kernels  # noqa: F401  (repairs on import)
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels run on the GPU here, not in the interpreter"

@@ -284,7 +284,7 @@ def test_a_malformed_packed_sequence_meets_no_kernel(rows, sizes):
     with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
         rnn(packed)
     flat = [p.detach() for p in rnn.parameters()]
+    spec = Spec("gru", 5, 7, backend="triton", save=None)
+    operands = [packed.data, torch.zeros(1, 3, 7), *flat]
     with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
-        spec = Spec("gru", 5, 7, backend="triton", save=None)
-        operands = [packed.data, torch.zeros(1, 3, 7), *flat]
         torch.ops.fusedrnn.stack(operands, [None, packed.batch_sizes, None], *spec)

@@ -11,7 +11,7 @@ from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch, layout
 from fusedrnn.kernels.plan import Plan
 
-SPREAD = Plan("spread", 16, 16, 32, 1, 1, 2, 2, "sentinel")
+MULTI_BLOCK = Plan("multi_block", 16, 16, 32, 1, 1, 2, 2, "sentinel")
 # What Triton prints, cut down to the lines that count.
 GOOD = """
 #blocked = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [32, 1], warpsPerCTA = [2, 1], order = [1, 0]}>
@@ -36,7 +36,7 @@ class Compiled:
 def scan(monkeypatch):
     """Runs a forward pass whose kernel does nothing but compile to what is given."""
 
-    def run(compiled, plan=SPREAD):
+    def run(compiled, plan=MULTI_BLOCK):
         kernel = SimpleNamespace(run=lambda **arguments: compiled)
         kernel_of_grid = type("Kernel", (), {"__getitem__": lambda self, grid: kernel.run})()
         monkeypatch.setattr(launch, "scan_forward_kernel", kernel_of_grid)
@@ -44,7 +44,7 @@ def scan(monkeypatch):
         p = problem(case)
         layout_of_rows = Layout(case, p.lengths)
         launch.scan_forward(
-            case.cell, layout_of_rows.pack(p.x_gates), p.w_hh, p.b_hh, p.state,
+            case.cell, layout_of_rows.pack(p.x_gates), p.directions(), p.state,
             rows=layout_of_rows.rows, save=None, input_precision="ieee", plan=plan,
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_another_layout_is_an_error_that_names_triton(ttgir, message, scan):
 
 def test_nothing_is_looked_at_where_nothing_is_exchanged(scan):
     compiled = Compiled("")
-    scan(compiled, Plan("resident", 16, 32, 32, 1, 1, 1, 4))
+    scan(compiled, Plan("single_block", 16, 32, 32, 1, 1, 1, 4))
     assert compiled.reads == 0
 
 

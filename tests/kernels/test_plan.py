@@ -41,7 +41,7 @@ def device(capability, multiprocessors):
 def plans(where, precision="tf32", batches=(1, 16, 100, 4096)):
     """Every plan for that device, with the shape it is for."""
     for cell in (LSTM, REGISTRY["gru"], REGISTRY["rnn_tanh"]):
-        for which in PASSES:
+        for pass_ in PASSES:
             for dtype in (torch.bfloat16, torch.float32):
                 for H in HIDDEN:
                     for B in batches:
@@ -50,7 +50,7 @@ def plans(where, precision="tf32", batches=(1, 16, 100, 4096)):
                             try:
                                 plan = plan_scan(
                                     cell,
-                                    which,
+                                    pass_,
                                     dtype,
                                     device=where,
                                     input_precision=precision,
@@ -58,50 +58,52 @@ def plans(where, precision="tf32", batches=(1, 16, 100, 4096)):
                                 )
                             except ValueError as error:
                                 plan = str(error)
-                            yield cell, which, dtype, shape, plan
+                            yield cell, pass_, dtype, shape, plan
 
 
 @pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_plan_fits(capability, multiprocessors):
     where = device(capability, multiprocessors)
-    for cell, which, dtype, shape, plan in plans(where):
-        told = (cell.name, which, dtype, shape, plan)
+    for cell, pass_, dtype, shape, plan in plans(where):
+        told = (cell.name, pass_, dtype, shape, plan)
         B, H, D = shape["B"], shape["H"], shape["D"]
         if isinstance(plan, str):
             # On a whole GPU only what is far too large may find no plan.
             assert "no plan for" in plan, told
             assert multiprocessors < 108 or H > 1024 or capability != (9, 0), told
             continue
-        assert plan.shared_bytes(cell, which) <= where.shared_per_program, told
+        assert plan.shared_bytes(cell, pass_) <= where.shared_per_program, told
         assert plan.chunks * plan.block_k >= H > (plan.chunks - 1) * plan.block_k, told
         assert 0 <= plan.resident <= plan.chunks, told
-        for power in (plan.block_b, plan.block_h, plan.block_k, plan.split, plan.num_warps):
+        for power in (plan.block_b, plan.block_h, plan.block_k, plan.split_k, plan.num_warps):
             assert power & (power - 1) == 0, told
         owners = -(-H // plan.block_h)
         # What the layout of the exchange rests on (`fragments`): a warp for each 16 units of a
         # chunk, and a program's units all in one chunk.
         assert plan.block_b == 16, told
-        assert plan.block_k == 16 * plan.split, told
-        assert plan.split == plan.num_warps, told
+        assert plan.block_k == 16 * plan.split_k, told
+        assert plan.split_k == plan.num_warps, told
         assert plan.block_k % plan.block_h == 0, told
-        assert 1 <= plan.ahead <= plan.chunks, told
+        assert 1 <= plan.prefetch <= plan.chunks, told
         # No launch has more programs than run at the same time, and each launch does something.
-        assert plan.slab_b % plan.block_b == 0, told
-        assert 1 <= plan.slab_d <= D, told
-        grid = owners * plan.slab_d * -(-min(B, plan.slab_b) // plan.block_b)
-        assert grid <= multiprocessors * plan.programs_each, told
+        assert plan.batch_per_launch % plan.block_b == 0, told
+        assert 1 <= plan.directions_per_launch <= D, told
+        grid = (
+            owners * plan.directions_per_launch * -(-min(B, plan.batch_per_launch) // plan.block_b)
+        )
+        assert grid <= multiprocessors * plan.programs_per_sm, told
         # Of two programs on a multiprocessor, each has half of its 65,536 registers.
-        assert plan.programs_each * plan.num_warps * 32 * 256 <= 65536, told
-        used = plan.shared_bytes(cell, which) + KIB
-        assert plan.programs_each * used <= where.shared_per_multiprocessor, told
-        assert (plan.schedule == "spread") == (plan.resident == plan.chunks), told
+        assert plan.programs_per_sm * plan.num_warps * 32 * 256 <= 65536, told
+        used = plan.shared_bytes(cell, pass_) + KIB
+        assert plan.programs_per_sm * used <= where.shared_per_multiprocessor, told
+        assert (plan.schedule == "multi_block") == (plan.resident == plan.chunks), told
 
 
 def test_every_plan_fits_in_full_precision():
-    for cell, which, _, _, plan in plans(H200, "ieee", batches=(16,)):
+    for cell, pass_, _, _, plan in plans(H200, "ieee", batches=(16,)):
         if not isinstance(plan, str):
-            used = plan.shared_bytes(cell, which)
+            used = plan.shared_bytes(cell, pass_)
             assert used <= H200.shared_per_program, plan
 
 
@@ -113,7 +115,7 @@ def test_a_measurement_is_believed_instead_of_the_estimate():
         plan = plan_scan(
             LSTM, "forward", torch.bfloat16, B=1, H=512, D=1, device=H200, step_times=times
         )
-        assert replace(plan, slab_b=None, slab_d=None) == fastest
+        assert replace(plan, batch_per_launch=None, directions_per_launch=None) == fastest
 
 
 def test_the_cheapest_candidate_is_chosen():
@@ -131,41 +133,41 @@ def test_a_batch_is_cut_into_as_few_launches_as_hold_it():
     (plan,) = (
         p
         for p in candidates(LSTM, "forward", torch.bfloat16, 512, H200, "tf32")
-        if (p.block_h, p.split) == (16, 8)
+        if (p.block_h, p.split_k) == (16, 8)
     )
     # 32 programs hold 512 units, and 132 multiprocessors hold four times 32.
     for B, launches, programs in ((1, 1, 32), (16, 1, 32), (17, 1, 64), (64, 1, 128), (65, 2, 128)):
         whole, *counts = placed(plan, 512, 1, B, H200)
-        assert (whole.slab_b, counts) == (64, [launches, programs])
+        assert (whole.batch_per_launch, counts) == (64, [launches, programs])
     assert placed(plan, 132 * 16 + 1, 1, 1, H200) is None
 
 
 @pytest.mark.parametrize(
     ("H", "dtype", "schedule"),
     [
-        (8, torch.bfloat16, "spread"),
-        (128, torch.bfloat16, "spread"),
-        (128, torch.float32, "spread"),
-        (300, torch.bfloat16, "spread"),
-        (768, torch.bfloat16, "spread"),
-        (1024, torch.float16, "spread"),
-        (2048, torch.bfloat16, "streaming"),
+        (8, torch.bfloat16, "multi_block"),
+        (128, torch.bfloat16, "multi_block"),
+        (128, torch.float32, "multi_block"),
+        (300, torch.bfloat16, "multi_block"),
+        (768, torch.bfloat16, "multi_block"),
+        (1024, torch.float16, "multi_block"),
+        (2048, torch.bfloat16, "streamed"),
     ],
 )
 def test_schedule_on_a_large_gpu(H, dtype, schedule):
-    for which in PASSES:
-        plan = plan_scan(LSTM, which, dtype, B=16, H=H, D=1, device=H200)
+    for pass_ in PASSES:
+        plan = plan_scan(LSTM, pass_, dtype, B=16, H=H, D=1, device=H200)
         assert plan.schedule == schedule, plan
-        assert plan.slab_b is None or plan.slab_b >= 16
+        assert plan.batch_per_launch is None or plan.batch_per_launch >= 16
 
 
 def test_batch_decides_between_few_kernels():
     """What is compiled for one batch size serves nearly all."""
     kernels = {
-        tuple(
-            plan_scan(LSTM, "forward", torch.bfloat16, B=B, H=512, D=1, device=H200)
-            .constants(H200)
-            .items()
+        replace(
+            plan_scan(LSTM, "forward", torch.bfloat16, B=B, H=512, D=1, device=H200),
+            batch_per_launch=None,
+            directions_per_launch=None,
         )
         for B in range(1, 2000)
     }
@@ -173,25 +175,25 @@ def test_batch_decides_between_few_kernels():
 
 
 def test_units_beyond_16_for_each_multiprocessor():
-    for which in PASSES:
+    for pass_ in PASSES:
         for H, block_h in ((132 * 16, 16), (132 * 16 + 1, 32), (132 * 32, 32)):
-            plan = plan_scan(LSTM, which, torch.bfloat16, B=16, H=H, D=1, device=H200)
-            assert (plan.schedule, plan.block_h) == ("streaming", block_h)
+            plan = plan_scan(LSTM, pass_, torch.bfloat16, B=16, H=H, D=1, device=H200)
+            assert (plan.schedule, plan.block_h) == ("streamed", block_h)
         with pytest.raises(ValueError, match="133 programs"):
-            plan_scan(LSTM, which, torch.bfloat16, B=16, H=132 * 32 + 1, D=1, device=H200)
+            plan_scan(LSTM, pass_, torch.bfloat16, B=16, H=132 * 32 + 1, D=1, device=H200)
 
 
 def test_two_directions_share_a_launch_where_they_fit():
     one = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=512, D=2, device=H200)
-    assert one.slab_d == 2
+    assert one.directions_per_launch == 2
     two = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=1500, D=2, device=H200)
-    assert two.slab_d == 1
+    assert two.directions_per_launch == 1
 
 
 def test_interpreter_runs_everything_resident():
     for H in HIDDEN:
         plan = plan_scan(LSTM, "forward", torch.float32, B=5, H=H, D=2, device=INTERPRETER)
-        assert plan.schedule == "resident"
+        assert plan.schedule == "single_block"
         assert plan.block_h >= H
 
 
@@ -208,7 +210,7 @@ def test_says_why_there_is_no_plan(where, H, why):
 
 
 def test_says_what_it_does_not_know():
-    with pytest.raises(ValueError, match="which must be one of"):
+    with pytest.raises(ValueError, match="pass_ must be one of"):
         plan_scan(LSTM, "sideways", torch.float32, B=1, H=8, D=1, device=H200)
     with pytest.raises(ValueError, match=r"dtype must be one of .* got torch.float64"):
         plan_scan(LSTM, "forward", torch.float64, B=1, H=8, D=1, device=H200)
@@ -224,7 +226,7 @@ def test_readme_says_up_to_which_size():
         assert said in readme
         for cell in REGISTRY.values():
             for dtype in (torch.bfloat16, torch.float32):
-                for which in PASSES:
-                    plan_scan(cell, which, dtype, B=1, H=most, D=1, device=device)
+                for pass_ in PASSES:
+                    plan_scan(cell, pass_, dtype, B=1, H=most, D=1, device=device)
                 with pytest.raises(ValueError, match="multiprocessors"):
                     plan_scan(cell, "forward", dtype, B=1, H=most + 1, D=1, device=device)

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from exchange import BENCH, expected, roundtrip
 from loops import forward_and_backward
-from mutants import BACKWARD, CALLER, FORWARD, PRODUCT, SYNC, Mutant, WrongResult
+from mutants import BACKWARD, CALLER, FORWARD, MATMUL, SYNC, Mutant, WrongResult
 from mutation import mutated
 from races import Detector, Race
 from scan_cases import Case
@@ -37,7 +37,7 @@ def broken_sync(monkeypatch, tmp_path):
 
     def break_it(mutant):
         module = mutated(SYNC_PATH, tmp_path, *mutant.sync)
-        module.LAP = tl.constexpr(mutant.lap)
+        module.LAP, module.spin_limit = tl.constexpr(mutant.lap), sync.spin_limit
         for name in FUNCTIONS:
             monkeypatch.setattr(sync, name, getattr(module, name))
 
@@ -120,7 +120,7 @@ def test_mistakes_in_sync_under_the_loops(mutant, broken_sync, compare):
     hunt(mutant, compare, ALWAYS_SEEDS[:1])
 
 
-LOOPS = {"product": PRODUCT, "scan_forward": FORWARD, "scan_backward": BACKWARD}
+LOOPS = {"matmul": MATMUL, "scan_forward": FORWARD, "scan_backward": BACKWARD}
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ LOOPS = {"product": PRODUCT, "scan_forward": FORWARD, "scan_backward": BACKWARD}
 def test_mistakes_in_the_loops(name, mutant, compare, lap, tmp_path, monkeypatch):
     lap(mutant.lap)
     module = mutated(SYNC_PATH.with_name(f"{name}.py"), tmp_path, *mutant.kernel)
-    if name == "product":
+    if name == "matmul":
         for loop in ("scan_forward", "scan_backward"):  # as the package calls its functions, too
             loop = importlib.import_module(f"fusedrnn.kernels.{loop}")
-            monkeypatch.setattr(loop, "recurrent_product", module.recurrent_product)
+            monkeypatch.setattr(loop, "recurrent_matmul", module.recurrent_matmul)
     else:
         monkeypatch.setattr(launch, f"{name}_kernel", getattr(module, f"{name}_kernel"))
     hunt(mutant, compare, ALWAYS_SEEDS[:1])

@@ -87,10 +87,7 @@ def test_laps_of_full_length(inputs):
 def relay_kernel(
     x_ptr,  # [2, N]
     output_ptr,  # [2, N]
-    ring_ptr,
-    signal_ptr,
-    error_ptr,
-    spin_limit,
+    exchange,
     PAIRWISE: tl.constexpr,
     LENGTH: tl.constexpr,
     N: tl.constexpr,
@@ -99,24 +96,15 @@ def relay_kernel(
     own = tl.program_id(0) * N + tl.arange(0, N)
     other = (1 - tl.program_id(0)) * N + tl.arange(0, N // LENGTH)[:, None] * LENGTH
     at = other + tl.arange(0, LENGTH)[None, :]
-    anchor = sync.layout_of_loads(ring_ptr, at)
-    sync.publish(ring_ptr, 2 * N, own, tl.load(x_ptr + own), 1, 1)
-    sync.arrive(signal_ptr, 1)
-    tiles = sync.load(
-        ring_ptr + sync.slot(1) * 2 * N,
-        at,
-        anchor,
-        1,
-        0,
-        signal_ptr,
-        spin_limit,
-        COUNT=1,
-        VECTORS=1,
-        STRIDE=0,
-        PAIRWISE=PAIRWISE,
-    )
+    ring, signal, error, _, _, spin_limit = exchange
+    anchor = sync.layout_of_loads(ring, at)
+    channel = sync.Channel(ring, signal, error, spin_limit, own, at, anchor)
+    sync.publish(channel, (tl.load(x_ptr + own),), 1, 1, SLOT=2 * N, BLOCK_K=0)
+    slot_ptr = ring + sync.slot(1) * 2 * N
+    WARPS: tl.constexpr = N // LENGTH // 32
+    tiles = sync.load(channel, slot_ptr, 1, 0, COUNT=1, STRIDE=0, WARPS=WARPS, PAIRWISE=PAIRWISE)
     tl.store(output_ptr + at, tiles[0])
-    sync.report(signal_ptr, error_ptr)
+    sync.report(channel)
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
@@ -147,10 +135,7 @@ def test_every_bit_pattern_arrives(dtype, pairwise):
         relay_kernel[(2,)](
             x_ptr=x,
             output_ptr=output,
-            ring_ptr=space.ring,
-            signal_ptr=space.signal,
-            error_ptr=space.error,
-            spin_limit=100,
+            exchange=space._replace(spin_limit=100),
             PAIRWISE=pairwise,
             LENGTH=16 // dtype.itemsize,
             N=len(x) // 2,
@@ -164,7 +149,7 @@ def test_every_bit_pattern_arrives(dtype, pairwise):
 
 ABSENT = (  # program 1 leaves after two steps, where waits are short
     "for t in range(T):",
-    "for t in range(tl.where((tl.program_id(0) == 1) & (spin_limit < 99), 2, T)):",
+    "for t in range(tl.where((tl.program_id(0) == 1) & (exchange.spin_limit < 99), 2, T)):",
 )
 
 

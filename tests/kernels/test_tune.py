@@ -96,18 +96,18 @@ def test_only_grids_that_fit_are_measured(H):
     assert seen == [plan for plan in found if at_once[plan]]
     for plan in seen:
         grid = (-(-H // plan.block_h), 1, at_once[plan])
-        assert math.prod(grid) <= H100.multiprocessors * plan.programs_each
+        assert math.prod(grid) <= H100.multiprocessors * plan.programs_per_sm
     assert 1 in at_once.values()  # which two directions at once would have refused
 
 
-@pytest.mark.parametrize("which", ["forward", "backward"])
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
 @pytest.mark.parametrize("cell", sorted(REGISTRY))
-def test_the_measurement_itself_runs(cell, which, monkeypatch):
+def test_the_measurement_itself_runs(cell, pass_, monkeypatch):
     monkeypatch.setattr(tune, "REPEATS", 1)
-    (plan,) = candidates(REGISTRY[cell], which, torch.float32, 16, INTERPRETER, "ieee")
+    (plan,) = candidates(REGISTRY[cell], pass_, torch.float32, 16, INTERPRETER, "ieee")
     cpu = torch.device("cpu")
     microseconds = tune._measure(
-        PASSES, REGISTRY[cell], which, torch.float32, 16, 2, cpu, INTERPRETER, "ieee", plan, steps=2
+        PASSES, REGISTRY[cell], pass_, torch.float32, 16, 2, cpu, INTERPRETER, "ieee", plan, steps=2
     )
     assert microseconds > 0
 
@@ -117,7 +117,7 @@ def test_calls_ask_for_it_by_environment(monkeypatch):
 
     monkeypatch.setenv("FUSEDRNN_TUNE", "1")
     asked = []
-    monkeypatch.setattr(tune, "step_times", lambda cell, which, *_, **__: asked.append(which))
+    monkeypatch.setattr(tune, "step_times", lambda cell, pass_, *_, **__: asked.append(pass_))
     rnn = fusedrnn.GRU(3, 4, backend="triton")
     rnn(torch.randn(2, 1, 3))[0].sum().backward()
     assert asked == ["forward", "backward"]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from extras_checks import CASES, OPTIONS, assert_as_the_reference, run
 from scheduler import cooperative
+from state_ops_checks import CASES, OPTIONS, assert_as_the_reference, run
 from tolerances import GRADIENTS32
 
 from fusedrnn.kernels import launch
@@ -30,7 +30,7 @@ def test_the_option_matters(option):
 @pytest.mark.parametrize("module", ["LSTM", "GRU"])
 def test_spread_over_programs(module, monkeypatch):
     """What a program hands on is what the next step reads: already reset, already masked."""
-    plan = Plan("spread", 16, 8, 16, chunks=2, resident=2, split=1, num_warps=1)
+    plan = Plan("multi_block", 16, 8, 16, chunks=2, resident=2, split_k=1, num_warps=1)
     expected = run(module, "all", "triton", torch.float32, True, "lengths")
     monkeypatch.setattr(launch, "_plan", lambda *arguments: plan)
     with cooperative(3):

@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong (seen in 3.7.1; the last also in 3.9.0).
+"""Repairs what Triton's interpreter gets wrong (seen in 3.7.1; the last also in 3.9.0).
 
 It keeps bfloat16 values as their bit patterns. Its `dot` multiplies these as integers, and its
 cast from float32 cuts off where hardware rounds to nearest, ties to even. And a comparison of

@@ -1,7 +1,7 @@
 """Modules with resets, recurrent dropout, zoneout and clipping, run by any backend.
 
 The noise is drawn before the time loop, so backends on one device see the same masks from the
-same seed. `tests/kernels/test_extras.py` runs them in the interpreter, `tests/gpu` on a device.
+same seed. `tests/kernels/test_state_ops.py` runs them in the interpreter, `tests/gpu` on a device.
 """
 
 import torch

@@ -1,0 +1,232 @@
+"""The recurrent product of one step, forward and backward.
+
+    forward   sums[g] = h @ W_hh[g]^T          one left operand, G results
+    backward  sums[0] = sum_g dh_g @ W_hh[g]   G left operands, one result
+
+The left operands are PLANES tiles of [BLOCK_B, H]; the result is summed over K in chunks of
+BLOCK_K = 16 * SPLIT. Each of SPLIT groups of warps sums 16 units of every chunk by itself, as a
+batched product [SPLIT, BLOCK_B, 16] @ [SPLIT, 16, BLOCK_H], and their sums are added once, at the
+end of the step. Every chunk has G right operands: those of the resident first chunks were loaded
+before the time loop and stay in registers, those of the others are read in each step, past
+nothing: L1 keeps as many as it can.
+
+W has K innermost in both passes: backward, each gate's matrix was transposed before the launch.
+"""
+
+import triton
+import triton.language as tl
+
+from fusedrnn.kernels import sync
+from fusedrnn.kernels.fragments import BLOCK, left_operand, load_right_operand, pitch
+
+
+@triton.jit
+def load_weights(w_ptr, tile, G: tl.constexpr, H: tl.constexpr, PLAN: tl.constexpr):
+    """The right operands that are loaded once: of the resident chunks; of a program that owns all
+    units, G tiles [BLOCK_H, BLOCK_H], units of K by the program's units.
+
+    w_ptr: [G, H, pitch] of one direction: gate, the program's unit, unit of K.
+    """
+    COUNT: tl.constexpr = PLAN.resident
+    weights = ()
+    if PLAN.exchanged:
+        for chunk in tl.static_range(COUNT):
+            weights = weights + load_chunk(w_ptr, chunk, tile, G=G, H=H, PLAN=PLAN)
+    else:
+        units = tl.arange(0, PLAN.block_h)
+        mask = (units[:, None] < H) & (units[None, :] < H)
+        for g in tl.static_range(G):
+            offs = g * H * pitch(H) + units[None, :] * pitch(H) + units[:, None]
+            weights = weights + (tl.load(w_ptr + offs, mask=mask, other=0.0),)
+    return weights
+
+
+@triton.jit
+def load_chunk(w_ptr, chunk, tile, G: tl.constexpr, H: tl.constexpr, PLAN: tl.constexpr):
+    """The G right operands of one chunk, 0 beyond H."""
+    weights = ()
+    for g in tl.static_range(G):
+        rhs = load_right_operand(
+            w_ptr + g * H * pitch(H), chunk * PLAN.block_k, tile.first_unit, H=H, PLAN=PLAN
+        )
+        weights = weights + (rhs,)
+    return weights
+
+
+@triton.jit
+def multiply(lhs, weights, sums, FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """sums[i] + lhs @ weights[FIRST + i], for all i.
+
+    PRECISION, of float32, is "tf32" or "ieee". Tensor cores know only the first, which has 11 bits.
+    So for the second each factor is split, and three products are added: of the upper parts, and of
+    each with the other's rest. That loses at most 5 * 2^-22 of every product: of both rests what is
+    beyond 11 bits, and the product of the two.
+    """
+    EXACT: tl.constexpr = PRECISION == "ieee" and lhs.dtype == tl.float32
+    if EXACT:
+        whole = lhs
+        lhs, lhs_rest = split_tf32(whole)
+        lhs_rest = tl.where(whole == lhs, 0.0, lhs_rest)  # h may be infinite, weights may not
+    totals = ()
+    for i in tl.static_range(len(sums)):
+        rhs = weights[FIRST + i]
+        total = sums[i]
+        if EXACT:
+            rhs, rhs_rest = split_tf32(rhs)
+            total = tl.dot(lhs_rest, rhs, total, input_precision="tf32")
+            total = tl.dot(lhs, rhs_rest, total, input_precision="tf32")
+        totals = totals + (tl.dot(lhs, rhs, total, input_precision="tf32"),)
+    return totals
+
+
+@triton.jit
+def split_tf32(x):
+    """float32 rounded to 11 bits, as tensor cores take them, and what that leaves."""
+    upper = ((x.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True)
+    return upper, x - upper
+
+
+@triton.jit
+def hide_invariance(weights):
+    """The same values, of which the compiler does not know that they are loop-invariant. It would
+    else hoist `split_tf32` of weights out of the time loop, into registers that there are not."""
+    hidden = ()
+    for i in tl.static_range(len(weights)):
+        tile = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [weights[i]], dtype=tl.float32, is_pure=False, pack=1
+        )
+        hidden = hidden + (tile,)
+    return hidden
+
+
+@triton.jit
+def recurrent_matmul(
+    planes, channel, weights, w_ptr, tile, step,
+    G: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """The product with what all units of a batch tile were at `step`; NaN after a time-out.
+
+    planes: the program's tiles [BLOCK_B, BLOCK_H]. channel: None where one program owns all units.
+    weights: as `load_weights` returns them. w_ptr: where those of the other chunks are.
+    """
+    if PLAN.exchanged:
+        sums = gathered_matmul(
+            channel, weights, w_ptr, tile, step,
+            G=G, PLANES=len(planes), H=H, PRECISION=PRECISION, PLAN=PLAN,
+        )  # fmt: skip
+    else:
+        sums = local_matmul(planes, weights, G=G, PRECISION=PRECISION)
+    return sums
+
+
+@triton.jit
+def local_matmul(planes, weights, G: tl.constexpr, PRECISION: tl.constexpr):
+    """The product where one program owns all units, and K is a single chunk of BLOCK_H."""
+    sums = ()
+    for _ in tl.static_range(G // len(planes)):
+        sums = sums + (tl.zeros([planes[0].shape[0], planes[0].shape[1]], tl.float32),)
+    for plane in tl.static_range(len(planes)):
+        sums = multiply(planes[plane], weights, sums, FIRST=plane, PRECISION=PRECISION)
+    return sums
+
+
+@triton.jit
+def gathered_matmul(
+    channel, weights, w_ptr, tile, step,
+    G: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    """The product with what all programs of the group published as `step`."""
+    BLOCK_B: tl.constexpr = PLAN.block_b
+    BLOCK_H: tl.constexpr = PLAN.block_h
+    SPLIT: tl.constexpr = PLAN.split_k
+    CHUNKS: tl.constexpr = PLAN.chunks
+    RESIDENT: tl.constexpr = PLAN.resident
+    AHEAD: tl.constexpr = PLAN.prefetch
+    sums = ()
+    for _ in tl.static_range(G // PLANES):
+        sums = sums + (tl.zeros([SPLIT, BLOCK_B, BLOCK_H], tl.float32),)
+    slot_ptr = channel.ring + sync.slot(step) * slot_size(PLANES, PLAN)
+    coming = ()
+    if RESIDENT < CHUNKS:
+        coming = load_chunk(w_ptr, RESIDENT, tile, G=G, H=H, PLAN=PLAN)
+    for first in tl.static_range(0, CHUNKS, AHEAD):
+        # The left operands of all these chunks are on their way before the first is looked at:
+        # one trip to L2, which is far longer than the products.
+        loaded = sync.load(
+            channel,
+            slot_ptr + first * PLANES * SPLIT * BLOCK,
+            step,
+            sync.arrivals(step, tl.num_programs(0)) if first == 0 else 0,
+            COUNT=min(AHEAD, CHUNKS - first) * PLANES,
+            STRIDE=SPLIT * BLOCK,
+            WARPS=SPLIT,
+            PAIRWISE=PLAN.pairwise,
+        )
+        for chunk in tl.static_range(first, min(first + AHEAD, CHUNKS)):
+            rhs = weights[chunk * G : (chunk + 1) * G]
+            if PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32:
+                rhs = hide_invariance(rhs)
+            if chunk >= RESIDENT:
+                rhs = coming
+                if chunk + 1 < CHUNKS:  # is on its way while this one is multiplied
+                    coming = load_chunk(w_ptr, chunk + 1, tile, G=G, H=H, PLAN=PLAN)
+            for plane in tl.static_range(PLANES):
+                lhs = left_operand(loaded[(chunk - first) * PLANES + plane], SPLIT=SPLIT)
+                sums = multiply(lhs, rhs, sums, FIRST=plane, PRECISION=PRECISION)
+    return reduce_split_k(sums, SPLIT=SPLIT)
+
+
+@triton.constexpr_function
+def slot_size(PLANES, PLAN):
+    """Elements that a group exchanges in one step."""
+    return PLAN.block_b * PLANES * PLAN.chunks * PLAN.block_k
+
+
+@triton.constexpr_function
+def halvings(n):
+    """How often n, a power of two, can be halved."""
+    return n.bit_length() - 1
+
+
+@triton.jit
+def reduce_split_k(sums, SPLIT: tl.constexpr):
+    """The finished sums, [BLOCK_B, BLOCK_H] each.
+
+    The groups of warps hand each other their sums through shared memory: of up to four gates
+    at a time, so that they meet once for all of them.
+    """
+    totals = ()
+    COUNT: tl.constexpr = len(sums)
+    for i in tl.static_range(0, COUNT - COUNT % 4, 4):
+        joined = tl.join(tl.join(sums[i], sums[i + 1]), tl.join(sums[i + 2], sums[i + 3]))
+        left, right = tl.split(fold(joined))
+        first, second = tl.split(left)
+        third, fourth = tl.split(right)
+        totals = totals + (first, second, third, fourth)
+    FIRST: tl.constexpr = COUNT - COUNT % 4
+    if COUNT % 4 >= 2:
+        first, second = tl.split(fold(tl.join(sums[FIRST], sums[FIRST + 1])))
+        totals = totals + (first, second)
+    if COUNT % 2 == 1:
+        totals = totals + (fold(sums[COUNT - 1]),)
+    return totals
+
+
+@triton.jit
+def fold(x):
+    """The sum over the first axis.
+
+    Not tl.sum, which sends partial sums through shared memory in a layout with bank conflicts:
+    here the axis comes to lie within each thread, in one change of layout.
+    """
+    SPLIT: tl.constexpr = x.shape[0]
+    COUNT: tl.constexpr = x.numel // SPLIT
+    y = tl.trans(tl.reshape(x, (SPLIT, COUNT)))
+    for i in tl.static_range(halvings(SPLIT) - 1):
+        left, right = tl.split(tl.reshape(y, (COUNT, SPLIT >> (i + 1), 2)))
+        y = left + right
+    if SPLIT > 1:
+        left, right = tl.split(y)
+        y = left + right
+    return tl.reshape(y, x.shape[1:])
