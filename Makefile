@@ -27,7 +27,7 @@ PROJECT := $(CONSTRAINTS) pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv aot step-cost demo test  gpu-test lint wheel \
+.PHONY: help venv aot step-cost demo test check gpu-test lint wheel \
 	format clean bench bench-gpu bench-limits bench-tiny bench-compare \
 	report
 
@@ -45,6 +45,16 @@ PYTEST = OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -p per_file 
   --dist worksteal -m "not gpu" --ignore tests/gpu
 test: $(STAMP)-test  ## The tests that need no GPU
 	$(PYTEST) $(ARGS)
+
+# `make test` has the rest: what compiles, exports, draws cases by the hundred or starts processes.
+# Nothing has to be added to these two lists: a new file or test is checked until it is left out.
+SLOW_FILES := autocast beyond_derivatives beyond_examples beyond_export beyond_regularizers \
+  beyond_robustness beyond_states compile demo dropin_hypothesis main module_db onnx opacus \
+  packaging third_party
+FAST := not compile and not graph and not meta_device and not environment
+check: lint  ## make lint and the fast tests, under a minute on two cores: for every edit
+	$(PYTEST) -k "$(FAST)" --durations 5 \
+	  $(filter-out $(SLOW_FILES:%=tests/test_%.py),$(wildcard tests/test_*.py)) $(ARGS)
 
 gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
