@@ -27,7 +27,7 @@ PROJECT := $(CONSTRAINTS) pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv aot step-cost demo test check gpu-test lint wheel \
+.PHONY: help venv aot step-cost demo test check oldest oldest-venv oldest-tests gpu-test lint wheel \
 	format clean bench bench-gpu bench-limits bench-tiny bench-compare \
 	report
 
@@ -103,6 +103,34 @@ endif
 report: $(STAMP)-bench  ## bench/REPORT.md and README's figures from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
 
+# The first of these interpreters that runs; pyenv's python3.10 does so only where it is chosen.
+OLDEST_PYTHON ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python $(PYTHON); do \
+  $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
+OLDEST := .venv-oldest
+OLDEST_PINS := build/constraints-oldest.txt
+OLDEST_TESTS := $(addprefix tests/,test_cells.py test_reference.py test_functional.py test_types.py \
+  test_modules.py test_replace.py test_beyond_streaming.py test_compile.py::test_lengths \
+  test_compile.py::test_export test_compile.py::test_one_graph_for_every_shape)
+OLDEST_KERNEL_TESTS := $(addprefix tests/kernels/test_scan.py::,test_every_cell test_half_precision)
+
+$(OLDEST_PINS): constraints-oldest.txt constraints.txt
+	@mkdir -p $(@D)
+	@{ cat $<; grep -vE "^($$(sed -n 's/==.*//p' $< | paste -sd '|'))==" constraints.txt; } > $@
+
+oldest-venv: $(OLDEST_PINS)
+	@$(MAKE) --no-print-directory venv VENV=$(OLDEST) CONSTRAINTS=$< PYTHON=$(OLDEST_PYTHON)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $< \
+	  pytest pytest-xdist hypothesis expecttest numpy
+
+oldest: oldest-venv  ## The main tests with the oldest torch, Triton, NumPy and Python claimed
+	@version=$$($(OLDEST)/bin/python --version); echo "$$version"; case "$$version" in \
+	  "Python 3.10."*) ;; *) echo "note: there is no Python 3.10 here, so it is not tested" ;; esac
+	$(MAKE) --no-print-directory oldest-tests VENV=$(OLDEST)
+
+oldest-tests:
+	$(PYTEST) $(OLDEST_TESTS) $(ARGS)
+	$(PYTEST) $(OLDEST_KERNEL_TESTS) $(ARGS)
+
 lint: $(STAMP)-lint $(STAMP)-test  ## ruff (rules and format) and pyright (types)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -130,7 +158,7 @@ format: $(STAMP)-lint  ## Rewrite the source as ruff formats it
 	$(BIN)/ruff format .
 
 clean:  ## Remove .venv and everything that was built
-	rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv $(OLDEST) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
