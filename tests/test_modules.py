@@ -450,21 +450,6 @@ def test_final_states_are_in_the_callers_order(kind, backend):
 
 
 @every_kind
-def test_lengths_equal_packing(kind):
-    ours = getattr(fusedrnn, kind)(3, 5, num_layers=2, bidirectional=True).double()
-    padded = torch.randn(6, 4, 3).double()
-    lengths = torch.tensor([2, 6, 1, 4])
-    packed = pack_padded_sequence(padded, lengths, enforce_sorted=False)
-    expected, expected_final = ours(packed)
-    expected, _ = nn.utils.rnn.pad_packed_sequence(expected)
-    for backend in ("aten", "reference"):
-        ours.backend = backend
-        output, final = ours(padded, lengths=lengths)
-        torch.testing.assert_close(output, expected)
-        torch.testing.assert_close(final, expected_final)
-
-
-@every_kind
 @pytest.mark.parametrize("backend", ["aten", "reference"])
 def test_no_row_has_a_step(kind, backend):
     """All lengths 0: outputs are zeros, states stay, and backward goes through."""
@@ -501,18 +486,6 @@ def test_lengths_and_reset_are_checked(kind):
     packed = pack_padded_sequence(input, [6, 5, 4, 3])
     with pytest.raises(ValueError, match="lengths: a PackedSequence has its own"):
         ours(packed, lengths=torch.ones(4, dtype=int))
-
-
-@every_kind
-def test_functionals(kind):
-    _, ours = pair(kind, 3, 5)
-    input = sample(kind)
-    function = getattr(fusedrnn.functional, kind.lower())
-    found = function(input, None, list(ours.parameters()))
-    torch.testing.assert_close(found, ours(input))
-    if kind == "RNN":
-        with pytest.raises(ValueError, match="nonlinearity: expected 'tanh' or 'relu', got 'sin'"):
-            function(input, None, list(ours.parameters()), nonlinearity="sin")
 
 
 @every_kind
