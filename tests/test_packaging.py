@@ -150,12 +150,11 @@ def test_torch_package_interns_it(tmp_path):
     assert ran.returncode == 0, ran.stderr
 
 
-# ------------------------------------------------------------------- an environment of one's own
+# ----------------------------------------------------------------------- an existing environment
 
 
 def test_make_keeps_an_installed_fusedrnn(wheel, tmp_path):
-    """`make demo VENV=path` runs the fusedrnn that is there, and says so; nothing else runs the
-    checkout's tests with somebody else's code."""
+    """`make demo VENV=path` runs the fusedrnn that is there, and says so; `make test` refuses."""
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
     venv.create(tmp_path / "venv", symlinks=True)
     (site / "torch_and_the_rest.pth").write_text(sysconfig.get_path("purelib"))
