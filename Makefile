@@ -27,7 +27,7 @@ PROJECT := $(CONSTRAINTS) pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv aot step-cost demo test check oldest oldest-venv oldest-tests gpu-test lint wheel \
+.PHONY: help venv aot step-cost demo test check check-tests oldest oldest-venv oldest-tests gpu-test lint wheel \
 	format clean bench bench-gpu bench-limits bench-tiny bench-compare \
 	report
 
@@ -52,7 +52,10 @@ SLOW_FILES := autocast beyond_derivatives beyond_examples beyond_export beyond_r
   beyond_robustness beyond_states compile demo dropin_hypothesis main module_db onnx opacus \
   packaging third_party
 FAST := not compile and not graph and not meta_device and not environment
-check: lint  ## make lint and the fast tests, under a minute on two cores: for every edit
+check: $(STAMP)-lint $(STAMP)-test  ## make lint and the fast tests, a minute on two cores: for every edit
+	@$(MAKE) --no-print-directory -j 2 --output-sync lint check-tests
+
+check-tests:
 	$(PYTEST) -k "$(FAST)" --durations 5 \
 	  $(filter-out $(SLOW_FILES:%=tests/test_%.py),$(wildcard tests/test_*.py)) $(ARGS)
 
