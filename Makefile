@@ -1,7 +1,7 @@
 # make help lists the targets. A bare machine needs Python >= 3.10 and make, nothing else.
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with
-#   VENV=path           an environment of your own: what it has is kept, what is missing is added
+#   VENV=path           use an existing environment: keep what it has, add what is missing
 #   ARGS="..."          passed on to the program that a target runs
 
 SHELL := bash
@@ -9,24 +9,26 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
-# Installed by us, in full, with pinned versions. An environment without this file is somebody's
-# own, and nothing in it is replaced.
+# This file marks an environment that we created: its packages may be pinned. Nothing is replaced in
+# an environment without it.
 OURS := $(VENV)/.made-by-fusedrnn
 STAMP := $(VENV)/.fusedrnn
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PINS = $$(test -e $(OURS) && echo "-c constraints.txt")
-# The fusedrnn that somebody's own environment has from elsewhere, if any. It stays: the demo runs
-# it and says so, and what works on this checkout stops. (-I looks past this folder.)
+PINS = $$(test -e $(OURS) && echo "-c $(CONSTRAINTS)")
+# The fusedrnn that an existing environment has from elsewhere, if any. It stays: the demo runs it
+# and says so; targets that test this checkout stop. (-I looks past this folder.)
 THEIRS = $$(test -e $(OURS) || $(BIN)/python -I -c "import importlib.util, os; \
   s = importlib.util.find_spec('fusedrnn'); \
   s and not os.path.samefile(s.origin, 'fusedrnn/__init__.py') and print(s.origin)")
-PROJECT := constraints.txt pyproject.toml setup.py
+PROJECT := $(CONSTRAINTS) pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv aot step-cost demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny bench-compare \
+.PHONY: help venv aot step-cost demo test check check-tests oldest oldest-venv oldest-tests gpu-test lint wheel \
+	format clean bench bench-gpu bench-limits bench-tiny bench-compare \
 	report
 
 help:  ## This list
@@ -39,9 +41,23 @@ demo: $(STAMP)-demo  ## Train a character model with torch.nn and with fusedrnn,
 
 # One thread per worker: two workers with two threads each would fight over two cores. tests/gpu
 # is not even collected: it imports Triton before the kernel tests switch its interpreter on.
+PYTEST = OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -p per_file -n 2 \
+  --dist worksteal -m "not gpu" --ignore tests/gpu
 test: $(STAMP)-test  ## The tests that need no GPU
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -p per_file -n 2 --dist worksteal \
-	  -m "not gpu" --ignore tests/gpu $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# `make test` has the rest: what compiles, exports, draws cases by the hundred or starts processes.
+# Nothing has to be added to these two lists: a new file or test is checked until it is left out.
+SLOW_FILES := autocast beyond_derivatives beyond_examples beyond_export beyond_regularizers \
+  beyond_robustness beyond_states compile demo dropin_hypothesis main module_db onnx opacus \
+  packaging third_party
+FAST := not compile and not graph and not meta_device and not environment
+check: $(STAMP)-lint $(STAMP)-test  ## make lint and the fast tests, a minute on two cores: for every edit
+	@$(MAKE) --no-print-directory -j 2 --output-sync lint check-tests
+
+check-tests:
+	$(PYTEST) -k "$(FAST)" --durations 5 \
+	  $(filter-out $(SLOW_FILES:%=tests/test_%.py),$(wildcard tests/test_*.py)) $(ARGS)
 
 gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
@@ -89,6 +105,34 @@ endif
 report: $(STAMP)-bench  ## bench/REPORT.md and README's figures from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
 
+# The first of these interpreters that runs; pyenv's python3.10 does so only where it is chosen.
+OLDEST_PYTHON ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python $(PYTHON); do \
+  $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
+OLDEST := .venv-oldest
+OLDEST_PINS := build/constraints-oldest.txt
+OLDEST_TESTS := $(addprefix tests/,test_cells.py test_reference.py test_functional.py test_types.py \
+  test_modules.py test_replace.py test_beyond_streaming.py test_compile.py::test_lengths \
+  test_compile.py::test_export test_compile.py::test_one_graph_for_every_shape)
+OLDEST_KERNEL_TESTS := $(addprefix tests/kernels/test_scan.py::,test_every_cell test_half_precision)
+
+$(OLDEST_PINS): constraints-oldest.txt constraints.txt
+	@mkdir -p $(@D)
+	@{ cat $<; grep -vE "^($$(sed -n 's/==.*//p' $< | paste -sd '|'))==" constraints.txt; } > $@
+
+oldest-venv: $(OLDEST_PINS)
+	@$(MAKE) --no-print-directory venv VENV=$(OLDEST) CONSTRAINTS=$< PYTHON=$(OLDEST_PYTHON)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $< \
+	  pytest pytest-xdist hypothesis expecttest numpy
+
+oldest: oldest-venv  ## The main tests with the oldest torch, Triton, NumPy and Python claimed
+	@version=$$($(OLDEST)/bin/python --version); echo "$$version"; case "$$version" in \
+	  "Python 3.10."*) ;; *) echo "note: there is no Python 3.10 here, so it is not tested" ;; esac
+	$(MAKE) --no-print-directory oldest-tests VENV=$(OLDEST)
+
+oldest-tests:
+	$(PYTEST) $(OLDEST_TESTS) $(ARGS)
+	$(PYTEST) $(OLDEST_KERNEL_TESTS) $(ARGS)
+
 lint: $(STAMP)-lint $(STAMP)-test  ## ruff (rules and format) and pyright (types)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -100,17 +144,28 @@ lint: $(STAMP)-lint $(STAMP)-test  ## ruff (rules and format) and pyright (types
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=build/types \
 	  pyright --verifytypes fusedrnn --ignoreexternal | grep -E "error:|score"
 
+# Built from what is committed, the wheel from the unpacked sdist; the tests of a wheel look at it.
+wheel: $(STAMP)-test  ## The sdist and the wheel of HEAD in dist/, checked; see CONTRIBUTING.md
+	rm -rf build/release dist && mkdir -p build/release dist
+	git archive HEAD | tar -x -C build/release
+	cd build/release && $(abspath $(BIN))/python -c \
+	  "from setuptools import build_meta; build_meta.build_sdist('$(CURDIR)/dist')" > build.log
+	$(BIN)/python -m pip wheel --quiet --no-index --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	FUSEDRNN_WHEEL=$$(ls dist/*.whl) PYTHONPATH=tests $(BIN)/python -m pytest -q \
+	  tests/test_packaging.py -k wheel
+	@ls dist
+
 format: $(STAMP)-lint  ## Rewrite the source as ruff formats it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## Remove .venv and everything that was built
-	rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv $(OLDEST) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
 	  f"fusedrnn needs Python >= 3.10, {sys.executable} is {v[0]}.{v[1]}; try make PYTHON=...")'
-	@echo "making $(VENV) with $$($(PYTHON) --version), installing the versions of constraints.txt"
+	@echo "making $(VENV) with $$($(PYTHON) --version), installing the versions of $(CONSTRAINTS)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@touch $(OURS)
@@ -119,7 +174,7 @@ $(BIN)/python:
 # (2.13.0+cpu satisfies ==2.13.0); the steps after it find it installed and leave it.
 $(STAMP)-base: $(PROJECT) | $(BIN)/python
 	@test ! -e $(OURS) && $(BIN)/python -c "import torch" 2>/dev/null \
-	  || { echo "installing torch"; $(PIP) torch==2.13.0; }
+	  || { echo "installing torch"; $(PIP) torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS)); }
 	@theirs=$(THEIRS); if test -n "$$theirs"; then \
 	  echo "$(VENV) has a fusedrnn, which stays and which the demo runs: $$theirs"; \
 	else \

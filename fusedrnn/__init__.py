@@ -10,8 +10,8 @@ replace_modules, restore_modules              swap those of a finished model, an
 use_backend, BACKENDS, explain                which backend runs a call
 Regularizers                                  dropout of several kinds, zoneout, clipping
 Stream                                        carries the state from one chunk to the next
-functional, gradient_flow, types              the same as functions; pictures; for annotations
-fusedrnn.onnx, fusedrnn.cells                 to import: export to ONNX; cells of one's own
+functional, gradient_flow, types              functions; gradients made visible; for annotations
+fusedrnn.onnx, fusedrnn.cells                 import these: export to ONNX; register your own cells
 
 help(fusedrnn.LSTM) and the like say more.
 """

@@ -150,7 +150,7 @@ def rows_of(
     if batch_sizes is not None:
         # Copied from pinned memory, so that the host does not wait for the device.
         lengths, offsets = lengths_of(batch_sizes), offsets_of(batch_sizes)
-        # Both begin at a multiple of 16 bytes, for which alone Triton would compile another kernel.
+        # Pad to 16 bytes: Triton specialises on alignment and would compile a second kernel.
         start = lengths.numel() + lengths.numel() % 2
         both = torch.cat([lengths, lengths.new_zeros(start - lengths.numel()), offsets])
         if device.type == "cuda":

@@ -3,11 +3,11 @@
 All noise is drawn before the time loop, as tensors; the loop itself is deterministic. So a
 backward pass, a second derivative, activation checkpointing and every backend see one mask.
 
-Activation checkpointing runs a call again, in the backward pass, and first sets torch's global
-generator to where it stood: noise from that one comes out the same. A generator of one's own has
-moved on. So a draw from one that a checkpoint may repeat also takes a number from torch's global
-generator, a ticket under which the own generator's state is kept; when the call is repeated, in
-the backward pass, it finds the state by the ticket.
+Activation checkpointing repeats a call in the backward pass. It restores torch's global generator
+first, so noise from that generator is the same, but it does not restore a user's generator. A draw
+from a user's generator that a checkpoint may repeat therefore also takes a number from torch's
+global generator, as a ticket, and keeps the user's generator's state under it. The repeated call
+draws the same ticket and finds the state.
 """
 
 import itertools

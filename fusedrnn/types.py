@@ -6,10 +6,16 @@ def tagger(backend: fusedrnn.types.Backend | None = None) -> fusedrnn.LSTM: ...
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
-import numpy as np
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array: TypeAlias = np.ndarray[Any, np.dtype[np.integer[Any] | np.bool_]]
+else:
+    Array = Any  # only type checkers read more of it, so that a program can run without NumPy
 
 Backend: TypeAlias = Literal["auto", "triton", "aten", "reference"]
 Save: TypeAlias = Literal["gates", "states"]
@@ -19,7 +25,6 @@ Nonlinearity: TypeAlias = Literal["tanh", "relu"]
 State = TypeVar("State", bound=Tensor | tuple[Tensor, Tensor])
 # Rows' lengths: integers [B], or a bool mask [T, B] ([B, T] with batch_first), true where a step
 # is real; as a tensor, a NumPy array, or (lists of) Python numbers.
-Array: TypeAlias = np.ndarray[Any, np.dtype[np.integer[Any] | np.bool_]]
 Lengths: TypeAlias = Tensor | Array | Sequence[int] | Sequence[Sequence[bool]]
 # A mask, or a mask and the state that it sets.
 Reset: TypeAlias = Tensor | tuple[Tensor, State]

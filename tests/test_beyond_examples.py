@@ -38,6 +38,13 @@ def test_gradient_flow(capsys, tmp_path):
     assert "RNN, relu, W_hh = 1    1.0e+00" in capsys.readouterr().out
 
 
+def test_launches(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "launches.svg"
+    load("launches").main(["--out", str(picture)])
+    assert picture.read_text().count("<!-- step ") == 10
+
+
 def test_onnx_export(capsys):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

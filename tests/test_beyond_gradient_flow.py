@@ -20,11 +20,6 @@ each_cell = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 LAYOUTS = [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True}]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def test_sensitivity_is_not_clipped():
     plain = fusedrnn.RNN(I, H, nonlinearity="relu", dtype=torch.float64)
     with torch.no_grad():
@@ -179,6 +174,7 @@ def identity_rnn(size):
 
 def test_the_lecture():
     """A tanh RNN forgets exponentially, an identity-initialised relu RNN does not."""
+    torch.manual_seed(0)  # how much is forgotten depends on the weights
     x = torch.rand(40, 1, I, dtype=torch.float64)
     iden = sensitivity(identity_rnn(8), x, at=[-1])[0, :, 0]
     torch.testing.assert_close(iden, iden[-1].expand(40))  # constant: nothing is lost

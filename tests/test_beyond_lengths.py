@@ -38,11 +38,6 @@ each_backend = pytest.mark.parametrize("backend", ["aten", "reference"])
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def states(result):
     return result[1] if isinstance(result[1], tuple) else (result[1],)
 

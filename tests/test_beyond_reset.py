@@ -28,11 +28,6 @@ each_module = pytest.mark.parametrize("name", MODULES)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def states(hx):
     return hx if isinstance(hx, tuple) else (hx,)
 

@@ -23,11 +23,6 @@ each_module = pytest.mark.parametrize("name", MODULES)
 layers = pytest.mark.parametrize("num_layers", [1, 3])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def states(hx):
     return hx if isinstance(hx, tuple) else (hx,)
 

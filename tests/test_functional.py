@@ -15,11 +15,6 @@ T, B, I, H = 7, 3, 6, 5
 BACKENDS = [None, "reference"]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def weights(name="LSTM", **options):
     return list(getattr(fusedrnn, name)(I, H, **options).parameters())
 
@@ -178,6 +173,10 @@ MISUSE = {
             X, None, [GRU[0], GRU[1][:, :2], *GRU[2:], torch.zeros(2, H)], proj_size=2, **o
         ),
         "proj_size: only lstm has projections, got 2 for 'gru'",
+    ),
+    "nonlinearity": (
+        lambda **o: functional.rnn(X, None, weights("RNN"), nonlinearity="sin", **o),
+        "nonlinearity: expected 'tanh' or 'relu', got 'sin'",
     ),
     "cell": (
         lambda **o: functional.recurrent("elman", X, None, LSTM, hidden_size=H, **o),

@@ -4,8 +4,6 @@ import copy
 import io
 import itertools
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -452,21 +450,6 @@ def test_final_states_are_in_the_callers_order(kind, backend):
 
 
 @every_kind
-def test_lengths_equal_packing(kind):
-    ours = getattr(fusedrnn, kind)(3, 5, num_layers=2, bidirectional=True).double()
-    padded = torch.randn(6, 4, 3).double()
-    lengths = torch.tensor([2, 6, 1, 4])
-    packed = pack_padded_sequence(padded, lengths, enforce_sorted=False)
-    expected, expected_final = ours(packed)
-    expected, _ = nn.utils.rnn.pad_packed_sequence(expected)
-    for backend in ("aten", "reference"):
-        ours.backend = backend
-        output, final = ours(padded, lengths=lengths)
-        torch.testing.assert_close(output, expected)
-        torch.testing.assert_close(final, expected_final)
-
-
-@every_kind
 @pytest.mark.parametrize("backend", ["aten", "reference"])
 def test_no_row_has_a_step(kind, backend):
     """All lengths 0: outputs are zeros, states stay, and backward goes through."""
@@ -506,26 +489,16 @@ def test_lengths_and_reset_are_checked(kind):
 
 
 @every_kind
-def test_functionals(kind):
-    _, ours = pair(kind, 3, 5)
-    input = sample(kind)
-    function = getattr(fusedrnn.functional, kind.lower())
-    found = function(input, None, list(ours.parameters()))
-    torch.testing.assert_close(found, ours(input))
-    if kind == "RNN":
-        with pytest.raises(ValueError, match="nonlinearity: expected 'tanh' or 'relu', got 'sin'"):
-            function(input, None, list(ours.parameters()), nonlinearity="sin")
-
-
-@every_kind
 def test_another_dtype_is_refused_in_torchs_words(kind):
-    for module in pair(kind, 3, 5):
+    """In those of torch 2.13; torch 2.10 has others."""
+    words = (
+        "RNN input dtype (torch.float64) does not match weight dtype (torch.float32). "
+        "Convert input: input.to(torch.float32), or convert model: model.to(torch.float64)"
+    )
+    torchs, ours = pair(kind, 3, 5)
+    for module in (torchs, ours) if torch.__version__ >= "2.13" else (ours,):
         with pytest.raises(ValueError) as refusal:
             module(sample(kind).double())
-        words = (
-            "RNN input dtype (torch.float64) does not match weight dtype (torch.float32). "
-            "Convert input: input.to(torch.float32), or convert model: model.to(torch.float64)"
-        )
         assert words in str(refusal.value)
 
 
@@ -712,23 +685,6 @@ def test_a_subclass_of_ours(kind):
     input = sample(kind)
     assert_same(first(own(input)), first(plain(input)), "subclass")
     assert own.calls == 1
-
-
-def test_import_and_use_without_triton():
-    """No import of triton on the CPU path; the package works where there is none."""
-    program = """
-import sys
-
-sys.modules["triton"] = None  # as if it were not installed
-import torch, fusedrnn
-rnn = fusedrnn.LSTM(3, 5)
-output, (h_n, c_n) = rnn(torch.randn(4, 2, 3))
-(output.sum() + c_n.sum()).backward()
-assert rnn.weight_hh_l0.grad is not None
-assert not any(name.startswith("triton.") for name in sys.modules)
-assert fusedrnn.explain(rnn, torch.randn(4, 2, 3)).passed_over["triton"].startswith("triton is not")
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 MALFORMED = {
