@@ -213,6 +213,8 @@ def run(
     spec: Spec, operands: Operands, masks: Masks, return_states: bool = False
 ) -> tuple[Tensor, ...]:
     """The stack as one node: (output, *final states), then what `return_states` adds."""
+    if spec.save is None and spec.backend == "triton" and not watched(operands.input):
+        return tuple(triton.forward(spec, operands, masks))  # without a gradient, without a node
     tensors = masks.flat()
     return Stack.apply(spec, len(tensors), return_states, *tensors, *operands.flat())
 

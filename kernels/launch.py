@@ -174,8 +174,6 @@ def _launch(kernel, plan: Plan, rows: Rows, *, planes: int, like: Tensor, **argu
     error = _error_word(device)
     _raise_if_timed_out(error)
     step_b, step_d = plan.batch_per_launch or max(rows.B, 1), plan.directions_per_launch or D
-    # How the batch is cut into launches is no part of a kernel.
-    bare = replace(plan, batch_per_launch=None, directions_per_launch=None)
     # Triton launches on the current device and its stream, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for first_d in range(0, D, step_d):
@@ -197,13 +195,19 @@ def _launch(kernel, plan: Plan, rows: Rows, *, planes: int, like: Tensor, **argu
                 compiled = kernel[grid](
                     **arguments, exchange=exchange, offsets_ptr=rows.offsets,
                     lengths_ptr=rows.lengths, T=rows.T, B=rows.B, first_b=first_b, first_d=first_d,
-                    stride_t=rows.stride_t, stride_b=rows.stride_b, PLAN=bare,
+                    stride_t=rows.stride_t, stride_b=rows.stride_b, PLAN=_of_kernel(plan),
                     **plan.options(device_of(device)),
                 )  # fmt: skip
                 if plan.exchanged and compiled is not None:  # None: interpreted
                     layout.check(compiled)
     if device.type != "cuda":
         _raise_if_timed_out(error)
+
+
+@functools.cache
+def _of_kernel(plan: Plan) -> Plan:
+    """The plan without what is no part of a kernel: how the batch is cut into launches."""
+    return replace(plan, batch_per_launch=None, directions_per_launch=None)
 
 
 def _recurrent_weights(
@@ -360,12 +364,17 @@ def _each(name: str, tensors, names, shape: tuple[int, ...], dtype) -> Iterator[
 def _check(like: Tensor, *expected: Expected) -> None:
     """Kernels address memory by these shapes: nothing else may pass."""
     for name, tensor, shape, dtype in expected:
-        wanted = f"contiguous {dtype} of shape {shape} on {like.device}"
-        if tensor is None:
-            raise ValueError(f"{name} must be {wanted}, got None")
-        found = tuple(tensor.shape), tensor.dtype, tensor.device
-        if found != (shape, dtype, like.device) or not tensor.is_contiguous():
+        if (
+            tensor is None
+            or tensor.shape != shape
+            or tensor.dtype != dtype
+            or tensor.device != like.device
+            or not tensor.is_contiguous()
+        ):
+            got = "None"
+            if tensor is not None:
+                got = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} with "
+                got += f"strides {tensor.stride()}"
             raise ValueError(
-                f"{name} must be {wanted}, got {tensor.dtype} of shape {tuple(tensor.shape)} "
-                f"on {tensor.device} with strides {tensor.stride()}"
+                f"{name} must be contiguous {dtype} of shape {shape} on {like.device}, got {got}"
             )
