@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from fusedrnn.call import Weights
@@ -132,7 +131,7 @@ def scan_backward(
     dx_gates = d_output.new_empty(N, D, G, H)
     dh_gates = dx_gates if cell.additive else torch.empty_like(dx_gates)
     d_state = tuple(torch.empty_like(s) for s in (*state, *state_ops.reset_state))
-    batch_tiles = triton.cdiv(rows.B, plan.block_b)
+    batch_tiles = -(-rows.B // plan.block_b)
     d_params = tuple(
         torch.empty(batch_tiles, D, H, dtype=torch.float32, device=output.device)
         for _ in cell.params
@@ -179,8 +178,8 @@ def _launch(kernel, plan: Plan, rows: Rows, *, planes: int, like: Tensor, **argu
         for first_d in range(0, D, step_d):
             for first_b in range(0, rows.B, step_b):
                 grid = (
-                    triton.cdiv(H, plan.block_h),
-                    triton.cdiv(min(step_b, rows.B - first_b), plan.block_b),
+                    -(-H // plan.block_h),  # not triton.cdiv, which takes 4 us
+                    -(-min(step_b, rows.B - first_b) // plan.block_b),
                     min(step_d, D - first_d),
                 )
                 exchange = None

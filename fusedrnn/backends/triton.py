@@ -9,7 +9,8 @@ import operator
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,9 +105,12 @@ def _no_plan(cell: str, dtype: torch.dtype, H: int, D: int, index: int) -> str |
 _no_plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
+_cudnn_rnn: Any = torch.backends.cudnn.rnn  # to find it takes 4 us
+
+
 def fp32_precision() -> str:
     """ "tf32" or "ieee": what torch's switch for cuDNN's recurrent kernels asks of float32."""
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # pyright: ignore
+    return "tf32" if _cudnn_rnn.fp32_precision == "tf32" else "ieee"
 
 
 def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
@@ -313,12 +317,15 @@ def _recurrent_gates(h_prev_ndh: Tensor, weights: list[Weights], G: int) -> Tens
     return torch.stack(gates, dim=1).unflatten(-1, (G, -1))
 
 
-@contextmanager
-def matmul_precision(input: Tensor, precision: str) -> Iterator[None]:
+def matmul_precision(input: Tensor, precision: str) -> AbstractContextManager[None]:
     """Runs the matrix products beside the loop in the precision of the loop, as cuDNN does."""
     if input.device.type != "cuda" or input.dtype != torch.float32:
-        yield
-        return
+        return nullcontext()
+    return _set_matmul_precision(precision)
+
+
+@contextmanager
+def _set_matmul_precision(precision: str) -> Iterator[None]:
     settings = torch.backends.cuda.matmul
     with _matmul_switch:
         before = settings.fp32_precision
