@@ -26,8 +26,7 @@ PROJECT := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv aot step-cost demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny bench-compare \
-	report
+.PHONY: help venv aot step-cost demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny report
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -53,10 +52,9 @@ bench: $(STAMP)-bench  ## A quick measurement of this machine, with table and pi
 	$(BIN)/python -m bench.report --results out/bench --out out/bench --show
 
 # Cut short, it leaves what it has; ARGS="--resume bench/results/<gpu>/<file>" goes on from there.
-bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, the report and dispatch table
+bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, and the report
 	$(BIN)/python -m bench.run --device cuda $(ARGS)
 	$(BIN)/python -m bench.report --show
-	$(BIN)/python -m bench.dispatch_table
 
 bench-limits: $(STAMP)-bench  ## What this machine can do at best: bandwidths, rates, round trips
 	$(BIN)/python -m bench.limits
@@ -76,16 +74,6 @@ aot: $(STAMP)-bench  ## Compile what the plans choose with three Tritons, one pa
 
 step-cost: $(STAMP)-bench  ## What a step costs by its machine code: ARGS="--cell gru --hidden 512"
 	$(BIN)/python -m bench.step_cost $(ARGS)
-
-# The two files follow as words, which make would take for targets: the last rule eats them.
-bench-compare: $(STAMP)-bench  ## Two results files: make bench-compare BEFORE.json AFTER.json
-	@test $(words $(MAKECMDGOALS)) -eq 3 || \
-	  { echo "usage: make bench-compare BEFORE.json AFTER.json" >&2; exit 2; }
-	$(BIN)/python -m bench.compare $(filter-out $@,$(MAKECMDGOALS)) $(ARGS)
-
-ifeq ($(firstword $(MAKECMDGOALS)),bench-compare)
-%.json: ;
-endif
 
 report: $(STAMP)-bench  ## bench/REPORT.md and README's figures from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)

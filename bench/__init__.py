@@ -4,8 +4,6 @@
     python -m bench.limits       what the machine at hand can do at best
     python -m bench.calibrate    the step-cost meter's error on a GPU, its parameters refitted
     python -m bench.report       REPORT.md and its pictures, from the results files
-    python -m bench.compare      two results files: did anything get slower?
-    python -m bench.dispatch_table   fusedrnn/dispatch_table.json, from the results files
     pytest bench                 the same shapes under pytest-benchmark
 
 Run from the root of the repository.
