@@ -26,7 +26,7 @@ PROJECT := constraints.txt pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv aot step-cost demo test gpu-test lint format clean bench bench-gpu bench-limits bench-tiny report
+.PHONY: help venv aot step-cost demo test gpu-test lint format clean bench bench-gpu bench-tiny report
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -49,6 +49,7 @@ gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
 # wall time of N threads.
 bench: $(STAMP)-bench  ## A quick measurement of this machine, with table and pictures, in out/bench/
 	$(BIN)/python -m bench.run --quick --budget 120 --out out/bench/quick/quick.json $(ARGS)
+	$(BIN)/python -m bench.overhead --out out/bench/quick/quick.json
 	$(BIN)/python -m bench.report --results out/bench --out out/bench --show
 
 # Cut short, it leaves what it has; ARGS="--resume bench/results/<gpu>/<file>" goes on from there.
@@ -56,11 +57,10 @@ bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, and the
 	$(BIN)/python -m bench.run --device cuda $(ARGS)
 	$(BIN)/python -m bench.report --show
 
-bench-limits: $(STAMP)-bench  ## What this machine can do at best: bandwidths, rates, round trips
-	$(BIN)/python -m bench.limits
-
-bench-tiny: $(STAMP)-bench  ## Every benchmark once at a tiny size: none may rot
-	$(BIN)/python -m pytest bench --benchmark-disable $(ARGS)
+bench-tiny: $(STAMP)-bench  ## Every kind of benchmark once at a tiny size: none may rot
+	$(BIN)/python -m bench.run --plan tiny --device cpu --out out/tiny/tiny/tiny.json $(ARGS)
+	$(BIN)/python -m bench.overhead --repeats 3 --out out/tiny/tiny/tiny.json
+	$(BIN)/python -m bench.report --results out/tiny --out out/tiny
 
 # Each version of Triton in a folder of its own, in front of the environment's.
 AOT_TRITON ?= 3.7.1 3.6.0 3.9.0
@@ -69,7 +69,7 @@ aot: $(STAMP)-bench  ## Compile what the plans choose with three Tritons, one pa
 	  folder=out/triton-$$version; \
 	  test -e $$folder/triton || \
 	    $(PIP) install --no-deps --target $$folder triton==$$version || exit 1; \
-	  PYTHONPATH=$$folder $(BIN)/python -m bench.aot_suite $(ARGS) || failed=1; \
+	  PYTHONPATH=$$folder $(BIN)/python -m bench.aot $(ARGS) || failed=1; \
 	done; exit $${failed:-0}
 
 step-cost: $(STAMP)-bench  ## What a step costs by its machine code: ARGS="--cell gru --hidden 512"

@@ -142,6 +142,25 @@ def steps_in(shape: Shape) -> int:
     return sum(length_list(shape.lengths, shape.T, shape.B))
 
 
+def floor_ms(shape: Shape, which: str, limits: dict | None) -> float | None:
+    """What a call takes at least by a machine's `limits` (bench/floor.py): one launch, and the
+    longest of its matrix products at the full rate, of moving inputs, weights and outputs once,
+    and of its time steps, layer after layer, at a round trip each. A backward pass has twice the
+    products and as many steps; None where the rate of the dtype is not known."""
+    if not limits or shape.dtype not in limits["flops"]:
+        return None
+    D, G, H = shape.directions, shape.gates, shape.H
+    rows, passes = steps_in(shape), 2 if which == "training" else 1
+    width = shape.I + (shape.layers - 1) * D * H + shape.layers * H
+    flops = 2.0 * rows * D * G * H * width * (2 * passes - 1)
+    moved = passes * (4 if "fp32" in shape.dtype else 2)
+    moved *= rows * (shape.I + D * H) + D * G * H * (width + 2 * shape.layers)
+    bandwidth = limits["l2"] if moved <= limits["l2_bytes"] else limits["dram"]
+    loop = passes * shape.T * shape.layers * min(limits["roundtrip"].values(), default=0.0)
+    longest = max(flops / limits["flops"][shape.dtype], moved / bandwidth, loop)
+    return 1e3 * (limits["launch"] + longest)
+
+
 def hardest(dtype: str = "fp16") -> Shape:
     """The point where cuDNN is at its best."""
     return Shape("lstm", dtype, 1024, 16, 768, 768, name="hardest point")
@@ -273,11 +292,7 @@ GPU_CURVES = {
     "H": (64, 128, 256, 512, 768, 1024, 1536),
     "layers": (1, 2, 4, 8),
 }
-CPU_CURVES = {
-    "T": (16, 64, 256),
-    "B": (1, 16, 64),
-    "H": (32, 128, 256),
-}
+CPU_CURVES = {"T": (16, 64, 256), "B": (1, 16, 64), "H": (32, 128, 256)}
 
 
 def curve(base: Shape, axis: str, values: tuple[int, ...]) -> list[Shape]:
@@ -336,16 +351,14 @@ def cpu_plan() -> list[Point]:
     return _without_repeats([replace(p, passes=passes) for p in points])
 
 
-def tiny_plan(points: list[Point] | None = None) -> list[Point]:
-    """Every kind of point of the full run once, at a size that takes milliseconds."""
-    chosen = gpu_plan() if points is None else points
+def tiny_plan() -> list[Point]:
+    """Every kind of point of both plans once, at a size that takes milliseconds."""
     seen: dict[tuple, Point] = {}
-    for point in chosen:
-        shape = replace(point.shape.tiny(), layers=min(point.shape.layers, 2))
-        kind = (point.tier, replace(shape, T=0, B=0, I=0, H=0, name=""))
-        if point.tier == "grid" and len(seen) > 60:
-            break
-        seen.setdefault(kind, replace(point, shape=shape))
+    for point in (*cpu_plan(), *gpu_plan()):
+        s = replace(point.shape.tiny(), dtype="fp32-exact", layers=min(point.shape.layers, 2))
+        kind = (s.cell, s.layers, s.bidirectional, s.lengths, s.resets, s.T == 1, point.backends)
+        if point.tier in ("headline", "workloads", "loops"):
+            seen.setdefault(kind, replace(point, shape=s))
     return _without_repeats(list(seen.values()))
 
 

@@ -244,7 +244,7 @@ TIME_OUTS = (
     Mutant("reports nothing", (), (Change("tl.store(error_ptr, step, mask=step != 0)", "pass"),)),
 )
 
-# Mistakes of a caller, made in bench/roundtrip.py.
+# Mistakes of a caller, made in roundtrip.py.
 _PUBLISH = "sync.publish(ring_ptr, SLOT, own, h, t + 2, T + 1)"
 _ARRIVALS = "sync.arrivals(t + 1, "
 CALLER = (

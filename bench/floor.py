@@ -1,0 +1,299 @@
+"""What a GPU can do at best, and whether the plan's estimate orders its candidates as it does.
+
+    python -m bench.floor --out FILE                  bandwidths, rates, latencies, round trips
+    python -m bench.floor --out FILE --calibrate 75   in so many seconds: candidates, timed
+
+Both extend one results file. Its `limits` are what `bench.shapes.floor_ms` takes, in FLOP/s,
+bytes/s and seconds:
+
+    flops         of the whole machine, by dtype
+    dram, l2      bandwidth of the whole machine; l2_bytes: what L2 holds
+    launch        from one launch to the next, in a CUDA graph
+    roundtrip     number of programs -> a step of a plain RNN of 16 rows and 8 units a program, which
+                  is little but the exchange: store -> L2 -> load
+    clocks        parameters of the meter (bench/step_cost.py) by their names there: l2_load and
+                  dram_load, latencies of a load in clock cycles; l2_bytes_per_clock, of one
+                  multiprocessor while all of them read; clock_ghz
+    failed        what could not be measured, and why
+
+Under `calibration` it gets the lines that the report shows (`bench.aot.rank`): for each layer that
+the ahead-of-time pages name, the measured time of a step of every candidate beside `plan.cycles`;
+the rank correlation; how much slower the chosen plan is than the fastest candidate; and the
+straight line through times over estimates, whose offset is what `plan.TRIP` is off by.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from bench.aot import DTYPES, Candidate, Named, every_candidate, rank
+from bench.backends import TORCH_DTYPES, set_precision
+from bench.run import ahead, begin, describe, load, save
+from bench.timing import Device, is_sticky, pick_device
+from fusedrnn import cells
+from fusedrnn.kernels.plan import Plan, plan_scan
+from fusedrnn.packing import Rows
+
+STEPS = 400
+PROGRAMS = (2, 8, 32, 64, 96, 128)
+
+
+@triton.jit
+def read_kernel(
+    x_ptr,  # [blocks * BLOCK]
+    out_ptr,  # [programs * BLOCK]
+    blocks,
+    repeats,
+    BLOCK: tl.constexpr,
+):
+    """Reads `repeats` blocks past L1, each program beginning elsewhere."""
+    program = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.int32)
+    block = program * 37 % blocks
+    for _ in range(repeats):
+        total += tl.load(x_ptr + block * BLOCK + offs, cache_modifier=".cg")
+        block += 1
+        block = tl.where(block == blocks, 0, block)
+    tl.store(out_ptr + program * BLOCK + offs, total)
+
+
+@triton.jit
+def chase_kernel(
+    next_ptr,  # [lines, 16]: in the first word of a line, the number of the next one
+    out_ptr,  # [1]
+    repeats,
+):
+    """Loads past L1, each of which needs the value of the one before."""
+    at = tl.load(out_ptr)
+    for _ in range(repeats):
+        at = tl.load(next_ptr + at * 16, cache_modifier=".cg")
+    tl.store(out_ptr, at)
+
+
+@triton.jit
+def empty_kernel(x_ptr):
+    pass
+
+
+def slope(device: Device, call, count: int) -> float:
+    """Seconds of one of `call(count)`'s operations: a long run less a short one, so that launch
+    and the first touch do not count.
+
+    Raises:
+        ValueError: noise was larger than the difference.
+    """
+    times = []
+    for n in (count, 2 * count):
+        call(n)  # compiles, which is not to be taken for the length of a call
+        times.append(device.best_seconds(lambda n=n: call(n)))
+    if times[1] <= times[0]:
+        raise ValueError(f"{2 * count} repeats took {times[1]:.3g} s, {count} {times[0]:.3g} s")
+    return (times[1] - times[0]) / count
+
+
+def matmul_rate(device: Device, dtype: str, size: int) -> float:
+    """FLOP/s of a square matrix product of random numbers."""
+    set_precision(dtype)
+    options = {"device": device.torch, "dtype": TORCH_DTYPES[dtype]}
+    a, b = (torch.randn(size, size, **options) for _ in range(2))
+    return 2.0 * size**3 / device.best_seconds(lambda: a @ b)
+
+
+def copy_rate(device: Device, size: int) -> float:
+    """Bytes/s read and written by a copy of `size` bytes."""
+    source = torch.ones(size // 4, device=device.torch)
+    target = torch.empty_like(source)
+    return 2.0 * size / device.best_seconds(lambda: target.copy_(source))
+
+
+def l2_rate(device: Device, programs: int, size: int = 16 << 20, block: int = 8192) -> float:
+    """Bytes/s of reads that hit L2 and miss L1, all multiprocessors together."""
+    x = torch.randint(1 << 20, (size // 4,), dtype=torch.int32, device=device.torch)
+    out = torch.empty(programs * block, dtype=torch.int32, device=device.torch)
+
+    def call(repeats: int) -> None:
+        read_kernel[(programs,)](
+            x_ptr=x, out_ptr=out, blocks=size // 4 // block, repeats=repeats, BLOCK=block,
+            num_warps=16,
+        )  # fmt: skip
+
+    return programs * block * 4 / slope(device, call, 256)
+
+
+def latency(device: Device, size: int, repeats: int = 2000) -> float:
+    """Seconds of a load from `size` bytes, in random order."""
+    lines = size // 64
+    order = torch.randperm(lines, generator=torch.Generator().manual_seed(0))
+    following = torch.zeros(lines, 16, dtype=torch.int32)
+    following[order, 0] = order.roll(-1).int()
+    following, out = following.to(device.torch), torch.zeros(1, dtype=torch.int32).to(device.torch)
+
+    def call(repeats: int) -> None:
+        chase_kernel[(1,)](next_ptr=following, out_ptr=out, repeats=repeats, num_warps=1)
+
+    return slope(device, call, repeats)
+
+
+def launch_seconds(device: Device, count: int = 200) -> float:
+    """From one launch to the next, of a kernel that does nothing, replayed from a graph."""
+    x = torch.empty(1, device=device.torch)
+
+    def several():
+        for _ in range(count):
+            empty_kernel[(1,)](x_ptr=x, num_warps=1)
+        return (x,)
+
+    return device.best_seconds(device.graph(several)) / count
+
+
+def step_seconds(device: Device, layer: Named, which: str, plan: Plan, steps: int = STEPS) -> float:
+    """Seconds of a step of the time loop of one layer, without the products around it."""
+    from fusedrnn.kernels.launch import check, scan_backward, scan_forward
+
+    cell, B, H = cells.get(layer.cell), layer.B, layer.H
+    G, dtype = len(cell.gates), DTYPES[layer.dtype]
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device.torch).to(dtype)
+
+    w_hh, b_hh = draw(1, G * H, H) / H**0.5, draw(1, G * H)
+    state = tuple(draw(1, B, H) for _ in cell.states)
+
+    def call(n: int):
+        x_gates, options = runs[n]
+        if which == "forward":
+            return scan_forward(cell, x_gates, w_hh, b_hh, state, (), plan=plan, **options)
+        output, _, saved, states = kept[n]
+        return scan_backward(
+            cell, output, state, w_hh, b_hh, state, (), output, states, saved, plan=plan, **options
+        )
+
+    runs, kept = {}, {}
+    for n in (steps, 2 * steps):
+        rows = Rows(n, B, B, 1)
+        runs[n] = (draw(n * B, 1, G, H), {"rows": rows, "save": "gates", "input_precision": "tf32"})
+        if which == "backward":
+            kept[n] = scan_forward(cell, runs[n][0], w_hh, b_hh, state, (), **runs[n][1])
+    call(steps)
+    check(device.torch)  # a launch that timed out would be timed
+    return slope(device, call, steps)
+
+
+def measure(device: Device) -> dict:
+    """The `limits` of a GPU; takes half a minute. What fails is named in `failed`.
+
+    Raises:
+        RuntimeError: the device cannot go on.
+    """
+    from fusedrnn.kernels.launch import device_of
+
+    found: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    properties, gpu = device.properties, device_of(device.torch)
+    count = properties.multi_processor_count
+
+    def trip(programs: int) -> float:
+        layer = Named("rnn_tanh", "bf16", 8 * programs, 16)
+        plan = plan_scan(
+            cells.get(layer.cell), "forward", torch.bfloat16, B=16, H=layer.H, D=1, device=gpu
+        )
+        return step_seconds(device, layer, "forward", plan)
+
+    measurements = {
+        **{
+            d: lambda d=d: matmul_rate(device, d, 4096 if "exact" in d else 8192)
+            for d in TORCH_DTYPES
+        },
+        "dram": lambda: copy_rate(device, 1 << 31),
+        "l2": lambda: l2_rate(device, 2 * count),
+        "launch": lambda: launch_seconds(device),
+        "l2_load": lambda: latency(device, 4 << 20),
+        "dram_load": lambda: latency(device, 4 * properties.L2_cache_size),
+        **{f"trip {n}": lambda n=n: trip(n) for n in PROGRAMS if n <= count},
+    }
+    for name, call in measurements.items():
+        try:
+            found[name] = call()
+            print(f"{name}: {found[name]:.4g}", flush=True)
+        except Exception as failure:
+            if is_sticky(failure):
+                raise
+            failed[name] = describe(failure)
+            print(f"{name}: not measured, {failed[name]}", flush=True)
+    clocks, hertz = {}, 1e3 * float(getattr(properties, "clock_rate", 0))
+    if hertz:
+        clocks = {name: found[name] * hertz for name in ("l2_load", "dram_load") if name in found}
+        clocks["clock_ghz"] = hertz / 1e9
+        if "l2" in found:
+            clocks["l2_bytes_per_clock"] = found["l2"] / count / hertz
+    dram = found.get("dram", 1e15)
+    return {
+        "device": device.name, "multiprocessors": count,
+        "flops": {d: found[d] for d in TORCH_DTYPES if d in found},
+        "dram": dram, "l2": found.get("l2", dram), "l2_bytes": properties.L2_cache_size,
+        "launch": found.get("launch", 0.0),
+        "roundtrip": {n: found[f"trip {n}"] for n in PROGRAMS if f"trip {n}" in found},
+        "clocks": clocks, "failed": failed,
+    }  # fmt: skip
+
+
+def compile_candidate(candidate: Candidate) -> str:
+    """Runs a step of it; what went wrong, or ""."""
+    try:
+        step_seconds(pick_device("cuda"), *candidate, steps=1)
+    except ValueError:  # noise: two steps need not take longer than one
+        return ""
+    except Exception as failure:
+        return f"{candidate[0].name}: {describe(failure)}"
+    return ""
+
+
+def time_candidates(device: Device, some: list[Candidate], in_time: Callable[[], bool]):
+    """Candidates with microseconds of a step, or why not, while there is time."""
+    broken = ""
+    for candidate in some:
+        found = broken or ("" if in_time() else "the budget was spent")
+        if not found:
+            try:
+                found = 1e6 * step_seconds(device, *candidate)
+            except Exception as failure:
+                found = describe(failure)
+                broken = found if is_sticky(failure) else ""
+        yield candidate, found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.floor", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="results file, made or extended")
+    parser.add_argument("--calibrate", type=float, metavar="SECONDS", help="time candidates")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        device = pick_device("cuda")
+        content = begin(device, load(options.out) if options.out.exists() else None)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if options.calibrate is None:
+        content["limits"] = measure(device)
+    else:
+        from fusedrnn.kernels.launch import device_of
+
+        gpu = device_of(device.torch)
+        some = every_candidate(gpu)
+        print(ahead(compile_candidate, some, options.calibrate / 2), flush=True)
+        timed = time_candidates(device, some, lambda: time.monotonic() - start < options.calibrate)
+        content["calibration"] = rank(timed, gpu)
+        print("\n".join(content["calibration"]))
+    save(content, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
