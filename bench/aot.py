@@ -16,7 +16,6 @@ kernel, or what reads it, has changed. In git is a page for each version.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import itertools
 import json
@@ -100,7 +99,7 @@ def arguments(job: Job) -> dict[str, Any]:
     G, K, S, P = len(cell.gates), len(cell.saved), len(cell.states), len(cell.params)
     sequence = f"*{job.dtype}"
     recompute = job.save == "states" and K > 0
-    values: dict[str, Any] = {
+    return {
         **dict.fromkeys(("x_gates_ptr", "w_ptr", "b_hh_ptr", "output_ptr"), sequence),
         **dict.fromkeys(("d_output_ptr", "dx_gates_ptr"), sequence),
         **dict.fromkeys(("state_ptrs", "final_ptrs"), (sequence,) * S),
@@ -132,7 +131,6 @@ def arguments(job: Job) -> dict[str, Any]:
         "PRECISION": job.precision,
         **plan.constants(TARGETS[job.target]),
     }
-    return values
 
 
 def require_compiler() -> None:
@@ -169,22 +167,13 @@ def compile_job(job: Job):
     )
 
 
-class Compiled(NamedTuple):
-    """A compiled kernel."""
-
-    ptx: str
-    sass: str
-    cubin: bytes
-
-
 def compile_and_read(
     job: Job, B: int | None = None, parameters: Parameters | None = None
-) -> tuple[Compiled, Reading]:
-    """Compiles one kernel. A step's time is predicted where there are parameters."""
+) -> tuple[tuple[str, str], Reading]:
+    """PTX and SASS of a kernel, read. A step's time is predicted where there are parameters."""
     compiled = compile_job(job)
-    kernel = compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel)
+        file.write(compiled.asm["cubin"])
         file.flush()
 
         def told(tool: str, *options: str) -> str:
@@ -192,19 +181,17 @@ def compile_and_read(
             command = [path, *options, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage = told("cuobjdump", "-res-usage")
-        sass = told("nvdisasm", "-hex", "-c")
-    registers, stack, local = (
-        int(re.search(rf"{name}:(\d+)", usage)[1])  # type: ignore[index]
-        for name in ("REG", "STACK", "LOCAL")
-    )
-    used = {"registers": registers, "spill": stack + local, "shared": compiled.metadata.shared}
-    text = Compiled(compiled.asm["ptx"], sass, kernel)
-    reading = read(
-        text.ptx, text.sass, job.plan, job.H, used, B=B or 1,
-        multiprocessors=TARGETS[job.target].multiprocessors, parameters=parameters,
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told("cuobjdump", "-res-usage")))
+        texts = compiled.asm["ptx"], told("nvdisasm", "-hex", "-c")
+    used = {
+        "registers": int(usage["REG"]), "spill": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared": compiled.metadata.shared,
+    }  # fmt: skip
+    multiprocessors = TARGETS[job.target].multiprocessors
+    return texts, read(
+        *texts, job.plan, job.H, used, B=B or 1, multiprocessors=multiprocessors,
+        parameters=parameters,
     )  # fmt: skip
-    return text, reading
 
 
 # What the design relies on in every kernel, as the PTX has it.
@@ -215,7 +202,7 @@ NEEDED = {
 }
 
 
-def faults(job: Job, compiled: Compiled, reading: Reading) -> list[str]:
+def faults(job: Job, ptx: str, sass: str, reading: Reading) -> list[str]:
     """What the design relies on and the compiled code has not."""
     if not job.plain:
         # Packed rows are found by an offset that is loaded first.
@@ -227,27 +214,26 @@ def faults(job: Job, compiled: Compiled, reading: Reading) -> list[str]:
         found.append(f"shared memory {reading.shared} > {most}, planned or of the device")
     if not reading.products:
         found.append("no tensor-core product in the time loop")
-    if plan.resident == plan.chunks and near(sass_step(compiled.sass)[0]):
+    if plan.resident == plan.chunks and near(sass_step(sass)[0]):
         found.append("weights are loaded in the time loop")
-    if "cp.async" in compiled.ptx:
+    if "cp.async" in ptx:
         found.append("asynchronous copies, which may read the ring through L1")
-    return found + [fault for fault, text in NEEDED.items() if not re.search(text, compiled.ptx)]
+    return found + [fault for fault, text in NEEDED.items() if not re.search(text, ptx)]
 
 
 def run_job(job: Job, B: int | None = None) -> dict[str, Any]:
     """Compiles and reads one kernel. For a batch B, a step's time is predicted as well."""
     parameters = None if B is None else load_parameters(capability=job.target)
-    compiled, reading = compile_and_read(job, B, parameters)
+    texts, reading = compile_and_read(job, B, parameters)
     return {
         **{k: v for k, v in asdict(job).items() if k != "plan"},
         "B": B,
         "plan": {k: v for k, v in asdict(job.plan).items() if v is not None},
         **asdict(reading),
-        "faults": faults(job, compiled, reading),
+        "faults": faults(job, *texts, reading),
     }
 
 
-@functools.cache
 def fingerprint() -> str:
     """Of all that decides which kernels there are and what they are compiled to, besides the
     version of Triton: lines that are only a comment are left out."""
@@ -256,7 +242,6 @@ def fingerprint() -> str:
     return _digest([*kernels, *sorted((ROOT / "fusedrnn" / "cells").glob("*.py"))])
 
 
-@functools.cache
 def tool_fingerprint() -> str:
     """Of what reads a compiled kernel."""
     return _digest([ROOT / "bench" / f"{n}.py" for n in ("aot", "machine_code", "step_cost")])
@@ -293,17 +278,14 @@ class Named(NamedTuple):
         return f"{self.cell} {self.dtype.replace('fp32', 'tf32')} H={self.H} B={self.B}"
 
 
-NAMED = (
-    Named("lstm", "fp16", 768, 16),
-    Named("gru", "bf16", 512, 64),
-    Named("lstm", "bf16", 1024, 64),
-    Named("lstm", "fp32", 512, 64),
-    Named("lstm", "bf16", 128, 32),
-    Named("lstm", "bf16", 512, 256),
-    Named("lstm", "bf16", 300, 20),
-    Named("lstm", "bf16", 200, 1),
-    Named("lstm", "bf16", 1500, 48),
-)
+NAMED = tuple(
+    Named(*layer)
+    for layer in (
+        ("lstm", "fp16", 768, 16), ("gru", "bf16", 512, 64), ("lstm", "bf16", 1024, 64),
+        ("lstm", "fp32", 512, 64), ("lstm", "bf16", 128, 32), ("lstm", "bf16", 512, 256),
+        ("lstm", "bf16", 300, 20), ("lstm", "bf16", 200, 1), ("lstm", "bf16", 1500, 48),
+    )
+)  # fmt: skip
 
 
 def planned(target: str, cell: str, which: str, dtype: str, precision: str, H: int, B: int) -> Job:
@@ -369,20 +351,10 @@ def jobs() -> list[tuple[Job, int | None]]:
     return list(found.values())
 
 
-def save(path: Path, results: dict[str, dict]) -> None:
-    """Writes beside the file and renames: a kill never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=0) + "\n")
-    partial.replace(path)
-
-
 def compile_all(wanted: dict[str, tuple[Job, int | None]], path: Path, workers: int) -> dict:
-    """Compiles what `path` has not, and keeps it there; shows the progress.
-
-    Returns:
-        the results that were wanted, by key; without those that failed to compile.
-    """
+    """Compiles what `path` has not, keeps it there, and returns what was wanted, by key, without
+    what failed to compile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results = {k: r for k, r in results.items() if k in wanted}
     todo = [key for key in wanted if key not in results]
@@ -391,17 +363,16 @@ def compile_all(wanted: dict[str, tuple[Job, int | None]], path: Path, workers: 
         futures = {pool.submit(run_job, *wanted[key]): key for key in todo}
         for done, future in enumerate(as_completed(futures), 1):
             key = futures[future]
-            name = wanted[key][0].key()
             try:
-                results[key] = result = future.result()
+                results[key] = future.result()
+                told = "; ".join(results[key]["faults"]) or "ok"
             except Exception as error:
-                print(f"FAILED {name}: {type(error).__name__}: {str(error)[-300:]}", flush=True)
-                continue
-            told = "; ".join(result["faults"]) or "ok"
-            print(f"{done}/{len(todo)} {name}: {told}", flush=True)
-            if done % 10 == 0:
-                save(path, results)
-    save(path, results)
+                told = f"FAILED: {type(error).__name__}: {str(error)[-300:]}"
+            print(f"{done}/{len(todo)} {wanted[key][0].key()}: {told}", flush=True)
+            if done % 10 == 0 or done == len(todo):  # whole or not at all, whenever it is killed
+                partial = path.with_suffix(".partial")
+                partial.write_text(json.dumps(results, indent=0) + "\n")
+                partial.replace(path)
     return results
 
 
@@ -437,18 +408,15 @@ def page(results: list[dict], version: str) -> str:
         "| layer | pass | schedule | tile | programs | launches | us | low | high |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for named in NAMED:
-        for which in PASSES:
-            for r in results:
-                same = (r["cell"], r["dtype"], r["H"], r["which"], r["B"])
-                if same == (named.cell, named.dtype, named.H, which, named.B):
-                    p = r["plan"]
-                    lines.append(
-                        f"| {named.name} | {which} | {p['schedule']} "
-                        f"| {p['block_b']} x {p['block_h']} "
-                        f"| {r['programs']} | {r['launches']} | {r['predicted_us']:.2f} "
-                        f"| {r['low_us']:.2f} | {r['high_us']:.2f} |"
-                    )
+    layers = {(r["cell"], r["dtype"], r["H"], r["B"], r["which"]): r for r in results if r["B"]}
+    for named, which in itertools.product(NAMED, PASSES):
+        r = layers[(*named, which)]
+        p = r["plan"]
+        lines.append(
+            f"| {named.name} | {which} | {p['schedule']} | {p['block_b']} x {p['block_h']} "
+            f"| {r['programs']} | {r['launches']} | {r['predicted_us']:.2f} "
+            f"| {r['low_us']:.2f} | {r['high_us']:.2f} |"
+        )
     told = Counter(f"{r['target']}: {f.split(':')[0]}" for r in results for f in r["faults"])
     if told:
         lines += ["", "Faults, and how many kernels have them:", ""]
@@ -545,9 +513,8 @@ def main() -> int:
             timed = zip(every, pool.map(predicted_us, *zip(*every, strict=True)), strict=True)
             print("\n".join(rank(timed, TARGETS[MADE_FOR])))
         return 0
-    wanted = {
-        f"{job.key()} B={B} {fingerprint()} {tool_fingerprint()}": (job, B) for job, B in jobs()
-    }
+    now = f"{fingerprint()} {tool_fingerprint()}"
+    wanted = {f"{job.key()} B={B} {now}": (job, B) for job, B in jobs()}
     path = ROOT / "out" / "aot" / f"triton-{triton.__version__}.json"
     results = compile_all(wanted, path, options.workers)
     failed = len(wanted) - len(results)

@@ -54,28 +54,20 @@ class Problem:
     """Everything about a shape that all backends share.
 
     Args:
-        shape: what to compute.
-        device: where.
         sets: how many sets of inputs to rotate through.
-        seed: of weights and inputs.
         gradients: whether the answer has them; they cost a backward pass in float64.
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        device: torch.device | str,
-        sets: int = 3,
-        seed: int = 0,
-        gradients: bool = True,
+        self, shape: Shape, device: torch.device | str, sets: int = 3, gradients: bool = True
     ):
         self.shape = shape
         self.device = torch.device(device)
         self.dtype = TORCH_DTYPES[shape.dtype]
         self.gradients = gradients
-        self.weights = self._draw_weights(torch.Generator().manual_seed(seed))
+        self.weights = self._draw_weights(torch.Generator().manual_seed(0))
         # Drawn where they are needed: hundreds of millions of numbers take a CPU seconds.
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(0)
         self.inputs = [self._draw(generator, n) for n in range(sets)]
         self._answer: dict[str, Tensor] | None = None
 
@@ -227,24 +219,35 @@ def refuses(name: str, shape: Shape, device: Device) -> str | None:
         return "the captured loop is measured for padded input in one direction"
     if name.startswith("reference_") and shape.T * shape.layers > LONGEST_LOOP:
         return f"a loop of more than {LONGEST_LOOP} steps takes minutes to capture"
-    if name.startswith("triton"):
-        call = _call(shape, device)
-        return dispatch.triton_refuses(call)
-    if name == "aten":
-        return dispatch.aten_refuses(_call(shape, device))
-    if name.startswith("flashrnn"):
-        return _flashrnn_refuses(name, shape, device)
-    if name == "haste":
-        return _haste_refuses(shape, device)
+    if name == "aten" or name.startswith("triton"):
+        call = dispatch.Call(
+            shape.cell, device.torch.type, TORCH_DTYPES[shape.dtype], shape.T, shape.B, shape.I,
+            shape.H, shape.layers, shape.directions, packed=bool(shape.lengths),
+            reset=shape.resets, inside=("reset",) if shape.resets else (),
+        )  # fmt: skip
+        return (dispatch.aten_refuses if name == "aten" else dispatch.triton_refuses)(call)
+    return _external_refuses(name, shape, device) if name in EXTERNAL else None
+
+
+# Package, cells and dtypes of what others have; each is for one plain layer on a GPU.
+EXTERNAL = {
+    "flashrnn": ("flashrnn", ("lstm", "rnn_tanh"), ("bf16", "fp16")),
+    "flashrnn_alternating": ("flashrnn", CLASSES, TORCH_DTYPES),
+    "haste": ("haste_pytorch", ("lstm", "gru"), ("fp32-tf32", "fp32-exact")),
+}
+
+
+def _external_refuses(name: str, shape: Shape, device: Device) -> str | None:
+    package, names, dtypes = EXTERNAL[name]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if device.torch.type != "cuda":
+        return f"{package} needs a CUDA device"
+    if shape.cell not in names or shape.dtype not in dtypes:
+        return f"it is for {', '.join(names)} in {', '.join(dtypes)}"
+    if shape.layers > 1 or shape.bidirectional or shape.lengths or shape.resets or shape.T == 1:
+        return "one padded layer in one direction, from a zero state, is all it has"
     return None
-
-
-def _call(shape: Shape, device: Device) -> dispatch.Call:
-    return dispatch.Call(
-        shape.cell, device.torch.type, TORCH_DTYPES[shape.dtype], shape.T, shape.B, shape.I,
-        shape.H, shape.layers, shape.directions, packed=bool(shape.lengths), reset=shape.resets,
-        inside=("reset",) if shape.resets else (),
-    )  # fmt: skip
 
 
 def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
@@ -262,7 +265,7 @@ def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
         fused = "cuda_fused" if name == "flashrnn" else "cuda"
         return _runner(FlashRNN(problem, fused), problem, which, named=False)
     if name == "haste":
-        return _runner(_haste_module(problem), problem, which, named=False)
+        return _runner(Haste(problem), problem, which, named=False)
     module = problem.module(OURS)
     forced, _, option = name.partition("_")
     if forced != "auto":
@@ -386,24 +389,6 @@ class CompiledLoop(nn.Module):
         return input, as_hx(tuple(torch.stack(parts) for parts in zip(*finals, strict=True)))
 
 
-def _one_plain_layer(shape: Shape) -> str | None:
-    if shape.layers > 1 or shape.bidirectional or shape.lengths or shape.resets or shape.T == 1:
-        return "one padded layer in one direction, from a zero state, is all it has"
-    return None
-
-
-def _flashrnn_refuses(name: str, shape: Shape, device: Device) -> str | None:
-    if importlib.util.find_spec("flashrnn") is None:
-        return "flashrnn is not installed"
-    if device.torch.type != "cuda":
-        return "flashrnn needs a CUDA device"
-    if shape.dtype.startswith("fp32") and name == "flashrnn":
-        return "flashrnn's fused kernel is for 16-bit types"
-    if shape.cell == "gru" and name == "flashrnn":
-        return "flashrnn has no fused GRU"
-    return _one_plain_layer(shape)
-
-
 class FlashRNN(nn.Module):
     """flashrnn's function as a module with one head, and a linear layer before it.
 
@@ -445,34 +430,18 @@ class FlashRNN(nn.Module):
         return output, as_hx(final)
 
 
-def _haste_refuses(shape: Shape, device: Device) -> str | None:
-    if importlib.util.find_spec("haste_pytorch") is None:
-        return "haste_pytorch is not installed"
-    if device.torch.type != "cuda":
-        return "haste needs a CUDA device"
-    if not shape.dtype.startswith("fp32"):
-        return "haste computes float32 and float64"
-    if shape.cell not in ("lstm", "gru"):
-        return "haste has no plain RNN"
-    return _one_plain_layer(shape)
-
-
 class Haste(nn.Module):
     """haste's layer; it takes torch.nn's weights itself, and has no state argument to pass on."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, problem: Problem):
         super().__init__()
-        self.layer = layer
+        import haste_pytorch  # pyright: ignore[reportMissingImports]
+
+        shape, w = problem.shape, problem.weights
+        self.layer = getattr(haste_pytorch, shape.cell.upper())(shape.I, shape.H)
+        self.layer.to(problem.device)
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        self.layer.from_native_weights(*(w[n].to(problem.device) for n in names))
 
     def forward(self, input, hx=None):
         return self.layer(input)
-
-
-def _haste_module(problem: Problem) -> nn.Module:
-    import haste_pytorch  # pyright: ignore[reportMissingImports]
-
-    shape = problem.shape
-    layer = getattr(haste_pytorch, shape.cell.upper())(shape.I, shape.H).to(problem.device)
-    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    layer.from_native_weights(*(problem.weights[n].to(problem.device) for n in names))
-    return Haste(layer)

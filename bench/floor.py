@@ -1,25 +1,13 @@
 """What a GPU can do at best, and whether the plan's estimate orders its candidates as it does.
 
-    python -m bench.floor --out FILE                  bandwidths, rates, latencies, round trips
+    python -m bench.floor --out FILE                  rates, bandwidths, round trips
     python -m bench.floor --out FILE --calibrate 75   in so many seconds: candidates, timed
 
-Both extend one results file. Its `limits` are what `bench.shapes.floor_ms` takes, in FLOP/s,
-bytes/s and seconds:
-
-    flops         of the whole machine, by dtype
-    dram, l2      bandwidth of the whole machine; l2_bytes: what L2 holds
-    launch        from one launch to the next, in a CUDA graph
-    roundtrip     number of programs -> a step of a plain RNN of 16 rows and 8 units a program, which
-                  is little but the exchange: store -> L2 -> load
-    clocks        parameters of the meter (bench/step_cost.py) by their names there: l2_load and
-                  dram_load, latencies of a load in clock cycles; l2_bytes_per_clock, of one
-                  multiprocessor while all of them read; clock_ghz
-    failed        what could not be measured, and why
-
-Under `calibration` it gets the lines that the report shows (`bench.aot.rank`): for each layer that
-the ahead-of-time pages name, the measured time of a step of every candidate beside `plan.cycles`;
-the rank correlation; how much slower the chosen plan is than the fastest candidate; and the
-straight line through times over estimates, whose offset is what `plan.TRIP` is off by.
+Both extend one results file. `limits` is what `bench.shapes.floor_ms` takes, in FLOP/s, bytes/s
+and seconds. A `roundtrip` among so many programs is a step of a plain RNN of 16 rows and 8 units a
+program, which is little but the exchange: store -> L2 -> load. `clocks` are parameters of the
+meter (bench/step_cost.py). `calibration` is what `bench.aot.rank` says of measured times: the
+offset of its straight line is what `plan.TRIP` is off by.
 """
 
 import argparse
@@ -62,19 +50,6 @@ def read_kernel(
         block += 1
         block = tl.where(block == blocks, 0, block)
     tl.store(out_ptr + program * BLOCK + offs, total)
-
-
-@triton.jit
-def chase_kernel(
-    next_ptr,  # [lines, 16]: in the first word of a line, the number of the next one
-    out_ptr,  # [1]
-    repeats,
-):
-    """Loads past L1, each of which needs the value of the one before."""
-    at = tl.load(out_ptr)
-    for _ in range(repeats):
-        at = tl.load(next_ptr + at * 16, cache_modifier=".cg")
-    tl.store(out_ptr, at)
 
 
 @triton.jit
@@ -125,20 +100,6 @@ def l2_rate(device: Device, programs: int, size: int = 16 << 20, block: int = 81
         )  # fmt: skip
 
     return programs * block * 4 / slope(device, call, 256)
-
-
-def latency(device: Device, size: int, repeats: int = 2000) -> float:
-    """Seconds of a load from `size` bytes, in random order."""
-    lines = size // 64
-    order = torch.randperm(lines, generator=torch.Generator().manual_seed(0))
-    following = torch.zeros(lines, 16, dtype=torch.int32)
-    following[order, 0] = order.roll(-1).int()
-    following, out = following.to(device.torch), torch.zeros(1, dtype=torch.int32).to(device.torch)
-
-    def call(repeats: int) -> None:
-        chase_kernel[(1,)](next_ptr=following, out_ptr=out, repeats=repeats, num_warps=1)
-
-    return slope(device, call, repeats)
 
 
 def launch_seconds(device: Device, count: int = 200) -> float:
@@ -214,8 +175,6 @@ def measure(device: Device) -> dict:
         "dram": lambda: copy_rate(device, 1 << 31),
         "l2": lambda: l2_rate(device, 2 * count),
         "launch": lambda: launch_seconds(device),
-        "l2_load": lambda: latency(device, 4 << 20),
-        "dram_load": lambda: latency(device, 4 * properties.L2_cache_size),
         **{f"trip {n}": lambda n=n: trip(n) for n in PROGRAMS if n <= count},
     }
     for name, call in measurements.items():
@@ -228,11 +187,8 @@ def measure(device: Device) -> dict:
             failed[name] = describe(failure)
             print(f"{name}: not measured, {failed[name]}", flush=True)
     clocks, hertz = {}, 1e3 * float(getattr(properties, "clock_rate", 0))
-    if hertz:
-        clocks = {name: found[name] * hertz for name in ("l2_load", "dram_load") if name in found}
-        clocks["clock_ghz"] = hertz / 1e9
-        if "l2" in found:
-            clocks["l2_bytes_per_clock"] = found["l2"] / count / hertz
+    if hertz and "l2" in found:
+        clocks = {"clock_ghz": hertz / 1e9, "l2_bytes_per_clock": found["l2"] / count / hertz}
     dram = found.get("dram", 1e15)
     return {
         "device": device.name, "multiprocessors": count,

@@ -1,21 +1,16 @@
 """The time loop of a compiled kernel: what one step of it executes, read from PTX and from SASS.
 
-A step is the most worthwhile way round the longest loop: spins, which wait for other programs, are
-passed by, and so is what most steps do not run. It is found alike in both languages.
-
-From the PTX come the bank conflicts of shared memory, access by access: the address is computed
-for every thread of a program, by following registers back to %tid.x and constants. Shared memory
-has 32 banks of 4 bytes and serves one *wavefront* a clock: a word of each bank. An access of up to
-4 bytes a thread serves 32 threads together, one of 8 bytes 16, one of 16 bytes 8. Each such group
+From the PTX come the bank conflicts of shared memory: the address of every access is computed for
+every thread of a program, by following registers back to %tid.x and constants. Shared memory has
+32 banks of 4 bytes and serves one *wavefront* a clock, a word of each bank. An access of up to 4
+bytes a thread serves 32 threads together, one of 8 bytes 16, one of 16 bytes 8; each such group
 takes as many wavefronts as the most different words in one bank. (CUDA C++ Programming Guide,
 "Shared Memory".)
 
-From the SASS (`nvdisasm -hex -c`) come order, waits and counts. An instruction of sm_80 and later
-has 128 bits. Bits 105 to 121 say how it is scheduled: clocks until its warp issues the next
-instruction (stall), a barrier that its result (write) or its reading of sources (read) releases,
-and the barriers that it waits for first (wait), of six for each warp. A load is waited for where
-an instruction waits for the barrier that the load releases. (Jia et al., "Dissecting the NVIDIA
-Volta GPU Architecture via Microbenchmarking", arXiv:1804.06826, section 2.1.)
+From the SASS (`nvdisasm -hex -c`) come order, waits and counts. Bits 105 to 121 of an instruction
+of sm_80 and later say how it is scheduled: clocks until its warp issues the next one (stall), a
+barrier that its result (write) or its reading of sources (read) releases, and the barriers that it
+waits for first (wait), of six for each warp. (Jia et al., arXiv:1804.06826, section 2.1.)
 """
 
 from __future__ import annotations
@@ -92,17 +87,6 @@ class Graph:
     def instructions(self, *loops: Loop) -> frozenset[int]:
         return frozenset(n for loop in loops for b in loop.blocks for n in self.blocks[b])
 
-    def way_out(self, loop: Loop) -> list[int]:
-        """The blocks from the header of a loop to where it can be left, fewest instructions."""
-        ways = [(len(self.blocks[loop.header]), [loop.header])]
-        while ways:
-            length, blocks = ways.pop(ways.index(min(ways)))
-            following = set(self.successors[blocks[-1]])
-            if following - loop.blocks:
-                return blocks
-            ways += [(length + len(self.blocks[s]), [*blocks, s]) for s in following - set(blocks)]
-        raise ValueError("expected a loop that ends, got one without a way out")
-
 
 def _reached(after: dict[int, list[int]], start: int) -> set[int]:
     found, open_ = set(), list(after[start])
@@ -120,8 +104,8 @@ def find_step(
     """The instructions of a step of the time loop, in order; and those of its spins.
 
     The time loop is the outermost loop with most instructions, an inner loop is a spin. It is
-    passed by where that can be done, and else left at the first chance, as what it costs depends
-    on the other programs.
+    passed by where that can be done, and else left where it begins, as what it costs depends on
+    the other programs.
 
     Args:
         count: of all instructions.
@@ -150,15 +134,14 @@ def find_step(
         if block in best:
             return best[block]
         inner = loop_of.get(block)
-        passed = [block] if inner is None else code.way_out(inner)
-        here = [n for b in passed for n in code.blocks[b]]
-        following = set(code.successors[passed[-1]]) - (inner.blocks if inner else frozenset())
+        following = set(code.successors[block]) - (inner.blocks if inner else frozenset())
+        if inner and not following:
+            raise ValueError("expected a spin that can be left where it begins, got another one")
         found = None
         for successor in sorted(following & loop.blocks):
             rest = (0.0, []) if successor == loop.header else through(successor)
-            value = sum(map(worth, passed)) + (rest[0] if rest else 0.0)
-            if rest is not None and (found is None or value > found[0]):
-                found = (value, here + rest[1])
+            if rest is not None and (found is None or worth(block) + rest[0] > found[0]):
+                found = (worth(block) + rest[0], [*code.blocks[block], *rest[1]])
         best[block] = found
         return found
 
@@ -255,8 +238,7 @@ def accesses(text: str, threads: int) -> list[Access]:
     products = those("mma.", "wgmma.mma", "tcgen05.mma", "fma.")
     step, _ = find_step(len(statements), jumps, products, those(*RARE))
     registers = Registers(statements, threads)
-    found = [_access(statements[n], registers) for n in step]
-    return [access for access in found if access]
+    return [found for n in step if (found := _access(statements[n], registers))]
 
 
 def _access(statement: Statement, registers: Registers) -> Access | None:

@@ -10,6 +10,7 @@ best of many calls on one thread, all taking turns: what else runs on a machine 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -50,7 +51,7 @@ def measure(repeats: int) -> list[dict]:
 
     kernels = launch.scan_forward_kernel, launch.scan_backward_kernel
     launch.scan_forward_kernel = launch.scan_backward_kernel = Stub()
-    rows = []
+    rows, x = [], torch.randn(T, B, H)
     try:
         for which in ("inference", "forward"):
             for directions in (1, 2):
@@ -67,8 +68,7 @@ def measure(repeats: int) -> list[dict]:
                         "torch_nn": torch.nn.LSTM(H, H, **options),
                     }
                     modules["triton"].backend, modules["aten"].backend = "triton", "aten"
-                    x = torch.randn(T, B, H)
-                    calls = {name: lambda m=m: m(x) for name, m in modules.items()}
+                    calls = {name: functools.partial(m, x) for name, m in modules.items()}
                     with torch.set_grad_enabled(which == "forward"):
                         best_us(calls, 3)
                         found = best_us(calls, repeats)

@@ -33,21 +33,10 @@ from pathlib import Path
 
 import torch
 
-from bench import backends, shapes
+from bench import backends, shapes, timing
 from bench.backends import Problem, Runner, set_precision
 from bench.shapes import Point, of_row
-from bench.timing import (
-    ROOT,
-    Device,
-    Effort,
-    against,
-    figure,
-    is_sticky,
-    pick_device,
-    round_to,
-    statistics_of,
-    take_turns,
-)  # fmt: skip
+from bench.timing import ROOT, Device, Effort, is_sticky, pick_device, round_to, statistics_of
 
 SCHEMA = 2
 FOLDER = ROOT / "bench" / "results"
@@ -121,24 +110,24 @@ def save(results: dict, path: Path) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Reads and checks a results file.
+    """Reads a results file.
 
     Raises:
-        ValueError: not a results file, or of another schema.
+        ValueError: it is none, or of another schema.
     """
     try:
         results = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not a results file: {error}") from error
-    found = results.get("schema") if isinstance(results, dict) else type(results).__name__
-    if found != SCHEMA:
-        raise ValueError(f"{path}: expected schema {SCHEMA}, got {found!r}")
-    needed = {"cell", "dtype", "T", "B", "I", "H", "pass", "backend", *FIELDS}
+    if results.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: expected schema {SCHEMA}, got {results.get('schema')!r}")
     for n, row in enumerate(results["rows"]):
-        if not needed <= set(row):
-            raise ValueError(f"{path}: row {n} lacks {sorted(needed - set(row))}")
-        if (row["ms"] is None) != bool(row["error"]):
-            raise ValueError(f"{path}: row {n}: expected a time or an error, not both")
+        missing = {"cell", "pass", "backend", *FIELDS} - set(row)
+        if missing or (row["ms"] is None) != bool(row["error"]):
+            why = (
+                f"lacks {sorted(missing)}" if missing else "needs a time or an error, and not both"
+            )
+            raise ValueError(f"{path}: row {n} {why}")
     return results
 
 
@@ -192,15 +181,8 @@ def limit(dtype: str, torch_nn: float | None) -> float:
 
 
 class BrokenDevice(RuntimeError):
-    """Nothing more can be measured in this process (an illegal access, say).
-
-    Attributes:
-        rows: of the point at which it broke.
-    """
-
-    def __init__(self, why: str, rows: list[dict]):
-        super().__init__(why)
-        self.rows = rows
+    """Nothing more can be measured in this process (an illegal access, say): why, and the rows of
+    the point at which it broke."""
 
 
 def measure(
@@ -272,12 +254,12 @@ def measure(
             continue
         runners[name] = runner
     runs = {name: runner.run for name, runner in runners.items()}
-    samples, calls = take_turns(runs, device, effort, failed)
+    samples, calls = timing.take_turns(runs, device, effort, failed)
     for name, times in samples.items():
         rows[name] |= {**statistics_of(times), "calls": calls[name]}
         if "torch_nn" in samples:
             rows[name]["ms_torch_nn"] = statistics_of(samples["torch_nn"])["ms"]
-            rows[name] |= against(samples["torch_nn"], times)
+            rows[name] |= timing.against(samples["torch_nn"], times)
     for name in samples:
         row, runner = rows[name], runners[name]
         sets = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
@@ -410,8 +392,9 @@ def run(
         else:
             results["stopped"] = ""
     except BrokenDevice as failure:
-        results["rows"] += failure.rows
-        results["stopped"] = f"the device failed: {failure}; --resume goes on after this point"
+        why, rows = failure.args
+        results["rows"] += rows
+        results["stopped"] = f"the device failed: {why}; --resume goes on after this point"
     except KeyboardInterrupt:
         results["stopped"] = "interrupted"
     finally:
@@ -433,7 +416,7 @@ def line_of(rows: list[dict]) -> str:
         what = (row["name"] or of_row(row).key) if not lines else ""
         what += "" if name == "auto" else f" ({name})"
         theirs, ms = ("-" if t is None else f"{t:.4g}" for t in (row["ms_torch_nn"], row["ms"]))
-        said = f"FAILED: {row['error']}" if row["error"] else figure(row)
+        said = f"FAILED: {row['error']}" if row["error"] else timing.figure(row)
         lines.append(COLUMNS.format(what, row["pass"], theirs, ms, said))
     return "\n".join(lines)
 
@@ -506,13 +489,9 @@ def main(arguments: list[str] | None = None) -> int:
         points, device, path=path, budget=budget - (time.monotonic() - started), effort=effort,
         before=before, show=lambda line: print(line, flush=True), precompiled=precompiled,
     )  # fmt: skip
-    failed = [row for row in results["rows"] if row["error"]]
-    measured = results["points"]["measured"]
+    measured, stopped = results["points"]["measured"], results["stopped"] or "at the end"
     print(f"\n{measured} of {len(points)} points, {len(results['rows'])} rows, in {path}")
-    if results["stopped"]:
-        print(f"stopped: {results['stopped']}")
-    for row in failed[:20]:
-        print(f"no time for {' / '.join(row_key(row))}: {row['error']}")
+    print(f"stopped: {stopped}")
     return 3 if results["stopped"].startswith("the device failed") else 0
 
 

@@ -5,9 +5,8 @@
 
 Bank conflicts, loads that wait for one another, values fetched ahead and then waited for: those
 are facts of the machine code (bench/machine_code.py), and `gate` says what no kernel may show.
-Times are predictions of a clock model. It takes from the code the order of the instructions, how
-many clocks a warp lets pass behind each (stall), the barriers it waits for, and the wavefronts of
-shared memory; `Parameters` holds what it assumes. Believe ratios more than microseconds.
+Times are predictions of a clock model, which takes from the code the order of the instructions,
+stalls, barriers and wavefronts, and assumes `Parameters`. Believe ratios more than microseconds.
 
 - A warp belongs to one of four schedulers; each of them issues one instruction a clock.
 - All share one pipe to shared memory, which an access holds for its wavefronts.
@@ -22,27 +21,15 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from bench.machine_code import (
-    LANES,
-    NO_BARRIER,
-    PRODUCTS,
-    Access,
-    Instruction,
-    Step,
-    accesses,
-    early_consumers,
-    near,
-    sass_step,
-    serial_waits,
-)
+from bench import machine_code
+from bench.machine_code import LANES, NO_BARRIER, PRODUCTS, Access, Instruction, Step
 from bench.run import FOLDER, load_folder
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels.plan import PASSES, Plan, candidates, placed
@@ -101,9 +88,8 @@ class Parameters:
 
     def at(self, level: str) -> SimpleNamespace:
         """One number each: all low, all middle or all high."""
-        return SimpleNamespace(
-            **{f.name: getattr(getattr(self, f.name), level) for f in fields(self)}
-        )
+        ranges = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SimpleNamespace(**{name: getattr(r, level) for name, r in ranges.items()})
 
     def known(self, values: dict[str, float], source: str) -> Parameters:
         """With some of them measured: low, middle and high alike.
@@ -164,7 +150,7 @@ class Multiprocessor:
         self, step: Step, wavefronts: dict[int, float], assumed: SimpleNamespace, warps: int,
         together: int = 1,
     ):  # fmt: skip
-        self.step, self.near = step, near(step)
+        self.step, self.near = step, machine_code.near(step)
         self.wavefronts, self.assumed = wavefronts, assumed
         self.warps, self.all_warps = warps, warps * together
         self.issue_free = [0.0] * SCHEDULERS
@@ -311,24 +297,22 @@ class Multiprocessor:
 
 @dataclass(frozen=True)
 class Reading:
-    """Attributes:
-    registers, spill, shared: registers of a thread, bytes it spills, bytes of a program.
-    programs: that exchange with each other.
-    launches: in sequence, for the whole batch.
-    together: programs on one multiprocessor.
-    instructions: of a step, of one warp; without spin loops and what most steps do not run.
-    products, special: of these, tensor-core and MUFU instructions.
-    barriers, fences: of these, block barriers, and what orders accesses of the GPU.
-    spin_barriers: block barriers inside of loops that wait for other programs.
-    wavefronts, ideal_wavefronts: clocks of shared memory a step, all warps, and those without
-        bank conflicts.
-    unknown: accesses whose address could not be computed, and of which nothing is counted.
-    ring_loads, serial_waits: loads of what others stored, and how often one is issued only
-        when another's value is there.
-    planned_waits: how often the plan itself asks for that.
-    early: loads that are waited for before the step has waited for other programs.
-    predicted_us, low_us, high_us: of a step of the whole batch, in the clock model.
-    parts_us: of predicted_us, where it goes; see `attribute`.
+    """What is known of one compiled kernel; waits, loads and the like are of a step.
+
+    Attributes:
+        registers, spill, shared: registers of a thread, bytes it spills, bytes of a program.
+        programs, launches, together: that exchange with each other; in sequence, for the whole
+            batch; programs on one multiprocessor.
+        instructions, products, special, barriers: of one warp, without spins; of these,
+            tensor-core and MUFU instructions, and block barriers.
+        fences, spin_barriers: what orders accesses of the GPU; block barriers in spins.
+        wavefronts, ideal_wavefronts: clocks of shared memory, all warps; without bank conflicts.
+        unknown: accesses whose address could not be computed, and of which nothing is counted.
+        ring_loads, serial_waits, planned_waits: loads of what others stored; how often one is
+            issued only when another's value is there; how often the plan itself asks for that.
+        early: loads that are waited for before the step has waited for other programs.
+        predicted_us, low_us, high_us, parts_us: of a step of the whole batch, in the clock model;
+            where predicted_us goes (see `attribute`).
     """
 
     registers: int
@@ -358,16 +342,9 @@ class Reading:
 
 
 def read(
-    ptx: str,
-    sass: str,
-    plan: Plan,
-    H: int,
-    used: dict[str, int],
-    *,
-    B: int = 1,
-    multiprocessors: int = 132,
-    parameters: Parameters | None = None,
-) -> Reading:
+    ptx: str, sass: str, plan: Plan, H: int, used: dict[str, int], *, B: int = 1,
+    multiprocessors: int = 132, parameters: Parameters | None = None,
+) -> Reading:  # fmt: skip
     """Reads one compiled kernel.
 
     Args:
@@ -376,8 +353,8 @@ def read(
             the multiprocessors.
         parameters: without them, no time is predicted.
     """
-    shared = accesses(ptx, 32 * plan.num_warps)
-    step, spin_barriers = sass_step(sass)
+    shared = machine_code.accesses(ptx, 32 * plan.num_warps)
+    step, spin_barriers = machine_code.sass_step(sass)
     counts = Counter(i.name for i in step)
     programs = -(-H // plan.block_h)
     launches = 1 if plan.slab_b is None else -(-B // plan.slab_b)
@@ -411,9 +388,9 @@ def read(
         ideal_wavefronts=plan.num_warps * sum(a.ideal for a in shared if a.wavefronts is not None),
         unknown=tuple(a.text for a in shared if a.wavefronts is None),
         ring_loads=sum(i.is_ring_load for i in step),
-        serial_waits=serial_waits(step),
+        serial_waits=machine_code.serial_waits(step),
         planned_waits=-(-plan.chunks // plan.ahead) - 1,
-        early=tuple(f"{i.address:#x} {i.text}" for i in early_consumers(step)),
+        early=tuple(f"{i.address:#x} {i.text}" for i in machine_code.early_consumers(step)),
         **times,
     )
 
@@ -572,7 +549,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pass", dest="passes", choices=PASSES, help="both by default")
     parser.add_argument("--target", choices=aot.TARGETS, default="sm_90")
     parser.add_argument("--every-plan", action="store_true", help="all that the plan chooses from")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave PTX, SASS, cubin there")
     options = parser.parse_args(arguments)
     for name in ("hidden", "batch"):
         if getattr(options, name) < 1:
@@ -600,17 +576,9 @@ def main(arguments: list[str] | None = None) -> int:
         name = f"{job.cell}_{dtype}_{H}_{B}-{job.which}-" + (
             f"{p.block_b}x{p.block_h}k{p.block_k}s{p.split}r{p.resident}a{p.ahead}w{p.num_warps}"
         )
-        compiled, reading = aot.compile_and_read(job, B, assumed)
+        _, reading = aot.compile_and_read(job, B, assumed)
         rows.append((name, reading))
         faults += [f"{name}: {fault}" for fault in gate(reading, job.target)]
-        if options.keep is not None:
-            folder = options.keep / name
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "kernel.ptx").write_text(compiled.ptx)
-            (folder / "kernel.sass").write_text(compiled.sass)
-            (folder / "kernel.cubin").write_bytes(compiled.cubin)
-            info = {"triton": triton.__version__, **asdict(job), "B": B, **asdict(reading)}
-            (folder / "info.json").write_text(json.dumps(info, indent=1) + "\n")
     print(
         f"Triton {triton.__version__}, {options.target}; times are predicted, for the whole batch"
     )

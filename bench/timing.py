@@ -2,14 +2,13 @@
 
 `Device` is all that the measuring code knows of a machine; tests put in one with a fake clock.
 
-Other programs, interrupts and clocks only ever add to the time of a call, at times a hundredfold,
-and for seconds on end. So both sides take turns, call by call, in an order drawn anew for every
-turn. A run is STRETCHES stretches; each has one figure, the ratio (or the difference) of the two
-sides' low quantiles in it. The figure of the run is their median, its interval leaves out the
-TRIMMED smallest and the TRIMMED largest. Were both sides the same program, a stretch's ratio would
-fall on either side of 1 with equal chance, whatever the noise is like, so all but TRIMMED of them
-are on one side with the chance FALSE_ALARM, about 1 in 2,500 points. That does not cover what stays
-the same for a whole run, as where in memory a side's tensors happen to lie.
+Both sides take turns, call by call, in an order drawn anew for every turn. A run is STRETCHES
+stretches; each has one figure, the ratio (or the difference) of the two sides' low quantiles in it.
+The figure of the run is their median, its interval leaves out the TRIMMED smallest and largest.
+Were both sides the same program, a stretch's ratio would fall on either side of 1 with equal
+chance, whatever the noise is like, so all but TRIMMED of them are on one side with the chance
+FALSE_ALARM, about 1 in 2,500 points. That does not cover what stays the same for a whole run, as
+where in memory a side's tensors happen to lie.
 """
 
 from __future__ import annotations
@@ -38,16 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Device:
-    """A CPU, timed by the host's clock, or by the CPU time of the one thread that runs.
-
-    CPU time leaves out what other programs took meanwhile, so a busy machine can be measured; it
-    would count the waiting of several threads too.
-
-    Attributes:
-        name: as results files call it.
-        has_graphs: whether a call can be captured and replayed.
-        compiles: torch.compile's backend for the compiled competitor.
-        clock: what times are, in words.
+    """A CPU, timed by the host's clock, or by the CPU time of the one thread that runs: that leaves
+    out what other programs took meanwhile, but would count the waiting of several threads too.
+    `compiles` is torch.compile's backend for the compiled competitor, `clock` says what times are.
     """
 
     has_graphs = False
@@ -354,10 +346,8 @@ def against(theirs: Samples, own: Samples) -> dict[str, float | None]:
 def statistics_of(samples: Samples) -> dict[str, float | None]:
     """`ms`, the low quantile of all calls in milliseconds; `ms_p50` and `ms_p90` show the noise."""
     times = [time for stretch in samples for time in stretch]
-    return {
-        name: round_to(quantile(times, q) * 1e3, 5)
-        for name, q in (("ms", LOW), ("ms_p50", 0.5), ("ms_p90", 0.9))
-    }
+    quantiles = {"ms": LOW, "ms_p50": 0.5, "ms_p90": 0.9}
+    return {name: round_to(quantile(times, q) * 1e3, 5) for name, q in quantiles.items()}
 
 
 def round_to(value: float, digits: int) -> float | None:

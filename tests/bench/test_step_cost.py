@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,42 +50,11 @@ def run(*arguments, cwd=ROOT):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """What the command prints and leaves for a small layer, forward and backward."""
-    folder = tmp_path_factory.mktemp("kept")
-    told = run(
-        "--cell", "gru", "--dtype", "bf16", "--hidden", 256, "--batch", 300,
-        "--keep", folder,
-    )  # fmt: skip
-    return told, folder
-
-
-def test_the_table_has_a_row_for_each_pass(kept):
-    told, _ = kept
-    rows = [line.split() for line in told.splitlines() if line.startswith("gru_bf16_256_300-")]
-    names = [row[0] for row in rows if not row[0].endswith(":")]
+def test_the_table_has_a_row_for_each_pass():
+    told = run("--cell", "gru", "--dtype", "bf16", "--hidden", 256, "--batch", 300)
+    names = [line.split()[0] for line in told.splitlines() if line.startswith("gru_bf16_256_300-")]
     assert [name.split("-")[1] for name in names] == ["forward", "backward"]
-    head = told.splitlines()[1].split()
-    assert {"regs", "serial", "early", *PARTS} <= set(head)
-
-
-def test_what_is_kept_can_be_read_again(kept):
-    _, folder = kept
-    for path in folder.iterdir():
-        row = json.loads((path / "info.json").read_text())
-        assert (row["cell"], row["dtype"], row["H"], row["B"]) == ("gru", "bf16", 256, 300)
-        plan = Plan(**row["plan"])
-        assert (row["warps"], row["launches"]) == (plan.num_warps, -(-300 // plan.slab_b))
-        assert row["wavefronts"] >= row["ideal_wavefronts"] > 0
-        assert (row["unknown"], row["spill"]) == ([], 0)
-        assert sum(row["parts_us"]) == pytest.approx(row["predicted_us"])
-        assert (path / "kernel.cubin").read_bytes()[:4] == b"\x7fELF"
-        used = {name: row[name] for name in ("registers", "spill", "shared")}
-        texts = [(path / f"kernel.{name}").read_text() for name in ("ptx", "sass")]
-        again = read(*texts, plan, 256, used, B=300, parameters=Parameters())
-        assert asdict(again)["predicted_us"] == row["predicted_us"]
-        assert read(*texts, plan, 256, used, B=300).predicted_us is None
+    assert {"regs", "serial", "early", *PARTS} <= set(told.splitlines()[1].split())
 
 
 @pytest.mark.parametrize(
