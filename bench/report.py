@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -204,81 +205,67 @@ def svg(drawing: Figure) -> str:
     return "\n".join(part.rstrip() for part in file.getvalue().splitlines()) + "\n"
 
 
-def heat_map(title: str, values: dict[tuple[int, int], float], unclear: set[tuple]) -> str:
-    """Speed-ups by (B, H); a place without a value says so, one of `unclear` has no colour."""
-    xs, ys = (sorted(set(axis)) for axis in zip(*values, strict=True))
-    colours = [
-        [math.log2(values[x, y]) if (x, y) in values and (x, y) not in unclear else 0 for x in xs]
-        for y in ys
-    ]
+def heat_map(title: str, at: dict[tuple[int, int], dict]) -> str:
+    """Speed-ups of rows by (B, H): blue is faster, white cannot be told apart, "-" is missing."""
+    xs, ys = (sorted(set(axis)) for axis in zip(*at, strict=True))
     drawing = Figure((1.2 + 0.8 * len(xs), 1.4 + 0.45 * len(ys)), layout="constrained")
     axes = drawing.subplots()
+    colours = [[0.0] * len(xs) for _ in ys]
+    for (i, x), (j, y) in itertools.product(enumerate(xs), enumerate(ys)):
+        row = at.get((x, y))
+        if row and verdict(row) != UNCLEAR:
+            colours[j][i] = math.log2(row["ratio"])
+        text = f"{row['ratio']:.2f}" if row else "-"
+        axes.text(i, j, text, ha="center", va="center", fontsize=8)
     axes.imshow(colours, cmap="RdBu", norm=TwoSlopeNorm(0, -1, 2), aspect="auto")
-    axes.set_title(f"{title}\nblue: faster, white: {UNCLEAR}", fontsize=9)
+    axes.set_title(title, fontsize=9)
     axes.set(xlabel="B", ylabel="H")
     axes.set_xticks(range(len(xs)), xs)
     axes.set_yticks(range(len(ys)), ys)
-    for i, x in enumerate(xs):
-        for j, y in enumerate(ys):
-            text = f"{values[x, y]:.2f}" if (x, y) in values else "-"
-            axes.text(i, j, text, ha="center", va="center", fontsize=8)
     return svg(drawing)
 
 
 def planes(rows: list[dict]) -> dict[str, str]:
-    """Heat maps of the speed-up, H x B, wherever most of a plane was measured.
-
-    Points that ran torch's own kernels have none; those that cannot be told apart stay white.
-    """
+    """Heat maps of the speed-up, H x B, of other kernels than torch's own, wherever most of a
+    plane was measured."""
     found: dict[tuple, dict[tuple, dict]] = {}
     for row in split(rows)[0]:
         s = of_row(row)
         plain = s.layers == 1 and not (s.bidirectional or s.lengths or s.resets or s.name)
         if plain and in_grid(replace(s, T=shapes.PLANE_T)):
             found.setdefault((s.cell, s.dtype, row["pass"], s.T), {})[s.B, s.H] = row
-    drawn = {}
-    for (cell, dtype, which, T), at in sorted(found.items()):
-        if len(at) >= max(6, 0.6 * len({b for b, _ in at}) * len({h for _, h in at})):
-            drawn[f"map-{cell}-{dtype}-{which}-T{T}"] = heat_map(
-                f"speed-up, {cell} {dtype}, T={T}, {which}",
-                {place: row["ratio"] for place, row in at.items()},
-                {place for place, row in at.items() if verdict(row) == UNCLEAR},
-            )
-    return drawn
+    return {
+        f"map-{cell}-{dtype}-{which}-T{T}": heat_map(
+            f"speed-up, {cell} {dtype}, T={T}, {which}\nblue: faster, white: {UNCLEAR}", at
+        )
+        for (cell, dtype, which, T), at in sorted(found.items())
+        if len(at) >= max(6, 0.6 * len({b for b, _ in at}) * len({h for _, h in at}))
+    }
 
 
-def cost_curves(rows: list[dict], limits: dict | None) -> dict[str, str]:
+def cost_curves(rows: list[dict]) -> dict[str, str]:
     """Time of a call as T, B, H and layers grow, one dimension varied at a time."""
     index = {(of_row(r).key, r["pass"], r["backend"]): r["ms"] for r in rows if r["ms"]}
     drawn = {}
-    for base, along in (
-        (shapes.GPU_BASE, shapes.GPU_CURVES), (shapes.CPU_BASE, shapes.CPU_CURVES),
-    ):  # fmt: skip
-        for which in ("training", "inference"):
-            panels: dict[str, list] = {}
-            for axis, values in along.items():
-                points = shapes.curve(base, axis, values)
-                series = [
-                    (*SERIES[b], [(getattr(s, axis), index.get((s.key, which, b))) for s in points])
-                    for b in SERIES
-                ]
-                floor = [(getattr(s, axis), floor_ms(s, which, limits)) for s in points]
-                series.append(("floor", "#222222", floor))
-                series = [(n, c, [p for p in at if p[1]]) for n, c, at in series]
-                panels[axis] = [s for s in series if len(s[2]) > 2]
-            panels = {a: s for a, s in panels.items() if any(name != "floor" for name, *_ in s)}
-            if not panels:
-                continue
-            drawing = Figure((0.5 + 2.6 * len(panels), 3), layout="constrained")
-            drawing.suptitle(f"ms of a call, {PASS_NAMES[which]}; {describe(base)}", fontsize=9)
-            row_of_axes = drawing.subplots(1, len(panels), squeeze=False)[0]
-            for axes, (axis, series) in zip(row_of_axes, panels.items(), strict=True):
-                for name, colour, at in series:  # torch.nn's is wide: both show where they coincide
-                    axes.loglog(*zip(*at, strict=True), color=colour, label=name,
-                                linestyle="--" if name == "floor" else "-",
-                                linewidth=4 if name == "torch.nn" else 1.5)  # fmt: skip
-                axes.set_xlabel(axis)
-            row_of_axes[0].legend(fontsize=7)
+    for (base, along), which in itertools.product(
+        ((shapes.GPU_BASE, shapes.GPU_CURVES), (shapes.CPU_BASE, shapes.CPU_CURVES)),
+        ("training", "inference"),
+    ):
+        drawing = Figure((0.5 + 2.6 * len(along), 3), layout="constrained")
+        drawing.suptitle(f"ms of a call, {PASS_NAMES[which]}; {describe(base)}", fontsize=9)
+        for axes, axis in zip(drawing.subplots(1, len(along)), along, strict=True):
+            for backend, (name, colour) in SERIES.items():
+                of = {s.key: getattr(s, axis) for s in shapes.curve(base, axis, along[axis])}
+                at = [(x, index.get((key, which, backend))) for key, x in of.items()]
+                at = [point for point in at if point[1]]
+                if len(at) > 2:  # torch.nn's is wide: both show where they coincide
+                    width = 4 if backend == "torch_nn" else 1.5
+                    axes.loglog(*zip(*at, strict=True), color=colour, label=name, linewidth=width)
+            axes.set_xlabel(axis)
+            axes.set_xticks(along[axis], along[axis], fontsize=7)
+            axes.minorticks_off()
+        if any(axes.lines for axes in drawing.axes):
+            drawing.axes[0].legend(fontsize=7)
             drawn[f"cost-{which}"] = svg(drawing)
     return drawn
 
@@ -287,10 +274,8 @@ def cost_curves(rows: list[dict], limits: dict | None) -> dict[str, str]:
 
 
 def environment_line(environment: dict) -> str:
-    names = (
-        "capability", "driver", "sm_clock_mhz", "sm_clock_max_mhz", "cuda", "cudnn",
-        "cpu", "threads", "load", "torch", "triton", "python",
-    )  # fmt: skip
+    names = ("capability", "driver_version", "clocks.current.sm", "clocks.max.sm", "cuda", "cudnn",
+             "cpu", "threads", "load", "torch", "triton", "python")  # fmt: skip
     return ", ".join(f"{n} {environment[n]}" for n in names if environment.get(n) is not None)
 
 
@@ -344,7 +329,7 @@ def device_section(device: str, runs: list[dict], folder: str) -> tuple[list[str
         section("How the plan's estimate ranks its candidates", *calibration)
     drawn = {
         f"{slug(device)}-{name}.svg": text
-        for name, text in {**planes(rows), **cost_curves(rows, limits)}.items()
+        for name, text in {**planes(rows), **cost_curves(rows)}.items()
     }
     if drawn:
         section("Pictures", *(f"![{n.removesuffix('.svg')}]({folder}/{n})" for n in drawn))

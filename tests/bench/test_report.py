@@ -74,7 +74,8 @@ def test_the_same_kernels_have_an_overhead_and_no_speed_up(folder):
 
 
 def test_a_heat_map_shows_what_is_missing():
-    drawn = report.heat_map("t", {(8, 64): 2.0, (1, 32): 0.5}, {(1, 32)})
+    rows = [{"ratio": r, "ratio_low": 0.9 * r, "ratio_high": 1.1 * r} for r in (2.0, 0.5)]
+    drawn = report.heat_map("t", {(8, 64): rows[0], (1, 32): rows[1]})
     assert ">2.00<" in drawn
     assert drawn.count(">-<") == 2
 
