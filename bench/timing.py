@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,7 +101,7 @@ class Device:
             "cpu": cpu_model(), "threads": torch.get_num_threads(),
             "load": round(os.getloadavg()[0], 1), "os": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(), "torch": torch.__version__,
-            "triton": version("triton") if find_spec("triton") else None,
+            "triton": import_module("triton").__version__ if find_spec("triton") else None,
             "commit": sha, "dirty": dirty,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }  # fmt: skip
