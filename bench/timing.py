@@ -201,7 +201,9 @@ def pick_device(wanted: str = "", **options) -> Device:
     """The GPU where there is one and "cpu" is not asked for."""
     if wanted not in ("", "cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {wanted!r}")
-    cuda = torch.cuda.is_available() if not wanted else wanted == "cuda"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': expected a CUDA device, torch sees none")
+    cuda = torch.cuda.is_available() and wanted != "cpu"
     return CudaDevice(**options) if cuda else Device(**options)
 
 

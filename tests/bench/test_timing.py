@@ -346,6 +346,12 @@ def test_pick_device():
         timing.pick_device("tpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match="torch sees none"):
+        timing.pick_device("cuda")
+
+
 def test_a_commit_without_git(monkeypatch):
     def missing(*args, **kwargs):
         raise OSError("git")
