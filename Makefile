@@ -28,8 +28,7 @@ PROJECT := $(CONSTRAINTS) pyproject.toml setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv aot step-cost demo test check check-tests oldest oldest-venv oldest-tests gpu-test lint wheel \
-	format clean bench bench-gpu bench-limits bench-tiny bench-compare \
-	report
+	format clean bench bench-gpu bench-tiny report
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -66,6 +65,7 @@ gpu-test: $(STAMP)-test  ## The tests that need a CUDA device
 # wall time of N threads.
 bench: $(STAMP)-bench  ## A quick measurement of this machine, with table and pictures, in out/bench/
 	$(BIN)/python -m bench.run --quick --budget 120 --out out/bench/quick/quick.json $(ARGS)
+	$(BIN)/python -m bench.overhead --out out/bench/quick/quick.json
 	$(BIN)/python -m bench.report --results out/bench --out out/bench --show
 
 # Cut short, it leaves what it has; ARGS="--resume bench/results/<gpu>/<file>" goes on from there.
@@ -73,11 +73,10 @@ bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, and the
 	$(BIN)/python -m bench.run --device cuda $(ARGS)
 	$(BIN)/python -m bench.report --show
 
-bench-limits: $(STAMP)-bench  ## What this machine can do at best: bandwidths, rates, round trips
-	$(BIN)/python -m bench.limits
-
-bench-tiny: $(STAMP)-bench  ## Every benchmark once at a tiny size: none may rot
-	$(BIN)/python -m pytest bench --benchmark-disable $(ARGS)
+bench-tiny: $(STAMP)-bench  ## Every kind of benchmark once at a tiny size: none may rot
+	$(BIN)/python -m bench.run --plan tiny --device cpu --out out/tiny/tiny/tiny.json $(ARGS)
+	$(BIN)/python -m bench.overhead --repeats 3 --out out/tiny/tiny/tiny.json
+	$(BIN)/python -m bench.report --results out/tiny --out out/tiny
 
 # Each version of Triton in a folder of its own, in front of the environment's.
 AOT_TRITON ?= 3.7.1 3.6.0 3.9.0
@@ -86,21 +85,11 @@ aot: $(STAMP)-bench  ## Compile what the plans choose with three Tritons, one pa
 	  folder=out/triton-$$version; \
 	  test -e $$folder/triton || \
 	    $(PIP) install --no-deps --target $$folder triton==$$version || exit 1; \
-	  PYTHONPATH=$$folder $(BIN)/python -m bench.aot_suite $(ARGS) || failed=1; \
+	  PYTHONPATH=$$folder $(BIN)/python -m bench.aot $(ARGS) || failed=1; \
 	done; exit $${failed:-0}
 
 step-cost: $(STAMP)-bench  ## What a step costs by its machine code: ARGS="--cell gru --hidden 512"
 	$(BIN)/python -m bench.step_cost $(ARGS)
-
-# The two files follow as words, which make would take for targets: the last rule eats them.
-bench-compare: $(STAMP)-bench  ## Two results files: make bench-compare BEFORE.json AFTER.json
-	@test $(words $(MAKECMDGOALS)) -eq 3 || \
-	  { echo "usage: make bench-compare BEFORE.json AFTER.json" >&2; exit 2; }
-	$(BIN)/python -m bench.compare $(filter-out $@,$(MAKECMDGOALS)) $(ARGS)
-
-ifeq ($(firstword $(MAKECMDGOALS)),bench-compare)
-%.json: ;
-endif
 
 report: $(STAMP)-bench  ## bench/REPORT.md and README's figures from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)

@@ -1,40 +1,64 @@
-"""Compiles a time loop ahead of time, for a GPU that need not be here, and says what is wrong.
+"""Compiles time loops ahead of time, for GPUs that need not be here, and says what is wrong.
 
-The plan of a job is compiled and read (bench.step_cost): registers, spills, shared memory, bank
-conflicts, waits, and whether the code has what the design rests on. What is compiled of all that
-could be, and the pages in bench/results/aot/, are bench/aot_suite.py's.
+    python -m bench.aot            the suite; what a page in bench/results/aot/ needs; resumes
+    python -m bench.aot --check    whether the pages are of today's kernels
+    python -m bench.aot --ranking  whether the plan's estimate orders its candidates as the meter
+
+The plan of a job is compiled and read (bench/step_cost.py): registers, spills, shared memory, bank
+conflicts, waits, and whether the code has what the design rests on. `make aot` does so for three
+versions of Triton, each installed into a folder of its own that comes before the environment's:
+PYTHONPATH=out/triton-3.6.0 python -m bench.aot.
+
+Results of single kernels stay in out/aot/, which is not in git, and are not compiled again unless a
+kernel, or what reads it, has changed. In git is a page for each version.
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
 import hashlib
+import itertools
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.step_cost import parameters
-from bench.step_cost.gate import gate
-from bench.step_cost.read import Reading, disassemble, read
+from bench.machine_code import near, sass_step
+from bench.step_cost import MOST_WAVEFRONTS, Parameters, Reading, gate, load_parameters, read
+from bench.timing import ROOT
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels.bind import bind
-from fusedrnn.kernels.plan import Device, Plan
+from fusedrnn.kernels.plan import (
+    ITEM_SIZE,
+    PASSES,
+    Device,
+    Plan,
+    candidates,
+    cycles,
+    placed,
+    plan_scan,
+)  # fmt: skip
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
 from fusedrnn.kernels.state_ops import StateOps
 from fusedrnn.kernels.sync import Exchange
 
-ROOT = Path(__file__).parent.parent
-
+PAGES = ROOT / "bench" / "results" / "aot"
+VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 PRECISIONS = ("tf32", "ieee")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # A typical device of each: multiprocessors, shared memory of a program and of a multiprocessor.
@@ -78,7 +102,7 @@ def arguments(job: Job) -> dict[str, Any]:
     sequence = f"*{job.dtype}"
     D = 1 if job.plain else 2
     recompute = job.save == "states" and K > 0
-    values: dict[str, Any] = {
+    return {
         **dict.fromkeys(("x_gates_ptr", "output_ptr"), sequence),
         **dict.fromkeys(("w_ptrs", "b_hh_ptrs"), (sequence,) * D),
         **dict.fromkeys(("d_output_ptr", "dx_gates_ptr"), sequence),
@@ -105,9 +129,8 @@ def arguments(job: Job) -> dict[str, Any]:
         "H": job.H,
         "D": D,
         "PRECISION": job.precision,
-        "PLAN": replace(plan, batch_per_launch=None, directions_per_launch=None),
+        "PLAN": plan.of_kernel(),
     }
-    return values
 
 
 def require_compiler() -> None:
@@ -145,96 +168,73 @@ def compile_job(job: Job):
     )
 
 
-def resources(compiled) -> dict[str, int]:
-    """Registers, bytes spilled and shared memory of one program."""
+def compile_and_read(
+    job: Job, B: int | None = None, parameters: Parameters | None = None
+) -> tuple[tuple[str, str], Reading]:
+    """PTX and SASS of a kernel, read. A step's time is predicted where there are parameters."""
+    compiled = compile_job(job)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        told = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack, local = (
-        int(re.search(rf"{name}:(\d+)", told)[1])  # type: ignore[index]
-        for name in ("REG", "STACK", "LOCAL")
-    )
-    return {"registers": registers, "spill": stack + local, "shared": compiled.metadata.shared}
+
+        def told(tool: str, *options: str) -> str:
+            path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+            command = [path, *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told("cuobjdump", "-res-usage")))
+        texts = compiled.asm["ptx"], told("nvdisasm", "-hex", "-c")
+    used = {
+        "registers": int(usage["REG"]), "spill": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared": compiled.metadata.shared,
+    }  # fmt: skip
+    multiprocessors = TARGETS[job.target].multiprocessors
+    return texts, read(
+        *texts, job.plan, job.H, used, B=B or 1, multiprocessors=multiprocessors,
+        parameters=parameters,
+    )  # fmt: skip
 
 
-def time_loop(ttgir: str) -> list[str]:
-    """The lines of the longest loop."""
-    lines, longest = ttgir.splitlines(), []
-    for first, line in enumerate(lines):
-        if "scf.for" not in line:
-            continue
-        depth = 0
-        for last in range(first, len(lines)):
-            depth += lines[last].count("{") - lines[last].count("}")
-            if depth == 0:
-                longest = max(longest, lines[first:last], key=len)
-                break
-    return longest
+# What the design relies on in every kernel, as the PTX has it.
+NEEDED = {
+    "no release": r"(atom|red)\S*\.release",
+    "no acquire": r"atom\S*\.acquire|ld\S*\.acquire",
+    "the exchange is read through L1": r"ld\S*\.relaxed",
+}
 
 
-def faults(job: Job, compiled, reading: Reading) -> list[str]:
+def faults(job: Job, ptx: str, sass: str, reading: Reading) -> list[str]:
     """What the design relies on and the compiled code has not."""
     if not job.plain:
         # Packed rows are found by an offset that is loaded first.
         reading = replace(reading, early=())
     found = gate(reading, job.target)
     plan, device = job.plan, TARGETS[job.target]
-    cell, item = REGISTRY[job.cell], DTYPES[job.dtype].itemsize
-    if reading.shared > device.shared_per_program:
-        found.append(f"shared memory {reading.shared} > limit {device.shared_per_program}")
-    promised = plan.shared_bytes(cell, job.which)
-    if reading.shared > promised:
-        found.append(f"shared memory {reading.shared} > planned {promised}")
-    loop = time_loop(compiled.asm["ttgir"])
-    ptx = compiled.asm["ptx"]
-    products = ("tt.dot ", "warp_group_dot", "tc_gen5_mma")
-    if not any(name in line for line in loop for name in products):
-        found.append("no product in the time loop")
-    if not re.search(r"mma\.sync|wgmma\.mma|tcgen05\.mma", ptx):
-        found.append("no tensor-core instruction")
-    if plan.resident == plan.chunks:
-        # The ring is read past L1 (.cg, volatile); any other load of such a shape is a weight: see
-        # `load_rhs_operand` in fragments.py.
-        rows = plan.block_h // 8 * plan.split_k * 32
-        shape = f"{2 * rows}x2x" if item == 4 else f"{rows}x4x"
-        loads = [line for line in loop if "tt.load" in line or "async_copy" in line]
-        loads = [line for line in loads if not re.search(r"= cg|isVolatile = true", line)]
-        if any(f"tensor<{shape}!tt.ptr" in line for line in loads):
-            found.append("weights are loaded in the time loop")
-    if not re.search(r"(atom|red)\S*\.release", ptx):
-        found.append("no release")
-    if not re.search(r"atom\S*\.acquire|ld\S*\.acquire", ptx):
-        found.append("no acquire")
-    if not re.search(r"ld\S*\.relaxed", ptx):
-        found.append("the exchange is read through L1")
+    most = min(device.shared_per_program, plan.shared_bytes(REGISTRY[job.cell], job.which))
+    if reading.shared > most:
+        found.append(f"shared memory {reading.shared} > {most}, planned or of the device")
+    if not reading.products:
+        found.append("no tensor-core product in the time loop")
+    if plan.resident == plan.chunks and near(sass_step(sass)[0]):
+        found.append("weights are loaded in the time loop")
     if "cp.async" in ptx:
         found.append("asynchronous copies, which may read the ring through L1")
-    return found
+    return found + [fault for fault, text in NEEDED.items() if not re.search(text, ptx)]
 
 
 def run_job(job: Job, B: int | None = None) -> dict[str, Any]:
     """Compiles and reads one kernel. For a batch B, a step's time is predicted as well."""
-    compiled = compile_job(job)
-    ptx, sass = compiled.asm["ptx"], disassemble(compiled.asm["cubin"])
-    assumed = None if B is None else parameters.load(capability=job.target)
-    reading = read(
-        ptx, sass, job.plan, job.H, resources(compiled), B=B or 1,
-        multiprocessors=TARGETS[job.target].multiprocessors, parameters=assumed,
-    )  # fmt: skip
+    parameters = None if B is None else load_parameters(capability=job.target)
+    texts, reading = compile_and_read(job, B, parameters)
     return {
         **{k: v for k, v in asdict(job).items() if k != "plan"},
         "B": B,
         "plan": {k: v for k, v in asdict(job.plan).items() if v is not None},
         **asdict(reading),
-        "faults": faults(job, compiled, reading),
+        "faults": faults(job, *texts, reading),
     }
 
 
-@functools.cache
 def fingerprint() -> str:
     """Of all that decides which kernels there are and what they are compiled to, besides the
     version of Triton: lines that are only a comment are left out."""
@@ -243,10 +243,9 @@ def fingerprint() -> str:
     return _digest([*kernels, *sorted((ROOT / "fusedrnn" / "cells").glob("*.py"))])
 
 
-@functools.cache
 def tool_fingerprint() -> str:
     """Of what reads a compiled kernel."""
-    return _digest([Path(__file__), *sorted((ROOT / "bench" / "step_cost").glob("*.py"))])
+    return _digest([ROOT / "bench" / f"{n}.py" for n in ("aot", "machine_code", "step_cost")])
 
 
 def _digest(files: list[Path]) -> str:
@@ -255,3 +254,281 @@ def _digest(files: list[Path]) -> str:
         lines = file.read_text().splitlines()
         digest.update("\n".join(n for n in lines if not n.lstrip().startswith("#")).encode())
     return digest.hexdigest()[:16]
+
+
+# The suite.
+
+MADE_FOR = "sm_90"
+HIDDEN = (8, 64, 256, 300, 768, 1536, 2048)
+BATCHES = (1, 256)
+# One program, spread with an empty rest of a chunk, and as large as streaming.
+FEW = (8, 300, 1536)
+SOME = (512, 1024)
+
+
+class Named(NamedTuple):
+    """A layer whose time a page predicts."""
+
+    cell: str
+    dtype: str
+    H: int
+    B: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell} {self.dtype.replace('fp32', 'tf32')} H={self.H} B={self.B}"
+
+
+NAMED = tuple(
+    Named(*layer)
+    for layer in (
+        ("lstm", "fp16", 768, 16), ("gru", "bf16", 512, 64), ("lstm", "bf16", 1024, 64),
+        ("lstm", "fp32", 512, 64), ("lstm", "bf16", 128, 32), ("lstm", "bf16", 512, 256),
+        ("lstm", "bf16", 300, 20), ("lstm", "bf16", 200, 1), ("lstm", "bf16", 1500, 48),
+    )
+)  # fmt: skip
+
+
+def planned(target: str, cell: str, which: str, dtype: str, precision: str, H: int, B: int) -> Job:
+    """What the planner chooses for a layer.
+
+    Raises:
+        ValueError: there is no plan.
+    """
+    plan = plan_scan(
+        REGISTRY[cell], which, DTYPES[dtype], B=B, H=H, D=1,
+        device=TARGETS[target], input_precision=precision,
+    )  # fmt: skip
+    return Job(target, cell, which, "gates", dtype, precision, H, plan, plain=True)
+
+
+def _of(
+    target, cells, dtypes, hidden, precision="tf32", batches=BATCHES, plain=True, save="gates"
+) -> Iterator[Job]:
+    """A job for every plan of these."""
+    for cell, which, dtype, H, B in itertools.product(cells, PASSES, dtypes, hidden, batches):
+        try:
+            job = planned(target, cell, which, dtype, precision, H, B)
+        except ValueError:  # test_plan.py says where that may happen
+            continue
+        yield replace(job, plain=plain, save=save if which == "backward" else "gates")
+
+
+def jobs() -> list[tuple[Job, int | None]]:
+    """What is compiled, each kernel once, and the batch of those whose time is predicted.
+
+    For sm_90: what cells, dtypes, schedules and everything switched on (packed rows, two
+    directions, states instead of gates) add to LSTM in bfloat16 at all of HIDDEN. float16 is
+    bfloat16 with another name of the element type. For the others: LSTM, one of each schedule.
+    """
+    found: dict[object, tuple[Job, int | None]] = {}
+
+    def add(job: Job, B: int | None = None, kind: object = None) -> None:
+        # How a batch is cut into launches is no part of a kernel.
+        bare = replace(
+            job, plan=replace(job.plan, batch_per_launch=None, directions_per_launch=None)
+        )
+        key = (kind or bare, B)
+        if B is not None or all((kind or bare, b) not in found for b in (None, *batches)):
+            found.setdefault(key, (job, B))
+
+    batches = {named.B for named in NAMED}
+    for named in NAMED:
+        for job in _of(MADE_FOR, [named.cell], [named.dtype], [named.H], batches=[named.B]):
+            add(job, named.B)
+    everything = {"plain": False, "save": "states"}
+    for cells, dtypes, hidden, options in (
+        (["lstm"], ["bf16"], HIDDEN, {}), (["lstm"], ["fp32"], SOME, {}),
+        (["gru"], ["bf16"], SOME, {}), (["gru", "rnn_tanh"], ["bf16"], FEW, {}),
+        (["gru", "rnn_tanh"], ["fp32"], FEW[1:2], {}),
+        (["lstm"], ["fp32"], FEW, {"precision": "ieee"}),
+        (["lstm"], ["bf16", "fp32"], FEW, everything),
+    ):  # fmt: skip
+        for job in _of(MADE_FOR, cells, dtypes, hidden, **options):
+            add(job)
+    for target in TARGETS:
+        if target != MADE_FOR:
+            dtypes = ["bf16", "fp32"] if target in MOST_WAVEFRONTS else ["bf16"]
+            for job in _of(target, ["lstm"], dtypes, (300, 1536)):
+                add(job, kind=(target, job.which, job.dtype, job.plan.schedule))
+    return list(found.values())
+
+
+def compile_all(wanted: dict[str, tuple[Job, int | None]], path: Path, workers: int) -> dict:
+    """Compiles what `path` has not, keeps it there, and returns what was wanted, by key, without
+    what failed to compile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results = {k: r for k, r in results.items() if k in wanted}
+    todo = [key for key in wanted if key not in results]
+    print(f"{len(wanted)} kernels, {len(todo)} of them to compile", flush=True)
+    with ProcessPoolExecutor(workers) as pool:
+        futures = {pool.submit(run_job, *wanted[key]): key for key in todo}
+        for done, future in enumerate(as_completed(futures), 1):
+            key = futures[future]
+            try:
+                results[key] = future.result()
+                told = "; ".join(results[key]["faults"]) or "ok"
+            except Exception as error:
+                told = f"FAILED: {type(error).__name__}: {str(error)[-300:]}"
+            print(f"{done}/{len(todo)} {wanted[key][0].key()}: {told}", flush=True)
+            if done % 10 == 0 or done == len(todo):  # whole or not at all, whenever it is killed
+                partial = path.with_suffix(".partial")
+                partial.write_text(json.dumps(results, indent=0) + "\n")
+                partial.replace(path)
+    return results
+
+
+def page(results: list[dict], version: str) -> str:
+    """What a reader should know of one version of Triton."""
+    lines = [
+        f"# Compiled ahead of time with Triton {version}",
+        "",
+        "Made by `make aot`; nothing here was measured on a GPU. For each target: how many",
+        "kernels were compiled, the most registers of a thread and bytes it spills, and the most",
+        "wavefronts of shared memory over those without bank conflicts. Faults are what no kernel",
+        "may show (`bench/step_cost.py`, `bench/aot.py`) where the target is held to them.",
+        f"Kernels: {fingerprint()}",
+        "",
+        "| target | kernels | registers | spilled | wavefronts / ideal | held to | faults |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for target in TARGETS:
+        rows = [r for r in results if target == r["target"]]
+        if rows:
+            worst = max(r["wavefronts"] / max(1, r["ideal_wavefronts"]) for r in rows)
+            lines.append(
+                f"| {target} | {len(rows)} | {max(r['registers'] for r in rows)} "
+                f"| {max(r['spill'] for r in rows)} | {worst:.2f} "
+                f"| {MOST_WAVEFRONTS.get(target, 'reported')} "
+                f"| {sum(bool(r['faults']) for r in rows)} |"
+            )
+    lines += [
+        "",
+        f"A step on {MADE_FOR}, as `python -m bench.step_cost` predicts it: microseconds for the",
+        "whole batch, with all that is assumed of the hardware at its middle, low and high values.",
+        "",
+        "| layer | pass | schedule | tile | programs | launches | us | low | high |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    layers = {(r["cell"], r["dtype"], r["H"], r["B"], r["which"]): r for r in results if r["B"]}
+    for named, which in itertools.product(NAMED, PASSES):
+        r = layers[(*named, which)]
+        p = r["plan"]
+        lines.append(
+            f"| {named.name} | {which} | {p['schedule']} | {p['block_b']} x {p['block_h']} "
+            f"| {r['programs']} | {r['launches']} | {r['predicted_us']:.2f} "
+            f"| {r['low_us']:.2f} | {r['high_us']:.2f} |"
+        )
+    told = Counter(f"{r['target']}: {f.split(':')[0]}" for r in results for f in r["faults"])
+    if told:
+        lines += ["", "Faults, and how many kernels have them:", ""]
+        lines += [f"- {fault}: {count}" for fault, count in told.most_common(12)]
+    return "\n".join(lines) + "\n"
+
+
+def stale() -> list[str]:
+    """Pages that are missing, or not of today's kernels."""
+    found, today = [], fingerprint()
+    for version in VERSIONS:
+        path = PAGES / f"triton-{version}.md"
+        if not path.exists():
+            found.append(f"{path.name} is missing: run `make aot`")
+        elif f"\nKernels: {today}\n" not in path.read_text():
+            found.append(f"{path.name} is not of today's kernels ({today}): run `make aot`")
+    return found
+
+
+# The plan's own estimate beside times from elsewhere, of all candidates for the layers of NAMED.
+
+Candidate = tuple[Named, str, Plan]
+
+
+def every_candidate(device: Device) -> list[Candidate]:
+    """Layer, pass and plan, as it is placed on the device."""
+    return [
+        (layer, which, fitting[0])
+        for layer in NAMED
+        for which in PASSES
+        for plan in candidates(
+            REGISTRY[layer.cell], which, DTYPES[layer.dtype], layer.H, device, "tf32"
+        )
+        if (fitting := placed(plan, layer.H, 1, layer.B, device)) is not None
+    ]
+
+
+def predicted_us(layer: Named, which: str, plan: Plan) -> float:
+    """Of a step of the whole batch, by the meter."""
+    job = Job(MADE_FOR, layer.cell, which, "gates", layer.dtype, "tf32", layer.H, plan, plain=True)
+    return compile_and_read(job, layer.B, load_parameters())[1].predicted_us
+
+
+def rank(timed: Iterable[tuple[Candidate, float | str]], device: Device) -> list[str]:
+    """Lines of Markdown: how well the estimate orders the candidates.
+
+    Args:
+        timed: candidates with microseconds of a step, or why there are none.
+    """
+    lines = ["| layer | pass | plan | estimated clocks | us |", "|---|---|---|---|---|"]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for (layer, which, plan), us in timed:
+        item = ITEM_SIZE[DTYPES[layer.dtype]]
+        _, launches, programs = placed(plan, layer.H, 1, layer.B, device)
+        clocks = launches * cycles(
+            plan, REGISTRY[layer.cell], which, item, layer.H, "tf32" if item == 4 else "16-bit",
+            programs, device,
+        )  # fmt: skip
+        shown = us if isinstance(us, str) else f"{us:.2f}"
+        at = f"{plan.schedule} {plan.block_h}/{plan.split_k}"
+        lines.append(f"| {layer.name} | {which} | {at} | {clocks:.0f} | {shown} |")
+        if not isinstance(us, str):
+            found.setdefault((layer.name, which), []).append((clocks, us))
+    both = np.array([pair for group in found.values() for pair in group])
+    if len(both) < 3:
+        return lines
+    ranks = [np.argsort(np.argsort(column)) for column in both.T]
+    each, offset = np.polyfit(*both.T, 1)
+    losses = [min(group)[1] / min(us for _, us in group) - 1 for group in found.values()]
+    return [
+        f"Rank correlation {np.corrcoef(*ranks)[0, 1]:.3f} over {len(both)} candidates. The chosen "
+        f"plan is slower than the fastest candidate by {100 * np.mean(losses):.0f} % on average, "
+        f"by {100 * max(losses):.0f} % at most. Microseconds = {offset:.3f} + {1e3 * each:.3f} for "
+        "every 1,000 estimated clocks.", "", *lines,
+    ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.aot", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--check", action="store_true", help="compile nothing, check the pages")
+    parser.add_argument("--ranking", action="store_true", help="compile all candidates instead")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if options.check:
+        old = stale()
+        print("\n".join(old) or "the pages are of today's kernels")
+        return 1 if old else 0
+    require_compiler()
+    if options.ranking:
+        every = every_candidate(TARGETS[MADE_FOR])
+        with ProcessPoolExecutor(options.workers) as pool:
+            timed = zip(every, pool.map(predicted_us, *zip(*every, strict=True)), strict=True)
+            print("\n".join(rank(timed, TARGETS[MADE_FOR])))
+        return 0
+    now = f"{fingerprint()} {tool_fingerprint()}"
+    wanted = {f"{job.key()} B={B} {now}": (job, B) for job, B in jobs()}
+    path = ROOT / "out" / "aot" / f"triton-{triton.__version__}.json"
+    results = compile_all(wanted, path, options.workers)
+    failed = len(wanted) - len(results)
+    faulty = sum(bool(r["faults"]) for r in results.values())
+    print(f"{len(results)} results in {path}, {failed} failed to compile, {faulty} with faults")
+    if not failed:
+        file = PAGES / f"triton-{triton.__version__}.md"
+        file.write_text(page([results[key] for key in wanted], triton.__version__))
+        print(f"wrote {file}")
+    return 1 if failed or faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

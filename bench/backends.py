@@ -1,27 +1,180 @@
-"""Everyone who can compute a shape: fusedrnn's backends, torch.nn, and other projects.
+"""What a shape is made concrete as, and everyone who can compute it: fusedrnn's backends, torch.nn,
+and other projects.
 
-A backend here is a function `build(problem, which, device) -> Runner`; `Runner.run(i)` computes
-input set i once. All do equal work: the input product included, gradients for the input and for
-every parameter, none of them accumulated. `refuses(name, shape, device)` says why one is left
-out.
+A `Problem` has weights, several sets of inputs, and the answer in float64. A backend is a function
+`build(name, problem, which, device) -> Runner`; `Runner.run(i)` computes input set i once. All do
+equal work: the input product included, gradients for the input and for every parameter, none of
+them accumulated. `refuses(name, shape, device)` says why one is left out.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from bench.device import Device
-from bench.problem import Problem, as_hx, flatten, grad_names, state_names
-from bench.shapes import Shape
-from fusedrnn import cells, dispatch, modules
+from bench.shapes import Shape, length_list
+from bench.timing import Device
+from fusedrnn import cells, dispatch, explain, modules
 from fusedrnn.call import Call, Spec, split_weights
 from fusedrnn.replace import OURS
+
+TORCH_DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16,
+    "fp32-tf32": torch.float32, "fp32-exact": torch.float32,
+}  # fmt: skip
+CLASSES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+
+
+def set_precision(dtype: str) -> None:
+    """tf32 or full float32, for the recurrent kernels and for matrix products alike."""
+    precision = "tf32" if dtype == "fp32-tf32" else "ieee"
+    torch.backends.cudnn.rnn.fp32_precision = precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+class Inputs(NamedTuple):
+    """One set of inputs of a shape, and the gradients that come back."""
+
+    input: Tensor | PackedSequence  # [T, B, I]; requires grad
+    leaf: Tensor  # the tensor inside `input`
+    hx: tuple[Tensor, ...] | None
+    reset: Tensor | None  # [T, B] bool
+    cotangents: tuple[Tensor, ...]  # of output, h_n (and c_n)
+
+
+class Problem:
+    """Everything about a shape that all backends share.
+
+    Args:
+        sets: how many sets of inputs to rotate through.
+        gradients: whether the answer has them; they cost a backward pass in float64.
+    """
+
+    def __init__(
+        self, shape: Shape, device: torch.device | str, sets: int = 3, gradients: bool = True
+    ):
+        self.shape = shape
+        self.device = torch.device(device)
+        self.dtype = TORCH_DTYPES[shape.dtype]
+        self.gradients = gradients
+        self.weights = self._draw_weights(torch.Generator().manual_seed(0))
+        # Drawn where they are needed: hundreds of millions of numbers take a CPU seconds.
+        generator = torch.Generator(self.device).manual_seed(0)
+        self.inputs = [self._draw(generator, n) for n in range(sets)]
+        self._answer: dict[str, Tensor] | None = None
+
+    def module(self, classes: dict[str, type], **options) -> nn.Module:
+        """An LSTM, GRU or RNN out of `classes`, holding this problem's weights."""
+        shape = self.shape
+        if shape.cell.startswith("rnn_"):
+            options["nonlinearity"] = shape.cell.removeprefix("rnn_")
+        with torch.random.fork_rng(devices=[]):
+            module = classes[CLASSES[shape.cell]](
+                shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional, **options
+            )
+        module.load_state_dict(self.weights)
+        return module.to(self.device, self.dtype)
+
+    def answer(self) -> dict[str, Tensor]:
+        """Set 0 in float64: outputs and final states, and the gradients; computed once.
+
+        torch.nn computes it, which shares nothing with fusedrnn; only resets, which torch.nn
+        does not have, come from our reference loop.
+        """
+        if self._answer is not None:
+            return self._answer
+        kinds = OURS if self.shape.resets else modules.TORCH_CLASSES
+        module = self.module(kinds)
+        if self.shape.resets:
+            module.backend = "reference"
+        # Weights and inputs as the backends get them: rounding those is not the backend's error.
+        module = module.double()
+        given = self.inputs[0]
+        leaf = given.leaf.detach().double().requires_grad_()
+        input = given.input._replace(data=leaf) if isinstance(given.input, PackedSequence) else leaf
+        hx = None if given.hx is None else tuple(h.double() for h in given.hx)
+        extra = {} if given.reset is None else {"reset": given.reset}
+        results = flatten(module(input, as_hx(hx), **extra))
+        answer = dict(zip(state_names(self.shape), results, strict=True))
+        if self.gradients:
+            names = [name for name, _ in module.named_parameters()]
+            wanted = [leaf, *module.parameters()]
+            cotangents = [c.double() for c in given.cotangents]
+            gradients = torch.autograd.grad(results, wanted, cotangents)
+            answer |= dict(zip(grad_names(names), gradients, strict=True))
+        self._answer = {name: t.detach() for name, t in answer.items()}
+        return self._answer
+
+    def _draw_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
+        shape = self.shape
+        kind = modules.TORCH_CLASSES[CLASSES[shape.cell]]
+        module = kind(
+            shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional, device="meta"
+        )
+        bound = shape.H**-0.5
+        return {
+            name: torch.empty(w.shape).uniform_(-bound, bound, generator=generator)
+            for name, w in module.state_dict().items()
+        }
+
+    def _draw(self, generator: torch.Generator, n: int) -> Inputs:
+        shape, device, dtype = self.shape, self.device, self.dtype
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+        input: Tensor | PackedSequence
+        leaf = normal(shape.T, shape.B, shape.I)
+        rows: tuple[int, ...] = (shape.T, shape.B)
+        if shape.lengths:
+            # The same in every set: a low quantile would be that of the set with the fewest steps.
+            lengths = torch.tensor(length_list(shape.lengths, shape.T, shape.B))
+            packed = pack_padded_sequence(leaf, lengths)
+            leaf = packed.data.clone().requires_grad_()
+            input = packed._replace(data=leaf)
+            rows = (leaf.shape[0],)
+        else:
+            input = leaf.requires_grad_()
+        D, states = shape.directions, 2 if shape.cell == "lstm" else 1
+        state = (shape.layers * D, shape.B, shape.H)
+        cotangents = (normal(*rows, D * shape.H), *(normal(*state) for _ in range(states)))
+        # One step at a time, a state is carried from call to call.
+        hx = tuple(normal(*state) for _ in range(states)) if shape.T == 1 else None
+        reset = None
+        if shape.resets:  # episodes of about 50 steps
+            chance = random.Random(n)
+            flags = [[chance.random() < 0.02 for _ in range(shape.B)] for _ in range(shape.T)]
+            reset = torch.tensor(flags, device=device)
+        return Inputs(input, leaf, hx, reset, cotangents)
+
+
+def as_hx(states: tuple[Tensor, ...] | None):
+    """States as torch.nn's modules take them."""
+    return states[0] if states is not None and len(states) == 1 else states
+
+
+def flatten(result) -> tuple[Tensor, ...]:
+    """(output, final state) of a module as a flat tuple of tensors."""
+    output, final = result
+    data = output.data if isinstance(output, PackedSequence) else output
+    return (data, *final) if isinstance(final, tuple) else (data, final)
+
+
+def state_names(shape: Shape) -> tuple[str, ...]:
+    return ("output", "h_n", "c_n") if shape.cell == "lstm" else ("output", "h_n")
+
+
+def grad_names(parameters: list[str]) -> list[str]:
+    return ["d_input", *(f"d_{name}" for name in parameters)]
+
 
 WHAT = {
     "torch_nn": "torch.nn's module as it is: cuDNN on a GPU, oneDNN or native code on a CPU. On a "
@@ -39,11 +192,7 @@ WHAT = {
     "flashrnn_alternating": "FlashRNN's alternating CUDA kernels, with the input product added",
     "haste": "haste",
 }
-GRAPHED = {
-    "torch_nn_graph": "torch_nn",
-    "triton_graph": "triton",
-    "reference_graph": "reference",
-}
+GRAPHED = {"torch_nn_graph": "torch_nn", "triton_graph": "triton", "reference_graph": "reference"}
 # A time loop of this many steps or more is not worth capturing or compiling: minutes, gigabytes.
 LONGEST_LOOP = 1024
 
@@ -70,28 +219,36 @@ def refuses(name: str, shape: Shape, device: Device) -> str | None:
         return "the captured loop is measured for padded input in one direction"
     if name.startswith("reference_") and shape.T * shape.layers > LONGEST_LOOP:
         return f"a loop of more than {LONGEST_LOOP} steps takes minutes to capture"
-    if name == "reference_compile" and not device.compiles:
-        return "torch.compile is switched off for this run"
-    if name.startswith("triton"):
-        return dispatch.REFUSES["triton"](_call(shape, device))
-    if name == "aten":
-        return dispatch.REFUSES["aten"](_call(shape, device))
-    if name.startswith("flashrnn"):
-        return _flashrnn_refuses(name, shape, device)
-    if name == "haste":
-        return _haste_refuses(shape, device)
+    if name == "aten" or name.startswith("triton"):
+        spec = Spec(shape.cell, shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional)
+        call = Call(
+            spec, device.torch, TORCH_DTYPES[shape.dtype], shape.T, shape.B,
+            packed=bool(shape.lengths), reset=shape.resets,
+            loop_features=("reset",) if shape.resets else (),
+        )  # fmt: skip
+        return dispatch.REFUSES["aten" if name == "aten" else "triton"](call)
+    return _external_refuses(name, shape, device) if name in EXTERNAL else None
+
+
+# Package, cells and dtypes of what others have; each is for one plain layer on a GPU.
+EXTERNAL = {
+    "flashrnn": ("flashrnn", ("lstm", "rnn_tanh"), ("bf16", "fp16")),
+    "flashrnn_alternating": ("flashrnn", CLASSES, TORCH_DTYPES),
+    "haste": ("haste_pytorch", ("lstm", "gru"), ("fp32-tf32", "fp32-exact")),
+}
+
+
+def _external_refuses(name: str, shape: Shape, device: Device) -> str | None:
+    package, names, dtypes = EXTERNAL[name]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if device.torch.type != "cuda":
+        return f"{package} needs a CUDA device"
+    if shape.cell not in names or shape.dtype not in dtypes:
+        return f"it is for {', '.join(names)} in {', '.join(dtypes)}"
+    if shape.layers > 1 or shape.bidirectional or shape.lengths or shape.resets or shape.T == 1:
+        return "one padded layer in one direction, from a zero state, is all it has"
     return None
-
-
-def _call(shape: Shape, device: Device) -> Call:
-    from bench.problem import TORCH_DTYPES
-
-    spec = Spec(shape.cell, shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional)
-    return Call(
-        spec, device.torch, TORCH_DTYPES[shape.dtype], shape.T, shape.B,
-        packed=bool(shape.lengths), reset=shape.resets,
-        loop_features=("reset",) if shape.resets else (),
-    )  # fmt: skip
 
 
 def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
@@ -109,7 +266,7 @@ def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
         fused = "cuda_fused" if name == "flashrnn" else "cuda"
         return _runner(FlashRNN(problem, fused), problem, which, named=False)
     if name == "haste":
-        return _runner(_haste_module(problem), problem, which, named=False)
+        return _runner(Haste(problem), problem, which, named=False)
     module = problem.module(OURS)
     forced, _, option = name.partition("_")
     if forced != "auto":
@@ -121,15 +278,8 @@ def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
     if forced == "auto":
         given = problem.inputs[0]
         with torch.set_grad_enabled(which != "inference"):
-            runner.ran_on = modules_explain(module, given)
+            runner.ran_on = explain(module, given.input, as_hx(given.hx), reset=given.reset).backend
     return runner
-
-
-def modules_explain(module: nn.Module, given) -> str:
-    """The backend that `auto` takes for a set of inputs."""
-    from fusedrnn import explain
-
-    return explain(module, given.input, as_hx(given.hx), reset=given.reset).backend
 
 
 def _runner(module: nn.Module, problem: Problem, which: str, named: bool = True) -> Runner:
@@ -240,24 +390,6 @@ class CompiledLoop(nn.Module):
         return input, as_hx(tuple(torch.stack(parts) for parts in zip(*finals, strict=True)))
 
 
-def _one_plain_layer(shape: Shape) -> str | None:
-    if shape.layers > 1 or shape.bidirectional or shape.lengths or shape.resets or shape.T == 1:
-        return "one padded layer in one direction, from a zero state, is all it has"
-    return None
-
-
-def _flashrnn_refuses(name: str, shape: Shape, device: Device) -> str | None:
-    if importlib.util.find_spec("flashrnn") is None:
-        return "flashrnn is not installed"
-    if device.torch.type != "cuda":
-        return "flashrnn needs a CUDA device"
-    if shape.dtype.startswith("fp32") and name == "flashrnn":
-        return "flashrnn's fused kernel is for 16-bit types"
-    if shape.cell == "gru" and name == "flashrnn":
-        return "flashrnn has no fused GRU"
-    return _one_plain_layer(shape)
-
-
 class FlashRNN(nn.Module):
     """flashrnn's function as a module with one head, and a linear layer before it.
 
@@ -299,34 +431,18 @@ class FlashRNN(nn.Module):
         return output, as_hx(final)
 
 
-def _haste_refuses(shape: Shape, device: Device) -> str | None:
-    if importlib.util.find_spec("haste_pytorch") is None:
-        return "haste_pytorch is not installed"
-    if device.torch.type != "cuda":
-        return "haste needs a CUDA device"
-    if not shape.dtype.startswith("fp32"):
-        return "haste computes float32 and float64"
-    if shape.cell not in ("lstm", "gru"):
-        return "haste has no plain RNN"
-    return _one_plain_layer(shape)
-
-
 class Haste(nn.Module):
     """haste's layer; it takes torch.nn's weights itself, and has no state argument to pass on."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, problem: Problem):
         super().__init__()
-        self.layer = layer
+        import haste_pytorch  # pyright: ignore[reportMissingImports]
+
+        shape, w = problem.shape, problem.weights
+        self.layer = getattr(haste_pytorch, shape.cell.upper())(shape.I, shape.H)
+        self.layer.to(problem.device)
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        self.layer.from_native_weights(*(w[n].to(problem.device) for n in names))
 
     def forward(self, input, hx=None):
         return self.layer(input)
-
-
-def _haste_module(problem: Problem) -> nn.Module:
-    import haste_pytorch  # pyright: ignore[reportMissingImports]
-
-    shape = problem.shape
-    layer = getattr(haste_pytorch, shape.cell.upper())(shape.I, shape.H).to(problem.device)
-    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    layer.from_native_weights(*(problem.weights[n].to(problem.device) for n in names))
-    return Haste(layer)

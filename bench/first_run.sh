@@ -53,7 +53,7 @@ step layers 210 "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} \
   tests/gpu/test_layers_on_device.py tests/gpu/test_beyond_on_device.py
 step launches 80 "$python" -m pytest -q -m gpu -k "not sanitizer" tests/gpu/test_launches.py
 # Both write one results file: under bench/results/<gpu>/ the meter and the report find it.
-step limits 60 "$python" -m bench.limits --out "$out/limits.json"
-step calibrate 90 "$python" -m bench.calibrate --budget 75 --out "$out/limits.json"
+step limits 60 "$python" -m bench.floor --out "$out/limits.json"
+step calibrate 90 "$python" -m bench.floor --out "$out/limits.json" --calibrate 75
 step sanitizers 60 "$python" -m pytest -q -m gpu -k sanitizer tests/gpu/test_launches.py
 exit $failed

@@ -3,17 +3,24 @@
     python -m bench.run --budget 540                 what this machine's plan begins with
     python -m bench.run --quick                      a CPU's two minutes, as its one thread's time
     python -m bench.run --resume FILE --budget 540   goes on where FILE stopped
-    python -m bench.run --only 'gru bf16' --tiers planes --backends torch_nn,auto
+    python -m bench.run --only 'planes gru bf16' --backends torch_nn,auto
 
 The file is rewritten (atomically) every few seconds and at the end, also on Ctrl-C and SIGTERM:
 a run that is cut off leaves what it has. Points come in the order of `bench.shapes`.
+
+bench/README.md says what is in a results file.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import gc
+import itertools
+import json
+import math
+import multiprocessing
 import os
 import re
 import signal
@@ -26,16 +33,305 @@ from pathlib import Path
 
 import torch
 
-from bench import limits as limits_module
-from bench import noise, shapes
-from bench import results as results_module
-from bench.device import Device, pick_device
-from bench.limits import Limits, call_floor
-from bench.measure import BrokenDevice, Effort, measure
-from bench.precompile import precompile
-from bench.shapes import PASSES, Point
+from bench import backends, shapes, timing
+from bench.backends import Problem, Runner, set_precision
+from bench.shapes import Point, of_row
+from bench.timing import ROOT, Device, Effort, is_sticky, pick_device, round_to, statistics_of
 
+SCHEMA = 2
+FOLDER = ROOT / "bench" / "results"
 SAVE_EVERY = 5.0  # seconds
+
+# The norm of the error over the norm of the answer, per tensor. torch.nn, which sets the scale
+# for the others, must stay within ABSOLUTE; whoever else within twice torch.nn's own error, or
+# within FLOOR (a few roundings of the stored states) where torch.nn happens to be closer. tf32
+# keeps ten bits; a product of two operands that a kernel cut off instead of rounding is off by up
+# to two units of 2^-10, and torch.nn's kernels may round.
+ABSOLUTE = {"fp32-exact": 1e-4, "fp32-tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
+FLOOR = {"fp32-exact": 1e-5, "fp32-tf32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2}
+# Calls that take longer are not called a dozen times more to see how long the host is busy.
+SLOW_MS = 20.0
+
+# Of every row, besides the shape, the pass and the backend.
+TIMES = (
+    "ms", "ms_p50", "ms_p90", "calls", "ms_torch_nn", "ratio", "ratio_low", "ratio_high",
+    "overhead_us", "overhead_us_low", "overhead_us_high", "host_us",
+)  # fmt: skip
+FIELDS = ("ran_on", *TIMES, "first_call_s", "peak_bytes", "deviation", "deviation_limit", "error")
+
+
+# Results files.
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def default_path(environment: dict) -> Path:
+    date = re.sub(r"[^0-9]", "", environment["date"][:16])
+    return FOLDER / slug(environment["device"]) / f"{date}-{environment['commit']}.json"
+
+
+def begin(device: Device, before: dict | None = None) -> dict:
+    """A file of this machine without rows yet, or `before`, to be extended.
+
+    Raises:
+        ValueError: `before` was measured elsewhere, or on other code.
+    """
+    environment = device.environment()
+    if before is None:
+        return {
+            "schema": SCHEMA, "environment": environment, "conditions": {"clock": device.clock},
+            "limits": None, "left_out": {}, "stopped": "",
+            "points": {"planned": 0, "measured": 0}, "rows": [],
+        }  # fmt: skip
+    for name in ("device", "commit", "torch", "triton"):
+        ours, theirs = environment.get(name), before["environment"].get(name)
+        if ours != theirs:
+            raise ValueError(f"the file is of another {name}: {theirs}, here {ours}")
+    return before
+
+
+def row_key(row: dict) -> tuple[str, str, str]:
+    """What a row measured: shape, pass, backend."""
+    return of_row(row).key, row["pass"], row["backend"]
+
+
+def save(results: dict, path: Path) -> None:
+    """JSON with one line per row. Writes beside the file and renames: a reader, or a kill, never
+    meets half a file."""
+    head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1, allow_nan=False)
+    rows = ",\n".join("  " + json.dumps(r, allow_nan=False) for r in results["rows"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+    os.replace(beside, path)
+
+
+def load(path: str | Path) -> dict:
+    """Reads a results file.
+
+    Raises:
+        ValueError: it is none, or of another schema.
+    """
+    try:
+        results = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a results file: {error}") from error
+    if results.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: expected schema {SCHEMA}, got {results.get('schema')!r}")
+    for n, row in enumerate(results["rows"]):
+        missing = {"cell", "pass", "backend", *FIELDS} - set(row)
+        if missing or (row["ms"] is None) != bool(row["error"]):
+            why = (
+                f"lacks {sorted(missing)}" if missing else "needs a time or an error, and not both"
+            )
+            raise ValueError(f"{path}: row {n} {why}")
+    return results
+
+
+def load_folder(folder: Path = FOLDER) -> dict[str, list[dict]]:
+    """All results files, by device, oldest first."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        results = load(path)
+        results["path"] = f"{path.parent.name}/{path.name}"
+        found.setdefault(results["environment"]["device"], []).append(results)
+    for runs in found.values():
+        runs.sort(key=lambda r: (r["environment"]["date"], r["path"]))
+    return found
+
+
+def newest_rows(runs: list[dict]) -> list[dict]:
+    """One row for every shape, pass and backend: the newest, so that reruns replace.
+
+    A ratio compares rows of one run, so all backends of a shape and pass come from the same one.
+    """
+    merged: dict[tuple[str, str], dict[str, dict]] = {}
+    for run in runs:
+        fresh: dict[tuple[str, str], dict[str, dict]] = {}
+        for row in run["rows"]:
+            key, which, backend = row_key(row)
+            fresh.setdefault((key, which), {})[backend] = row
+        merged |= fresh
+    return [row for rows in merged.values() for row in rows.values()]
+
+
+# One point: gate everyone against float64, then time whoever passed, taking turns.
+
+
+def deviation(runner: Runner, results, answer: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative error over the tensors, and which one has it; inf where NaN."""
+    worst, where = -1.0, ""
+    for name, result in zip(runner.names, results, strict=False):
+        exact = answer[name]
+        if result.shape != exact.shape:
+            return math.inf, f"{name} has shape {tuple(result.shape)}, not {tuple(exact.shape)}"
+        error = (result.double() - exact).norm().item() / (exact.norm().item() or 1.0)
+        error = math.inf if math.isnan(error) else error
+        if error > worst:
+            worst, where = error, name
+    return worst, where
+
+
+def limit(dtype: str, torch_nn: float | None) -> float:
+    """The error that a backend may have, given torch.nn's (None: for torch.nn itself)."""
+    return ABSOLUTE[dtype] if torch_nn is None else max(2 * torch_nn, FLOOR[dtype])
+
+
+class BrokenDevice(RuntimeError):
+    """Nothing more can be measured in this process (an illegal access, say): why, and the rows of
+    the point at which it broke."""
+
+
+def measure(
+    point: Point, which: str, device: Device, effort: Effort, problems: dict[str, Problem]
+) -> tuple[list[dict], dict[str, str]]:
+    """The rows of a point in one pass, and why backends were left out.
+
+    A row whose result is wrong, or that failed, has an `error` and no time.
+
+    Args:
+        problems: keeps the point's problem from pass to pass: inputs are drawn, and the answer in
+            float64 computed, once.
+    Raises:
+        BrokenDevice: the device cannot go on.
+    """
+    shape = point.shape
+    left_out, rows, runners = {}, {}, {}
+
+    def failed(name: str, failure: Exception) -> None:
+        why = describe(failure)
+        rows[name] |= {**dict.fromkeys(TIMES), "error": why}
+        if is_sticky(failure):
+            for row in rows.values():
+                row["error"] = row["error"] or (why if row["ms"] is None else None)
+            raise BrokenDevice(why, list(rows.values())) from failure
+
+    set_precision(shape.dtype)
+    torch_nn_error = None
+    for name in ("torch_nn", *(n for n in point.backends if n != "torch_nn")):
+        why = backends.refuses(name, shape, device)
+        if name == "triton" and "auto" in runners and runners["auto"].ran_on == "triton":
+            why = why or "auto takes it already"
+        if name == "reference_compile" and which == "forward":
+            why = "its forward pass is timed in training and in inference; compiling takes long"
+        if why is not None:
+            left_out[name] = why
+            continue
+        rows[name] = row = {
+            **shape.fields(), "tier": point.tier, "pass": which, "backend": name,
+            **dict.fromkeys(FIELDS),
+        }  # fmt: skip
+        try:
+            if shape.key not in problems:
+                problems[shape.key] = Problem(
+                    shape, device.torch, effort.sets, gradients="training" in point.passes
+                )
+            problem = problems[shape.key]
+            start = time.perf_counter()
+            runner = backends.build(name, problem, which, device)
+            results = runner.run(0)
+            device.synchronize()
+            row["first_call_s"] = round(time.perf_counter() - start, 4)
+            row["ran_on"] = runner.ran_on or name
+            if runner.ran_on == "triton":  # else the next launch would raise this one's time-out
+                from fusedrnn import kernels
+
+                kernels.check(device.torch)
+            error, where = deviation(runner, results, problem.answer())
+            del results
+        except Exception as failure:
+            failed(name, failure)
+            continue
+        allowed = limit(shape.dtype, torch_nn_error)
+        row["deviation"], row["deviation_limit"] = round_to(error, 3), round_to(allowed, 3)
+        if name == "torch_nn":
+            torch_nn_error = min(error, ABSOLUTE[shape.dtype])
+        if error > allowed:
+            row["error"] = f"wrong: {where} is off by {error:.2e}, allowed {allowed:.2e}"
+            continue
+        runners[name] = runner
+    runs = {name: runner.run for name, runner in runners.items()}
+    samples, calls = timing.take_turns(runs, device, effort, failed)
+    for name, times in samples.items():
+        rows[name] |= {**statistics_of(times), "calls": calls[name]}
+        if "torch_nn" in samples:
+            rows[name]["ms_torch_nn"] = statistics_of(samples["torch_nn"])["ms"]
+            rows[name] |= timing.against(samples["torch_nn"], times)
+    for name in samples:
+        row, runner = rows[name], runners[name]
+        sets = [lambda r=runner, i=i: r.run(i) for i in range(effort.sets)]
+        try:
+            host = device.host_seconds(sets * (4 if row["ms"] < SLOW_MS else 1))
+            row["host_us"] = None if host is None else round(host * 1e6, 1)
+            if runner.memory_counts:
+                row["peak_bytes"] = device.peak_bytes(sets[0])
+        except Exception as failure:
+            failed(name, failure)
+    return list(rows.values()), left_out
+
+
+def describe(failure: Exception) -> str:
+    if isinstance(failure, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0][:200] if lines else ''}"
+
+
+# The kernels that a plan will launch, compiled in many processes before anything is timed: one
+# takes one to two seconds, and a plan needs hundreds. T is no part of a kernel, nor the width of
+# the input or the number of layers, so a call of two steps of a single layer leaves in Triton's
+# cache what longer ones need.
+
+
+def first_calls(points: list[Point], most: int = 400) -> list[Point]:
+    """The different layers of `points`, in their order, `most` of them."""
+    found: dict[tuple, Point] = {}
+    for point in points:
+        names = ("triton", "triton_states")
+        wanted = tuple(n for n in names if {n, n.replace("triton", "auto")} & {*point.backends})
+        shape = replace(point.shape, T=2, I=16, layers=1, name="")
+        if wanted:
+            key = (replace(shape, lengths="text" if shape.lengths else ""), wanted, point.passes)
+            found.setdefault(key, replace(point, shape=shape, backends=wanted))
+    return list(found.values())[:most]
+
+
+def first_call(point: Point, device_type: str = "cuda") -> str:
+    """Calls a layer in all its passes; returns what went wrong."""
+    try:
+        device = pick_device(device_type)
+        set_precision(point.shape.dtype)
+        problem = Problem(point.shape, device.torch, sets=1, gradients=False)
+        for name, which in itertools.product(point.backends, point.passes):
+            if not backends.refuses(name, point.shape, device):
+                backends.build(name, problem, which, device).run(0)
+        device.synchronize()
+    except Exception as failure:  # the run will meet it again, and record it in its row
+        return f"{point.shape.key}: {describe(failure)}"
+    return ""
+
+
+def ahead(function: Callable, items: list, seconds: float) -> dict:
+    """Applies what fills Triton's cache, and returns what went wrong or "", in many processes for
+    up to `seconds`. Returns items done of those planned, and seconds of all."""
+    start, done = time.monotonic(), 0
+    # Each has a CUDA context of half a gigabyte or so; one core is left for the rest.
+    workers = min(max((os.cpu_count() or 2) - 1, 1), 16)
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        results = pool.imap_unordered(function, items)
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            for _ in items:
+                failure = results.next(max(start + seconds - time.monotonic(), 0.01))
+                done += not failure
+                if failure:
+                    print(f"compiling ahead: {failure}", flush=True)
+    return {"done": done, "planned": len(items), "seconds": round(time.monotonic() - start, 1)}
+
+
+# A run.
 
 
 def run(
@@ -45,46 +341,30 @@ def run(
     path: Path,
     budget: float,
     effort: Effort = Effort(),  # noqa: B008
-    limits: Limits | None = None,
     before: dict | None = None,
+    precompiled: dict | None = None,
     now: Callable[[], float] = time.monotonic,
     show: Callable[[str], None] = print,
     progress: Callable[[Iterable], Iterable] = lambda points: points,
-    precompiled: dict | None = None,
 ) -> dict:
     """Measures `points` in order until `budget` seconds have passed; returns what it wrote.
 
     Args:
-        points: what to measure; passes that `before` has are skipped.
-        path: the results file.
-        limits: of the machine, for the floors.
-        before: the results of an earlier run to go on with.
+        before: an earlier run to go on with; passes that it has are skipped.
+        precompiled: what `ahead` returned; without it each first call compiles.
         now, show, progress: the clock of the budget, where lines go, a progress bar.
-        precompiled: what `precompile` returned; without it each first call compiles.
     """
     start = last_saved = now()
-    results = {
-        "schema": results_module.SCHEMA,
-        "environment": device.environment(),
+    results = begin(device, before)
+    results |= {
         "conditions": {
-            "effort": asdict(effort),
-            "cache": device.cache,
-            "clock": device.clock,
-            "order": "backends alternate call by call, in random order",
-            "stretches": noise.STRETCHES,
-            "budget_s": budget,
+            "effort": asdict(effort), "clock": device.clock, "budget_s": budget,
             "precompiled": precompiled,
         },
-        "limits": None if limits is None else limits.as_dict(),
-        "left_out": {},
         "stopped": "not finished",
         "points": {"planned": len(points), "measured": 0},
-        "rows": [],
-    }
-    done: set[tuple[str, str]] = set()
-    if before is not None:
-        _go_on(results, before)
-        done = _measured(results["rows"])
+    }  # fmt: skip
+    done = {row_key(row)[:2] for row in results["rows"]}
     took = collections.deque(maxlen=10)  # seconds of the last points
     device.warm_up()
     try:
@@ -96,62 +376,30 @@ def run(
                 break
             problems = {}
             for which in point.passes:
-                if (point.shape.key, which) in done:
+                if (point.shape.key, which) in done or now() - start > budget:
                     continue
-                floor = None if limits is None else call_floor(point.shape, which, limits)
-                rows, left_out = measure(
-                    point, which, device, effort, None if floor is None else floor.seconds, problems
-                )
+                rows, left_out = measure(point, which, device, effort, problems)
                 results["rows"] += rows
                 for name, why in left_out.items():
                     line = f"{name}: {why}"
                     results["left_out"][line] = results["left_out"].get(line, 0) + 1
                 show(line_of(rows))
-                if now() - start > budget:
-                    break
             results["points"]["measured"] += 1
             took.append(now() - began)
             if now() - last_saved > SAVE_EVERY:
-                results_module.save(results, path)
+                save(results, path)
                 last_saved = now()
         else:
             results["stopped"] = ""
     except BrokenDevice as failure:
-        results["rows"] += failure.rows  # pyright: ignore[reportAttributeAccessIssue]
-        results["stopped"] = f"the device failed: {failure}; --resume goes on after this point"
+        why, rows = failure.args
+        results["rows"] += rows
+        results["stopped"] = f"the device failed: {why}; --resume goes on after this point"
     except KeyboardInterrupt:
         results["stopped"] = "interrupted"
     finally:
-        results_module.save(results, path)
+        save(results, path)
     return results
-
-
-def _measured(rows: list[dict]) -> set[tuple[str, str]]:
-    """Shape and pass of what has rows."""
-    return {results_module.row_key(row)[:2] for row in rows}
-
-
-def _not_done(points: list[Point], before: dict | None) -> list[Point]:
-    """The points of which an earlier run has not all passes."""
-    if before is None:
-        return points
-    done = _measured(before["rows"])
-    return [p for p in points if any((p.shape.key, which) not in done for which in p.passes)]
-
-
-def _go_on(results: dict, before: dict) -> None:
-    """Takes over the rows of `before`.
-
-    Raises:
-        ValueError: it was measured elsewhere, or on other code.
-    """
-    for name in ("device", "commit", "torch", "triton"):
-        ours, theirs = results["environment"].get(name), before["environment"].get(name)
-        if ours != theirs:
-            raise ValueError(f"cannot go on with a run of another {name}: {theirs}, here {ours}")
-    results["environment"]["date"] = before["environment"]["date"]
-    results["rows"] = list(before["rows"])
-    results["left_out"] = dict(before["left_out"])
 
 
 COLUMNS = "{:46} {:9} {:>11} {:>9}  {}"
@@ -165,54 +413,12 @@ def line_of(rows: list[dict]) -> str:
         name = row["backend"]
         if name == "torch_nn" and not row["error"] and len(rows) > 1:
             continue
-        what = (row["name"] or shapes.of_row(row).key) if not lines else ""
+        what = (row["name"] or of_row(row).key) if not lines else ""
         what += "" if name == "auto" else f" ({name})"
-        if row["error"]:
-            lines.append(COLUMNS.format(what, row["pass"], "-", "-", f"FAILED: {row['error']}"))
-            continue
         theirs, ms = ("-" if t is None else f"{t:.4g}" for t in (row["ms_torch_nn"], row["ms"]))
-        lines.append(COLUMNS.format(what, row["pass"], theirs, ms, noise.figure(row)))
+        said = f"FAILED: {row['error']}" if row["error"] else timing.figure(row)
+        lines.append(COLUMNS.format(what, row["pass"], theirs, ms, said))
     return "\n".join(lines)
-
-
-def select(
-    points: list[Point],
-    *,
-    only: str = "",
-    tiers: str = "",
-    backends: str = "",
-    passes: str = "",
-) -> list[Point]:
-    """The points of a plan that a command line asks for.
-
-    Raises:
-        ValueError: a tier or pass that does not exist.
-    """
-    wanted_tiers, wanted_passes = _listed(tiers), _listed(passes)
-    wanted_backends = _listed(backends)
-    known = {p.tier for p in points}
-    for name, values, allowed in (
-        ("tiers", wanted_tiers, known),
-        ("passes", wanted_passes, PASSES),
-    ):
-        unknown = set(values) - set(allowed)
-        if unknown:
-            raise ValueError(f"--{name}: {sorted(unknown)} not among {sorted(allowed)}")
-    chosen = []
-    for point in points:
-        if wanted_tiers and point.tier not in wanted_tiers:
-            continue
-        if only and not re.search(only, f"{point.shape.key} {point.shape.name}"):
-            continue
-        kept = tuple(p for p in point.passes if not wanted_passes or p in wanted_passes)
-        if kept:
-            names = tuple(wanted_backends) or point.backends
-            chosen.append(replace(point, passes=kept, backends=names))
-    return chosen
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -229,111 +435,64 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true",
         help="less time for each point; on a CPU, one thread's CPU time unless --threads is given",
     )  # fmt: skip
-    parser.add_argument("--only", default="", help="regular expression on a shape's key or name")
-    parser.add_argument("--tiers", default="", help="headline,sample,workloads,loops,planes,...")
+    parser.add_argument("--only", default="", help="regular expression on 'TIER KEY NAME'")
     parser.add_argument("--backends", default="", help="comma-separated, instead of the plan's")
-    parser.add_argument("--passes", default="", help="forward,training,inference")
-    parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads, by wall time (default: torch's)"
     )
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="time one thread's CPU time (on a busy machine)"
-    )
-    parser.add_argument("--compile", default="inductor", help='backend of torch.compile, or "no"')
-    parser.add_argument(
-        "--no-precompile", action="store_true", help="compile each kernel at its first call"
-    )
-    parser.add_argument("--no-limits", action="store_true", help="no floors")
-    parser.add_argument("--limits", type=Path, help="take the limits from this results file")
     options = parser.parse_args(arguments)
 
-    on_gpu = torch.cuda.is_available() if not options.device else options.device == "cuda"
-    options.cpu_time |= options.quick and not on_gpu and not options.threads
-    if options.threads or options.cpu_time:
-        torch.set_num_threads(options.threads or 1)
     # What was compiled before must not serve: first calls are measured.
     if "TRITON_CACHE_DIR" not in os.environ:
         os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="fusedrnn-bench-")
-    compiles = "" if options.compile == "no" else options.compile
+    cuda = torch.cuda.is_available() if not options.device else options.device == "cuda"
+    cpu_time = options.quick and not cuda and not options.threads
+    if options.threads or cpu_time or options.plan == "tiny":
+        torch.set_num_threads(options.threads or 1)
+    plan = options.plan or ("gpu" if cuda else "cpu")
+    points = {"cpu": shapes.cpu_plan, "gpu": shapes.gpu_plan, "tiny": shapes.tiny_plan}[plan]()
+    only, names = re.compile(options.only), tuple(filter(None, options.backends.split(",")))
+    points = [
+        replace(p, backends=names or p.backends) for p in points
+        if only.search(f"{p.tier} {p.shape.key} {p.shape.name}")
+    ]  # fmt: skip
     try:
-        device = pick_device(
-            options.device, compiles=compiles, cache=options.cache, cpu_time=options.cpu_time
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    cuda = device.torch.type == "cuda"
-    plans = {"cpu": shapes.cpu_plan, "gpu": shapes.gpu_plan, "tiny": shapes.tiny_plan}
-    points = plans[options.plan or ("gpu" if cuda else "cpu")]()
-    try:
-        points = select(
-            points, only=options.only, tiers=options.tiers, backends=options.backends,
-            passes=options.passes,
-        )  # fmt: skip
-        if not points:
-            raise ValueError("no point of the plan is asked for")
-        before = results_module.load(options.resume) if options.resume else None
+        compiles = "eager" if plan == "tiny" else "inductor"
+        device = pick_device(options.device, compiles=compiles, cpu_time=cpu_time)
+        before = load(options.resume) if options.resume else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
     budget = options.budget or (540.0 if cuda else 120.0)
-    started = time.monotonic()
-    if options.no_limits:
-        limits = None
-    elif options.limits:
-        limits = Limits.from_dict(results_module.load(options.limits)["limits"])
-    elif before is not None and before.get("limits"):
-        limits = Limits.from_dict(before["limits"])
-    elif cuda:
-        limits = limits_module.measure_apart(options.device)
-    else:
-        limits = limits_module.measure_limits(device, show=print)
-    precompiled = None
-    if cuda and not options.no_precompile:
-        from fusedrnn.kernels.launch import device_of
-
-        precompiled = precompile(
-            _not_done(points, before), device_of(device.torch), seconds=budget / 4
-        )
+    started, precompiled = time.monotonic(), None
+    if cuda:
+        done = {row_key(row)[:2] for row in before["rows"]} if before else set()
+        left = [p for p in points if any((p.shape.key, which) not in done for which in p.passes)]
+        precompiled = ahead(first_call, first_calls(left), budget / 4)
         print(f"compiled ahead: {precompiled}", flush=True)
     # What lives until the end is not looked through by every collection of garbage.
     gc.collect()
     gc.freeze()
-    if cuda:
+    if plan == "tiny":
+        effort = Effort(seconds=0.0, sets=1)
+    elif cuda:
         effort = Effort(seconds=0.12 if options.quick else 0.2)
     else:  # a CPU's clock drifts more, so more calls
         effort = Effort(seconds=0.6 if options.quick else 2.0, most=5000)
-    path = options.out or options.resume or results_module.default_path(device.environment())
+    path = options.out or options.resume or default_path(device.environment())
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    bar = _progress(len(points))
-    bar[0](HEAD)
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    print(HEAD, flush=True)
     results = run(
         points, device, path=path, budget=budget - (time.monotonic() - started), effort=effort,
-        limits=limits, before=before, show=bar[0], progress=bar[1], precompiled=precompiled,
+        before=before, show=lambda line: print(line, flush=True), precompiled=precompiled,
     )  # fmt: skip
-    failed = [row for row in results["rows"] if row["error"]]
-    measured = results["points"]["measured"]
+    measured, stopped = results["points"]["measured"], results["stopped"] or "at the end"
     print(f"\n{measured} of {len(points)} points, {len(results['rows'])} rows, in {path}")
-    if results["stopped"]:
-        print(f"stopped: {results['stopped']}")
-    for row in failed[:20]:
-        print(f"no time for {' / '.join(results_module.row_key(row))}: {row['error']}")
+    print(f"stopped: {stopped}")
     return 3 if results["stopped"].startswith("the device failed") else 0
-
-
-def _interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def _progress(total: int):
-    """Where lines go, and the loop's wrapper: tqdm's on a terminal, plain lines elsewhere."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is None or not sys.stderr.isatty():
-        return lambda line: print(line, flush=True), lambda points: points
-    return tqdm.write, lambda points: tqdm(points, total=total, unit="point")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ that a run cut off anywhere leaves an unbiased sample of it.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 
 PASSES = ("forward", "training", "inference")
 DTYPES = ("bf16", "fp16", "fp32-tf32", "fp32-exact")
@@ -22,6 +24,7 @@ B_GRID = (1, 8, 16, 32, 64, 128, 256)
 H_GRID = (64, 128, 256, 300, 512, 768, 1024)
 LAYERS_GRID = (1, 2, 4)
 SAMPLE = 200
+WORKLOADS = json.loads((Path(__file__).parent / "workloads.json").read_text())
 PLANE_T = 256  # the heat maps are planes H x B at this length
 
 
@@ -96,16 +99,9 @@ class Point:
 
 
 KERNELS = (
-    "torch_nn",
-    "auto",
-    "triton",
-    "triton_states",
-    "triton_graph",
-    "torch_nn_graph",
-    "flashrnn",
-    "flashrnn_alternating",
-    "haste",
-)
+    "torch_nn", "auto", "triton", "triton_states", "triton_graph", "torch_nn_graph",
+    "flashrnn", "flashrnn_alternating", "haste",
+)  # fmt: skip
 LOOPS = ("torch_nn", "auto", "reference", "reference_graph", "reference_compile")
 CLOSE = ("torch_nn", "auto", "triton", "triton_states", "torch_nn_graph")
 TWO = ("torch_nn", "auto", "triton")
@@ -142,24 +138,39 @@ def steps_in(shape: Shape) -> int:
     return sum(length_list(shape.lengths, shape.T, shape.B))
 
 
+def floor_ms(shape: Shape, which: str, limits: dict | None) -> float | None:
+    """What a call takes at least by a machine's `limits` (bench/floor.py): one launch, and the
+    longest of its matrix products at the full rate, of moving inputs, weights and outputs once,
+    and of its time steps, layer after layer, at a round trip each. A backward pass has twice the
+    products and as many steps; None where the rate of the dtype is not known."""
+    if not limits or shape.dtype not in limits["flops"]:
+        return None
+    D, G, H = shape.directions, shape.gates, shape.H
+    rows, passes = steps_in(shape), 2 if which == "training" else 1
+    width = shape.I + (shape.layers - 1) * D * H + shape.layers * H
+    flops = 2.0 * rows * D * G * H * width * (2 * passes - 1)
+    moved = passes * (4 if "fp32" in shape.dtype else 2)
+    moved *= rows * (shape.I + D * H) + D * G * H * (width + 2 * shape.layers)
+    bandwidth = limits["l2"] if moved <= limits["l2_bytes"] else limits["dram"]
+    loop = passes * shape.T * shape.layers * min(limits["roundtrip"].values(), default=0.0)
+    longest = max(flops / limits["flops"][shape.dtype], moved / bandwidth, loop)
+    return 1e3 * (limits["launch"] + longest)
+
+
 def hardest(dtype: str = "fp16") -> Shape:
     """The point where cuDNN is at its best."""
     return Shape("lstm", dtype, 1024, 16, 768, 768, name="hardest point")
 
 
-def headline() -> Iterator[Shape]:
+def headline() -> list[Shape]:
     """What the goals of the project are about, one shape each."""
-    yield hardest("fp16")
-    yield hardest("bf16")
-    yield Shape("gru", "bf16", 256, 32, 512, 512)
-    yield Shape("lstm", "bf16", 256, 32, 512, 512)
-    yield Shape("lstm", "bf16", 256, 32, 512, 512, bidirectional=True)
-    yield Shape("lstm", "bf16", 256, 32, 512, 512, layers=4)
-    yield Shape("lstm", "bf16", 256, 32, 512, 512, lengths="text")
-    yield Shape("lstm", "fp32-tf32", 256, 32, 512, 512)
-    yield Shape("gru", "fp16", 1024, 16, 768, 768)
-    yield Shape("gru", "fp32-tf32", 256, 16, 1024, 1024)
-    yield Shape("lstm", "fp32-exact", 256, 32, 512, 512)
+    base = GPU_BASE
+    return [
+        hardest("fp16"), hardest("bf16"), replace(base, cell="gru"), base,
+        replace(base, bidirectional=True), replace(base, layers=4), replace(base, lengths="text"),
+        replace(base, dtype="fp32-tf32"), Shape("gru", "fp16", 1024, 16, 768, 768),
+        Shape("gru", "fp32-tf32", 256, 16, 1024, 1024), replace(base, dtype="fp32-exact"),
+    ]  # fmt: skip
 
 
 def sample() -> list[Shape]:
@@ -173,70 +184,27 @@ def sample() -> list[Shape]:
     return shapes[:SAMPLE]
 
 
-def loops() -> Iterator[Shape]:
+def loops() -> list[Shape]:
     """Where the loops of plain operators are measured: they launch a dozen kernels a step."""
-    yield Shape("lstm", "bf16", 128, 32, 512, 512)
-    yield Shape("gru", "bf16", 128, 32, 512, 512)
+    return [replace(GPU_BASE, cell=cell, T=128) for cell in ("lstm", "gru")]
 
 
-def networks(dtype: str) -> Iterator[Shape]:
+def networks(dtype: str) -> list[Shape]:
     """Networks of the kinds that people run."""
-    yield Shape(
-        "lstm", dtype, 400, 16, 80, 768, 5, True, "speech", name="speech encoder, 5x768 both ways"
-    )
-    yield Shape("lstm", dtype, 128, 64, 512, 512, 3, name="character LM, 3x512")
-    yield Shape("lstm", dtype, 96, 64, 7, 128, 2, name="time series, 2x128")
-    yield Shape("lstm", dtype, 128, 128, 256, 256, resets=True, name="RL rollout, 1x256, resets")
-    yield Shape("lstm", dtype, 64, 32, 100, 256, 2, True, "text", name="tagging BiLSTM, 2x256")
-    for cell in CELLS:
-        yield Shape(cell, dtype, 64, 64, 300, 300, 3, name=f"lecture exercise, {cell} 3x300")
-    yield Shape("lstm", dtype, 784, 128, 1, 128, name="MNIST pixel by pixel, 1x128")
-    yield Shape("lstm", dtype, 1, 1, 512, 512, name="decoding, one step")
+    return [Shape(dtype=dtype, **network) for network in WORKLOADS["networks"]]
 
 
 def workloads() -> list[Shape]:
     """Layers of real projects, in the dtype that each trains or runs in; where that is float32, as
     torch computes it by default, with tf32.
 
-    Sizes are those of the named file unless a comment says otherwise. Where layers alternate in
-    direction (bonito), each is a layer of one direction. Left out, because no cell here computes
-    them: dreamerv3 (GRU of 8 blocks with a norm of its gates) and dreamerv3-torch (GRU with a
-    layer norm of its gates); tirex (sLSTM, exponential gates, 4 heads); PufferLib 4 (MinGRU); the
-    factorised LSTM of dorado's hac v6.
+    Sizes are those of the file that `source` names, unless it says otherwise. Where layers
+    alternate in direction (bonito), each is a layer of one direction. Left out, because no cell
+    here computes them: dreamerv3 (GRU of 8 blocks with a norm of its gates) and dreamerv3-torch
+    (GRU with a layer norm of its gates); tirex (sLSTM, exponential gates, 4 heads); PufferLib 4
+    (MinGRU); the factorised LSTM of dorado's hac v6.
     """
-    fp32 = "fp32-tf32"
-    return [
-        # nanoporetech/bonito, bonito/models/configs/dna_r10.4.1@v4.3.toml: 5 layers, 10,000 samples
-        # a chunk, stride 6, batches of 96. That file is the sup model; that hac is the same network
-        # at H=384 is from nanoporetech/dorado, dorado/nn/LSTMStack.cpp. 1666 is the whole strides.
-        Shape("lstm", "fp16", 1666, 96, 384, 384, 5, name="bonito-hac"),
-        Shape("lstm", "fp16", 1666, 96, 1024, 1024, 5, name="bonito-sup"),
-        # PufferAI/PufferLib 3, pufferlib/config/default.ini and pufferlib/models.py: minibatches of
-        # 16,384 in segments of 64. The resets, and 4,096 agents a step, are assumptions.
-        Shape("lstm", fp32, 64, 256, 128, 128, resets=True, name="puffer, training"),
-        Shape("lstm", fp32, 1, 4096, 128, 128, name="puffer, one step"),
-        # alex-petrenko/sample-factory, sample_factory/cfg/cfg.py and model/core.py: GRU, 1,024 in
-        # segments of 32, cut at resets. An encoder of 512 outputs is an assumption.
-        Shape("gru", fp32, 32, 32, 512, 512, resets=True, name="sample-factory"),
-        # facebookresearch/demucs, demucs/demucs.py (BLSTM, DConv): segments of 200 frames. The
-        # batch, which is batch x segments, is an assumption.
-        Shape("lstm", fp32, 200, 256, 192, 192, 2, True, name="demucs, inner layer of 192"),
-        Shape("lstm", fp32, 200, 256, 384, 384, 2, True, name="demucs, inner layer of 384"),
-        # pyannote/pyannote-audio, src/pyannote/audio/models/segmentation/PyanNet.py: 60 features,
-        # 128 units. From memory: 4 layers as released (the default is 2), 589 frames in 10 s.
-        Shape("lstm", fp32, 589, 32, 60, 128, 4, True, name="pyannote"),
-        # bytedance/piano_transcription, pytorch/models.py: 10 s of 100 frames, batches of 12.
-        Shape("gru", fp32, 1001, 12, 768, 256, 2, True, name="piano transcription"),
-        # facebookresearch/encodec, encodec/modules/lstm.py and seanet.py: 75 frames a second. Two
-        # seconds, and the batch in training, are assumptions.
-        Shape("lstm", fp32, 150, 1, 512, 512, 2, name="encodec, one clip"),
-        Shape("lstm", fp32, 150, 32, 512, 512, 2, name="encodec, training"),
-        # xiph/rnnoise, torch/rnnoise/rnnoise.py and train_rnnoise.py: three layers, dense here (its
-        # weights become sparse in training).
-        Shape("gru", fp32, 2000, 128, 384, 384, 3, name="rnnoise"),
-        # sigsep/open-unmix-pytorch, openunmix/model.py: 6 s are about 255 frames, batches of 16.
-        Shape("lstm", fp32, 255, 16, 512, 256, 3, True, name="open-unmix"),
-    ]
+    return [of_row(project) for project in WORKLOADS["projects"]]
 
 
 def plane(cell: str, dtype: str) -> list[Shape]:
@@ -273,19 +241,12 @@ GPU_CURVES = {
     "H": (64, 128, 256, 512, 768, 1024, 1536),
     "layers": (1, 2, 4, 8),
 }
-CPU_CURVES = {
-    "T": (16, 64, 256),
-    "B": (1, 16, 64),
-    "H": (32, 128, 256),
-}
+CPU_CURVES = {"T": (16, 64, 256), "B": (1, 16, 64), "H": (32, 128, 256)}
 
 
 def curve(base: Shape, axis: str, values: tuple[int, ...]) -> list[Shape]:
     """`base` with one dimension varied; I follows H."""
-    return [
-        replace(shape, I=shape.H)
-        for shape in (replace(base, **{axis: value}, name="") for value in values)
-    ]
+    return [replace(base, **({"I": v, "H": v} if axis == "H" else {axis: v})) for v in values]
 
 
 def curves(base: Shape, values: dict[str, tuple[int, ...]]) -> list[Shape]:
@@ -336,16 +297,14 @@ def cpu_plan() -> list[Point]:
     return _without_repeats([replace(p, passes=passes) for p in points])
 
 
-def tiny_plan(points: list[Point] | None = None) -> list[Point]:
-    """Every kind of point of the full run once, at a size that takes milliseconds."""
-    chosen = gpu_plan() if points is None else points
+def tiny_plan() -> list[Point]:
+    """Every kind of point of both plans once, at a size that takes milliseconds."""
     seen: dict[tuple, Point] = {}
-    for point in chosen:
-        shape = replace(point.shape.tiny(), layers=min(point.shape.layers, 2))
-        kind = (point.tier, replace(shape, T=0, B=0, I=0, H=0, name=""))
-        if point.tier == "grid" and len(seen) > 60:
-            break
-        seen.setdefault(kind, replace(point, shape=shape))
+    for point in (*cpu_plan(), *gpu_plan()):
+        s = replace(point.shape.tiny(), dtype="fp32-exact", layers=min(point.shape.layers, 2))
+        kind = (s.cell, s.layers, s.bidirectional, s.lengths, s.resets, s.T == 1, point.backends)
+        if point.tier in ("headline", "workloads", "loops"):
+            seen.setdefault(kind, replace(point, shape=s))
     return _without_repeats(list(seen.values()))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -205,8 +204,7 @@ def _launch(kernel, plan: Plan, rows: Rows, *, planes: int, like: Tensor, **argu
 
 @functools.cache
 def _of_kernel(plan: Plan) -> Plan:
-    """The plan without what is no part of a kernel: how the batch is cut into launches."""
-    return replace(plan, batch_per_launch=None, directions_per_launch=None)
+    return plan.of_kernel()
 
 
 def _recurrent_weights(

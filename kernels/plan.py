@@ -87,6 +87,10 @@ class Plan:
         """Whether programs hand each other what they compute."""
         return self.schedule != "single_block"
 
+    def of_kernel(self) -> "Plan":
+        """The plan without what is no part of a kernel: how a batch is cut into launches."""
+        return replace(self, batch_per_launch=None, directions_per_launch=None)
+
     def options(self, device: Device) -> dict[str, Any]:
         """The compiler's options. The time loop itself is never pipelined: each step needs the
         last one, and its loads are moved ahead by hand."""
@@ -234,7 +238,7 @@ def _candidates(
 REGISTERS = {"forward": 192, "backward": 168}
 
 # What a step is made of, in clock cycles: the meter's figures (bench/step_cost), and those of the
-# code fitted to what the meter reads off all candidates (bench/step_cost/ranking.py).
+# code fitted to what the meter reads off all candidates (bench/aot.py).
 TRIP = 420  # from a store to a load that finds it, half a poll included
 ANOTHER_TRIP = 100  # where registers hold only a part of what is read
 L2_BYTES = 45  # a clock, into one multiprocessor; and into all of them

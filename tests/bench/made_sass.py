@@ -1,6 +1,6 @@
 """Machine code made by hand, in the form that `nvdisasm -hex -c` prints."""
 
-from bench.step_cost.sass import NO_BARRIER
+from bench.machine_code import NO_BARRIER
 
 
 def line(address: int, text: str, stall=1, write=NO_BARRIER, read=NO_BARRIER, wait=()) -> str:

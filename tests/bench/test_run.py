@@ -1,25 +1,27 @@
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench import limits as limits_module
-from bench import results, run, shapes
-from bench.device import ROOT, slug
-from bench.limits import Limits
-from bench.measure import Effort
+from bench import backends, overhead, run, shapes
+from bench.backends import Runner
+from bench.run import BrokenDevice, deviation, measure
 from bench.shapes import Point, Shape
+from bench.timing import ROOT, STRETCHES, Effort
 
 POINTS = [
     Point(Shape("lstm", "fp32-exact", 3, 2, 4, 4 + n), "grid", ("torch_nn", "auto"), ("inference",))
     for n in range(6)
 ]
-QUICK = Effort(seconds=0.02, memory=False)
+QUICK = Effort(seconds=0.02)
 
 
 def quiet(line):
@@ -30,26 +32,24 @@ def go(points, gpu, path, budget=1e9, **options):
     return run.run(points, gpu, path=path, budget=budget, now=gpu.now, show=quiet, **options)
 
 
-def test_the_whole_gpu_plan_end_to_end(gpu, limits, tmp_path):
+def test_the_whole_plan_end_to_end(gpu, tmp_path):
     """Every kind of point, every backend that a CPU can run, the report on what came out."""
-    from bench import dispatch_table, report
+    from bench import report
 
     plan = shapes.tiny_plan()
     path = tmp_path / "fake-gpu" / "20260102-0123456789.json"
-    done = go(plan, gpu, path, effort=Effort(seconds=0.02), limits=limits)
+    done = go(plan, gpu, path, effort=QUICK)
     assert done["stopped"] == ""
     assert done["points"] == {"planned": len(plan), "measured": len(plan)}
-    loaded = results.load(path)
+    loaded = run.load(path)
     assert not [row["error"] for row in loaded["rows"] if row["error"]]
     ran = {row["backend"] for row in loaded["rows"]}
     assert {"torch_nn", "torch_nn_graph", "auto", "reference", "reference_graph",
             "reference_compile"} <= ran  # fmt: skip
-    assert all(row["floor_ms"] > 0 for row in loaded["rows"])
     text, _ = report.build(tmp_path)
     assert "## Fake GPU" in text
     assert "not measured yet" not in text
     assert "Fake GPU" in report.readme_figures(tmp_path)
-    assert dispatch_table.table(results.load_folder(tmp_path))["devices"] == {}
 
 
 def test_the_budget_ends_a_run_and_leaves_a_good_file(gpu, tmp_path):
@@ -57,7 +57,7 @@ def test_the_budget_ends_a_run_and_leaves_a_good_file(gpu, tmp_path):
     done = go(POINTS, gpu, tmp_path / "r.json", budget=20, effort=QUICK)
     assert done["stopped"] == "the budget was spent"
     assert 0 < done["points"]["measured"] < len(POINTS)
-    assert results.load(tmp_path / "r.json") == json.loads(json.dumps(done))
+    assert run.load(tmp_path / "r.json") == json.loads(json.dumps(done))
     assert gpu.now() <= 20
 
 
@@ -76,19 +76,11 @@ def test_one_long_point_does_not_end_the_run_early(gpu, tmp_path):
 def test_resume_goes_on_where_it_stopped(gpu, tmp_path):
     gpu.seconds = 0.1
     first = go(POINTS, gpu, tmp_path / "r.json", budget=20, effort=QUICK)
-    before = results.load(tmp_path / "r.json")
+    before = run.load(tmp_path / "r.json")
     second = go(POINTS, gpu, tmp_path / "r.json", effort=QUICK, before=before)
     assert second["rows"][: len(first["rows"])] == first["rows"]
     assert len(second["rows"]) == 2 * len(POINTS)
-    assert len({results.row_key(row) for row in second["rows"]}) == 2 * len(POINTS)
-
-
-def test_resume_compiles_ahead_what_is_left(gpu, tmp_path):
-    before = go(POINTS[:4], gpu, tmp_path / "r.json", effort=QUICK)
-    assert run._not_done(POINTS, before) == POINTS[4:]
-    assert run._not_done(POINTS, None) == POINTS
-    both = [replace(p, passes=("inference", "training")) for p in POINTS]
-    assert run._not_done(both, before) == both
+    assert len({run.row_key(row) for row in second["rows"]}) == 2 * len(POINTS)
 
 
 def test_resume_refuses_another_commit(gpu, tmp_path):
@@ -105,7 +97,7 @@ def test_an_interruption_keeps_what_there_is(gpu, tmp_path):
 
     done = go(POINTS, gpu, tmp_path / "r.json", effort=QUICK, progress=interrupted)
     assert done["stopped"] == "interrupted"
-    assert len(results.load(tmp_path / "r.json")["rows"]) == 4
+    assert len(run.load(tmp_path / "r.json")["rows"]) == 4
 
 
 def test_a_broken_device_keeps_what_there_is(gpu, tmp_path):
@@ -116,7 +108,7 @@ def test_a_broken_device_keeps_what_there_is(gpu, tmp_path):
 
     done = go(POINTS, gpu, tmp_path / "r.json", effort=QUICK, progress=breaking)
     assert done["stopped"].startswith("the device failed")
-    rows = results.load(tmp_path / "r.json")["rows"]
+    rows = run.load(tmp_path / "r.json")["rows"]
     assert [bool(row["error"]) for row in rows] == [False, False, True, True]
 
 
@@ -129,7 +121,7 @@ def test_the_file_is_good_while_it_is_written(gpu, tmp_path):
     def watching(points):
         for point in points:
             if path.exists():
-                seen.append(results.load(path))
+                seen.append(run.load(path))
             yield point
 
     go(POINTS, gpu, path, effort=QUICK, progress=watching)
@@ -138,67 +130,267 @@ def test_the_file_is_good_while_it_is_written(gpu, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_select():
-    plan = shapes.gpu_plan()
-    chosen = run.select(plan, only="gru bf16 T256 B1 ", tiers="planes", passes="training")
-    assert len(chosen) == len(shapes.H_GRID)
-    assert {p.passes for p in chosen} == {("training",)}
-    chosen = run.select(plan, only="decoding", backends="auto, triton")
-    assert {p.backends for p in chosen} == {("auto", "triton")}
-    with pytest.raises(ValueError, match="tiers"):
-        run.select(plan, tiers="everything")
-    with pytest.raises(ValueError, match="passes"):
-        run.select(plan, passes="backward")
-
-
-def test_check_finds_what_is_wrong(gpu, tmp_path):
-    good = go(POINTS[:1], gpu, tmp_path / "r.json", effort=QUICK)
-    assert results.check(good) == []
-    assert "schema" in results.check({**good, "schema": 1})[0]
+def test_a_file_is_checked(gpu, tmp_path):
+    path = tmp_path / "r.json"
+    good = go(POINTS[:1], gpu, path, effort=QUICK)
     row = good["rows"][0]
-    assert "lacks" in results.check({**good, "rows": [{"cell": "lstm"}]})[0]
-    assert "neither" in results.check({**good, "rows": [{**row, "ms": None}]})[0]
-    assert "and an error" in results.check({**good, "rows": [{**row, "error": "x"}]})[0]
-    (tmp_path / "half.json").write_text('{"schema": 1, "rows": [')
+    for bad, told in (
+        ({**good, "schema": 1}, "schema 2, got 1"), ({**good, "rows": [{"cell": "lstm"}]}, "lacks"),
+        ({**good, "rows": [{**row, "ms": None}]}, "needs a time or an error"),
+        ({**good, "rows": [{**row, "error": "x"}]}, "needs a time or an error"),
+    ):  # fmt: skip
+        run.save(bad, path)
+        with pytest.raises(ValueError, match=told):
+            run.load(path)
+    path.write_text('{"schema": 1, "rows": [')
     with pytest.raises(ValueError, match="not a results file"):
-        results.load(tmp_path / "half.json")
+        run.load(path)
 
 
 def test_newer_rows_replace_older_ones_as_a_whole(gpu, tmp_path):
     old = go(POINTS[:2], gpu, tmp_path / "a.json", effort=QUICK)
     new = go(POINTS[:1], gpu, tmp_path / "b.json", effort=QUICK)
-    merged = results.newest_rows([old, new])
+    merged = run.newest_rows([old, new])
     assert merged[:2] == new["rows"]
     assert merged[2:] == old["rows"][2:]
 
 
-def test_paths_say_device_date_and_commit(gpu):
-    path = results.default_path(gpu.environment())
-    assert path.relative_to(results.FOLDER).as_posix() == "fake-gpu/202601020304-0123456789.json"
-    assert slug("NVIDIA H200") == "nvidia-h200"
+SHAPE = Shape("lstm", "fp32-exact", 4, 2, 3, 5)
+POINT = Point(SHAPE, "headline", ("torch_nn", "auto", "reference"))
 
 
-def test_limits_come_back_from_a_file(gpu, limits, tmp_path):
-    go(POINTS[:1], gpu, tmp_path / "r.json", effort=QUICK, limits=limits)
-    assert Limits.from_dict(results.load(tmp_path / "r.json")["limits"]) == limits
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(name, change): that backend's results go through `change`."""
+    build = backends.build
+
+    def install(name, change):
+        def spoiled(wanted, *args):
+            runner = build(wanted, *args)
+            if wanted != name:
+                return runner
+            return Runner(lambda i: change(runner.run(i)), runner.names, runner.ran_on)
+
+        monkeypatch.setattr(backends, "build", spoiled)
+
+    return install
 
 
-def test_limits_from_another_process(capfd):
-    found = limits_module.measure_apart("cpu")
-    assert found.flops["fp32-exact"] > 0
-    assert limits_module.measure_apart("tpu") is None
-    assert "no limits: ValueError: device must be 'cpu' or 'cuda'" in capfd.readouterr().out
+def by_backend(rows):
+    return {row["backend"]: row for row in rows}
 
 
-def test_a_limit_that_breaks_the_device_is_not_just_missing():
-    def broken():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.parametrize("which", ["forward", "training", "inference"])
+def test_a_good_point(gpu, which):
+    rows, left_out = measure(POINT, which, gpu, Effort(), {})
+    assert not left_out
+    rows = by_backend(rows)
+    assert list(rows) == ["torch_nn", "auto", "reference"]
+    for row in rows.values():
+        assert row["error"] is None
+        assert row["ms"] <= row["ms_p50"] <= row["ms_p90"]
+        assert row["ms_torch_nn"] == rows["torch_nn"]["ms"]
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["overhead_us_low"] <= row["overhead_us"] <= row["overhead_us_high"]
+        assert row["peak_bytes"] == 1 << 20
+        assert row["host_us"] == 50
+        assert row["first_call_s"] > 0
+        assert row["calls"] == STRETCHES  # the fewest: a call takes 10 ms, the effort is 0.2 s
+        assert row["deviation"] <= row["deviation_limit"]
+    assert rows["auto"]["ran_on"] == "aten"
 
-    failed = {}
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        limits_module._try(failed, "l2", broken, 0.0)
-    assert limits_module._try(failed, "l2", lambda: 1 / 0, 0.0) == 0.0
-    assert failed == {"l2": "ZeroDivisionError: division by zero"}
+
+@pytest.mark.parametrize("tensor", [0, 2, 3, -1])
+def test_a_wrong_result_gets_no_time(gpu, spoil, tensor):
+    def change(results):
+        wrong = list(results)
+        wrong[tensor] = wrong[tensor] * 1.001
+        return tuple(wrong)
+
+    spoil("reference", change)
+    rows = by_backend(measure(POINT, "training", gpu, Effort(), {})[0])
+    assert rows["reference"]["ms"] is None
+    assert rows["reference"]["ratio"] is None
+    assert rows["reference"]["error"].startswith("wrong: ")
+    assert rows["auto"]["ms"] is not None
+
+
+def test_nan_is_wrong(gpu, spoil):
+    spoil("auto", lambda results: (results[0] * math.nan, *results[1:]))
+    rows = by_backend(measure(POINT, "inference", gpu, Effort(), {})[0])
+    assert "output is off by inf" in rows["auto"]["error"]
+
+
+def test_another_shape_is_wrong(gpu, spoil):
+    spoil("auto", lambda results: (results[0][1:], *results[1:]))
+    rows = by_backend(measure(POINT, "inference", gpu, Effort(), {})[0])
+    assert "has shape" in rows["auto"]["error"]
+
+
+def test_without_torch_nn_there_is_a_time_but_no_ratio(gpu, spoil):
+    spoil("torch_nn", lambda results: (results[0] + 1, *results[1:]))
+    rows = by_backend(measure(POINT, "inference", gpu, Effort(), {})[0])
+    assert rows["torch_nn"]["error"]
+    assert rows["auto"]["ms"] is not None
+    assert rows["auto"]["ratio"] is None
+
+
+def test_a_failure_becomes_a_row(gpu, spoil):
+    def fail(results):
+        raise RuntimeError("no such kernel\nand a long story")
+
+    spoil("auto", fail)
+    rows = by_backend(measure(POINT, "inference", gpu, Effort(), {})[0])
+    assert rows["auto"]["error"] == "RuntimeError: no such kernel"
+    assert rows["reference"]["ms"] is not None
+
+
+def test_out_of_memory_is_not_the_end(gpu):
+    gpu.broken = torch.cuda.OutOfMemoryError("tried to allocate")
+    rows, _ = measure(POINT, "inference", gpu, Effort(), {})
+    assert {row["error"] for row in rows} == {"out of memory"}
+
+
+def test_a_broken_device_ends_the_run_and_keeps_the_rows(gpu):
+    gpu.broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(BrokenDevice) as caught:
+        measure(POINT, "inference", gpu, Effort(), {})
+    assert len(caught.value.args[1]) == 3
+    assert all(row["error"] for row in caught.value.args[1])
+
+
+def test_what_is_left_out_is_said(gpu):
+    point = Point(SHAPE, "headline", ("torch_nn", "haste", "flashrnn", "triton"))
+    rows, left_out = measure(point, "inference", gpu, Effort(), {})
+    assert [row["backend"] for row in rows] == ["torch_nn"]
+    assert set(left_out) == {"haste", "flashrnn", "triton"}
+
+
+def test_torch_nn_is_always_measured(gpu):
+    rows, _ = measure(Point(SHAPE, "grid", ("auto",)), "inference", gpu, Effort(), {})
+    assert by_backend(rows)["auto"]["ratio"] is not None
+
+
+@pytest.mark.parametrize("call", [2, 5, 30])  # while it warms up, is timed, is asked for its host
+def test_who_fails_late_does_not_take_the_others_along(gpu, spoil, call, monkeypatch):
+    calls = []
+
+    def fail_at_last(results):
+        calls.append(1)
+        if len(calls) >= call:
+            raise RuntimeError("tired")
+        return results
+
+    monkeypatch.setattr(
+        type(gpu), "host_seconds", lambda self, calls: [c() for c in calls] and 5e-5
+    )
+    gpu.time_calls = lambda calls: [(c(), gpu.seconds)[1] for c in calls]
+    spoil("auto", fail_at_last)
+    rows = by_backend(measure(POINT, "inference", gpu, Effort(), {})[0])
+    assert rows["auto"]["error"] == "RuntimeError: tired"
+    assert rows["auto"]["ms"] is rows["auto"]["ratio"] is None
+    for name in ("torch_nn", "reference"):
+        assert rows[name]["error"] is None
+        assert rows[name]["ratio"] > 0
+
+
+def test_a_point_is_drawn_and_answered_once(gpu, monkeypatch):
+    drawn = []
+    problem = run.Problem
+    monkeypatch.setattr(run, "Problem", lambda *a, **k: drawn.append(problem(*a, **k)) or drawn[-1])
+    problems = {}
+    for which in ("forward", "training", "inference"):
+        rows, _ = measure(POINT, which, gpu, Effort(), problems)
+        assert not [row["error"] for row in rows if row["error"]]
+    assert len(drawn) == 1
+    assert "d_input" in drawn[0].answer()
+    measure(replace(POINT, passes=("inference",)), "inference", gpu, Effort(), {})
+    assert "d_input" not in drawn[1].answer()  # nobody asks for gradients
+
+
+def test_a_problem_that_does_not_fit_is_an_error_of_its_rows(gpu, monkeypatch):
+    def too_large(*_, **__):
+        raise torch.cuda.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(run, "Problem", too_large)
+    rows, _ = measure(POINT, "inference", gpu, Effort(), {})
+    assert {row["error"] for row in rows} == {"out of memory"}
+
+
+def test_a_time_out_is_the_row_s_that_caused_it(gpu, monkeypatch):
+    def timed_out(device):
+        raise RuntimeError("a wait between the programs timed out")
+
+    from fusedrnn import kernels
+
+    monkeypatch.setattr(kernels, "check", timed_out)
+    monkeypatch.setattr(backends, "explain", lambda *a, **k: SimpleNamespace(backend="triton"))
+    rows = by_backend(measure(POINT, "inference", gpu, Effort(), {})[0])
+    assert "timed out" in rows["auto"]["error"]
+    assert rows["reference"]["ms"] is not None
+
+
+def test_deviation_is_relative_and_names_the_worst():
+    runner = Runner(lambda i: (), ("a", "b"))
+    answer = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([100.0])}
+    results = (torch.tensor([3.0, 4.5]), torch.tensor([101.0]))
+    error, where = deviation(runner, results, {k: v.double() for k, v in answer.items()})
+    assert where == "a"
+    assert error == pytest.approx(0.1)
+
+
+def test_limits_of_the_gate():
+    assert run.limit("bf16", None) == run.ABSOLUTE["bf16"]
+    assert run.limit("bf16", 0.02) == 0.04
+    assert run.limit("bf16", 0.0) == run.FLOOR["bf16"]
+
+
+BASE = Shape("lstm", "bf16", 256, 16, 512, 512)
+
+
+def test_one_first_call_for_what_has_the_same_kernels():
+    def of(*found, backends=shapes.TWO):
+        return run.first_calls([Point(s, "grid", backends, ("training",)) for s in found])
+
+    assert len(of(BASE, replace(BASE, T=64), replace(BASE, I=64), replace(BASE, layers=4))) == 1
+    for change in ({"cell": "gru"}, {"dtype": "fp16"}, {"H": 256}, {"bidirectional": True},
+                   {"lengths": "text"}, {"resets": True}, {"B": 256}):  # fmt: skip
+        assert len(of(BASE, replace(BASE, **change))) == 2, change
+    assert of(BASE, backends=shapes.CLOSE)[0].backends == ("triton", "triton_states")
+    assert of(BASE, backends=("torch_nn",)) == []
+    assert len(run.first_calls(shapes.gpu_plan(), 30)) == 30
+
+
+def test_a_first_call_says_what_went_wrong():
+    point = Point(Shape("gru", "fp32-exact", 2, 3, 4, 8), "grid", ("aten", "haste"))
+    assert run.first_call(point, "cpu") == ""
+    assert "device must be" in run.first_call(point, "tpu")
+
+
+def failing(item: int) -> str:
+    return "odd" if item % 2 else ""
+
+
+def test_processes(capsys):
+    found = run.ahead(failing, [1, 2, 3, 4], seconds=60)
+    assert (found["done"], found["planned"]) == (2, 4)
+    assert capsys.readouterr().out.count("compiling ahead: odd") == 2
+
+
+def test_host_time_is_that_of_calls_without_kernels(tmp_path):
+    """In a process of its own: the kernels are interpreted there, and stubs stand for them."""
+    out = tmp_path / "cpu-x" / "r.json"
+    command = [sys.executable, "-m", "bench.overhead", "--repeats", "2", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = run.load(out)["host"]
+    assert [(r["pass"], r["directions"]) for r in rows] == [
+        ("inference", 1), ("inference", 2), ("forward", 1), ("forward", 2)
+    ]  # fmt: skip
+    for row in rows:
+        for name in ("triton_us", "aten_us", "torch_nn_us"):
+            assert len(row[name]) == len(overhead.LAYERS)
+            assert min(row[name]) > 0
 
 
 def environment(**more):
@@ -209,15 +401,15 @@ def test_the_command_line_with_the_kernels_interpreted(tmp_path):
     """As on a GPU, but for the speed: our kernels, gated, through `python -m bench.run`."""
     out = tmp_path / "r.json"
     command = [
-        sys.executable, "-m", "bench.run", "--plan", "tiny", "--device", "cpu", "--no-limits",
-        "--only", "^gru fp32-tf32 T5 B3 I6 H8 ?$", "--passes", "training",
-        "--backends", "auto,triton,triton_states", "--out", str(out), "--budget", "20",
+        sys.executable, "-m", "bench.run", "--plan", "tiny", "--device", "cpu",
+        "--only", "gru fp32-exact T5 B3 I6 H8 ", "--backends", "auto,triton,triton_states",
+        "--out", str(out), "--budget", "60",
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    rows = results.load(out)["rows"]
+    rows = run.load(out)["rows"]
     assert rows, done.stdout
     assert {row["backend"] for row in rows} == {"torch_nn", "auto", "triton", "triton_states"}
     assert not [row["error"] for row in rows if row["error"]]
@@ -225,8 +417,8 @@ def test_the_command_line_with_the_kernels_interpreted(tmp_path):
 
 def test_sigterm_leaves_a_good_file(tmp_path):
     out = tmp_path / "r.json"
-    command = [sys.executable, "-m", "bench.run", "--no-limits", "--quick", "--device", "cpu",
-               "--tiers", "curves", "--out", str(out), "--budget", "60"]  # fmt: skip
+    command = [sys.executable, "-m", "bench.run", "--quick", "--device", "cpu",
+               "--only", "curves", "--out", str(out), "--budget", "60"]  # fmt: skip
     child = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
@@ -236,6 +428,6 @@ def test_sigterm_leaves_a_good_file(tmp_path):
     time.sleep(0.2)
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=30)
-    loaded = results.load(out)
+    loaded = run.load(out)
     assert loaded["stopped"] == "interrupted"
     assert loaded["rows"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import sys
 
+import roundtrip
 import triton
-from exchange import roundtrip
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -252,7 +252,7 @@ TIME_OUTS = (
     ),
 )
 
-# Mistakes of a caller, made in bench/roundtrip.py.
+# Mistakes of a caller, made in roundtrip.py.
 _PUBLISH = "sync.publish(channel, (h,), t + 2, T + 1, SLOT=SLOT"
 _ARRIVALS = "sync.arrivals(t + 1, "
 _HALF = "channel._replace(stored=channel.stored // 2 * 2)"

@@ -6,9 +6,10 @@ import importlib
 from pathlib import Path
 
 import pytest
+import roundtrip
 import torch
 import triton.language as tl
-from exchange import BENCH, expected, roundtrip
+from exchange import expected
 from loops import forward_and_backward
 from mutants import BACKWARD, CALLER, FORWARD, MATMUL, SYNC, Mutant, WrongResult
 from mutation import mutated
@@ -85,7 +86,7 @@ def test_mistakes_in_sync(mutant, broken_sync):
 @pytest.mark.parametrize("mutant", CALLER, ids=str)
 def test_mistakes_of_a_caller(mutant, lap, tmp_path):
     lap(mutant.lap)
-    module = mutated(BENCH / "roundtrip.py", tmp_path, *mutant.kernel)
+    module = mutated(Path(roundtrip.__file__), tmp_path, *mutant.kernel)
     hunt(mutant, lambda: miniature(mutant, module))
 
 

@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+import roundtrip
 import torch
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from exchange import roundtrip
 from races import Access, Detector, Race
 from scheduler import BUILDER, Deadlock, cooperative
 from triton._C.libtriton import ir

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import roundtrip
 import torch
 import triton
 import triton.language as tl
-from exchange import BENCH, expected, roundtrip
+from exchange import expected
 from mutants import TIME_OUTS
 from mutation import mutated
 from races import Detector, Race
@@ -163,7 +164,7 @@ def refusal(run) -> str:
 
 def absent(x, h0, seed, folder, monkeypatch, limit=60) -> None:
     """Checks what a launch leaves behind in which program 1 of 3 leaves after two steps."""
-    module = mutated(BENCH / "roundtrip.py", folder, ABSENT)
+    module = mutated(Path(roundtrip.__file__), folder, ABSENT)
     outputs, counter = [], Counting()
     monkeypatch.setattr(module, "torch", FullLike(outputs))
     with cooperative(seed, on_deadlock="spin", detector=counter):
@@ -327,8 +328,3 @@ def test_raise_if_timed_out():
     sync.raise_if_timed_out(torch.zeros(1, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="timed out at step 7"):
         sync.raise_if_timed_out(torch.tensor([7], dtype=torch.int32))
-
-
-def test_roundtrip_needs_a_gpu():
-    with pytest.raises(ValueError, match="device must be a CUDA device, got cpu"):
-        roundtrip.roundtrip(4, "cpu", 10)

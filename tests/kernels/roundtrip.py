@@ -1,16 +1,12 @@
-"""How long programs need to tell each other something: one step of the exchange, alone.
+"""One step of the exchange, alone.
 
 The kernel is the spread time loop without its matrix product. Every program owns BLOCK_H units,
 and needs all H of them for its next step:
 
     h_t[b, j] = decay * mean_k h_{t-1}[b, k] + x_t[b, j]
-
-    python bench/roundtrip.py            # microseconds a step, by number of programs
 """
 
 from __future__ import annotations
-
-import statistics
 
 import torch
 import triton
@@ -136,48 +132,3 @@ def exchange(
     )
     sync.raise_if_timed_out(space.error)
     return output
-
-
-def roundtrip(
-    programs: int,
-    device: torch.device | str = "cuda",
-    steps: int = 2000,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    repeats: int = 5,
-) -> float:
-    """Microseconds per step of `programs` programs that exchange BLOCK_H units each.
-
-    The difference between a long and a short run, so that launch and clearing do not count.
-
-    Raises:
-        ValueError: no CUDA device, or more programs than it has multiprocessors.
-    """
-    device = torch.device(device)
-    if device.type != "cuda":
-        raise ValueError(f"device must be a CUDA device, got {device}")
-    available = torch.cuda.get_device_properties(device).multi_processor_count
-    if not 1 <= programs <= available:
-        raise ValueError(f"programs must be 1 to {available} on {device}, got {programs}")
-
-    def seconds(n: int) -> float:
-        x = torch.randn(n, 16, programs * BLOCK_H, dtype=dtype, device=device)
-        h0 = torch.zeros_like(x[0])
-        exchange(x, h0)  # compiles
-        times = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            exchange(x, h0)
-            end.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(end) * 1e-3)
-        return statistics.median(times)
-
-    return (seconds(2 * steps) - seconds(steps)) / steps * 1e6
-
-
-if __name__ == "__main__":
-    counts = (1, 2, 4, 8, 16, 32, 64, 96, 128)
-    for n in counts:
-        print(f"{n:4d} programs {roundtrip(n):6.2f} us")
