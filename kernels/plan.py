@@ -166,8 +166,8 @@ def _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times=None)
 
 
 def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, int, int] | None:
-    """The plan with the slabs of the batch and of the directions that one launch takes; the number
-    of launches, and of programs that run at the same time. None where one slab is too large."""
+    """The plan with the most of the batch and of the directions that one launch takes; the number
+    of launches, and of programs that run at the same time. None where one tile is too many."""
     if not plan.exchanged:
         return plan, 1, 1
     owners = -(-H // plan.block_h)

@@ -56,7 +56,7 @@ ARRIVALS = (
     Mutant(
         "arrives with the step before",
         (Deadlock,),
-        (Change("    arrive(channel, step)\n", "    arrive(channel, step - 1)\n"),),
+        (Change("arrive(channel, step)\n\n", "arrive(channel, tl.maximum(step - 1, 1))\n\n"),),
         always=True,
     ),
     Mutant("arrives twice", (Race,), (Change(_ADD, _ADD[:-1] + "2"),)),

@@ -5,9 +5,11 @@ import torch
 
 import fusedrnn
 from fusedrnn.cells import REGISTRY
-from fusedrnn.kernels import launch
+from fusedrnn.kernels import StateOps, launch
+from fusedrnn.kernels.fragments import pitch
 from fusedrnn.kernels.plan import INTERPRETER, Device, plan_scan
 from fusedrnn.packing import Rows, rows_of
+from fusedrnn.reference import Weights
 
 CPU = torch.device("cpu")
 
@@ -126,3 +128,102 @@ def test_gpus_older_than_the_kernels_are_refused(monkeypatch):
         assert (told is not None) == refused
         if refused:
             assert "compute capability 8.0 and newer, cuda:0 has 7.5" in told
+
+
+def arguments(**changes):
+    """Of `scan_forward`: a GRU of two directions, T = 2, B = 3, H = 4."""
+    cell = REGISTRY["gru"]
+    weights = Weights(CPU, torch.ones(12, 4), None, torch.ones(12), None, ())
+    return {
+        "cell": cell,
+        "x_gates": torch.ones(6, 2, 3, 4),
+        "directions": [weights] * 2,
+        "state": (torch.ones(2, 3, 4),),
+        "rows": Rows(2, 3, 3, 1),
+        "save": "gates",
+        "input_precision": "ieee",
+    } | changes
+
+
+def with_weights(**changes):
+    return arguments()["directions"][0]._replace(**changes)
+
+
+LONG = torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"save": ""}, r"save must be one of \('gates', 'states', None\), got ''"),
+        ({"input_precision": "bf16"}, "input_precision must be one of .* got 'bf16'"),
+        ({"x_gates": torch.ones(6, 3, 4)}, r"x_gates must have shape \(N, D, G, H\), got"),
+        ({"x_gates": torch.ones(6, 2, 4, 4)}, r"x_gates must be .* \(6, 2, 3, 4\) .* got"),
+        ({"x_gates": torch.ones(6, 2, 4, 3).mT}, "x_gates must be contiguous .* got .* strides"),
+        ({"x_gates": torch.ones(6, 2, 3, 4).double()}, "must be one of .* got torch.float64"),
+        ({"directions": [with_weights()]}, "directions must be 2, got 1"),
+        ({"directions": [with_weights(w_hh=torch.ones(12, 5))] * 2}, r"\[0\].w_hh .* \(12, 5\)"),
+        (
+            {"directions": [with_weights(), with_weights(b_hh=None)]},
+            r"directions\[1\].b_hh must be .* got None",
+        ),
+        ({"directions": [with_weights(params=(LONG,))] * 2}, r"\.params must be 0 tensors"),
+        ({"state": ()}, r"state must be 1 tensors \('h',\), got 0"),
+        ({"state": (torch.ones(2, 4, 4),)}, r"state \(h\) must be .* \(2, 3, 4\) .* \(2, 4, 4\)"),
+        ({"state": (torch.ones(2, 3, 4).half(),)}, "state .*float32 .* got torch.float16"),
+        ({"state": (torch.ones(2, 3, 4, device="meta"),)}, "state .* on cpu, got .* on meta"),
+        ({"rows": Rows(3, 3, 3, 1)}, r"rows must be T \* B = 3 \* 3, got 6"),
+        ({"rows": Rows(2, 3, 0, 0, LONG[:2])}, "rows.lengths must be given with rows.offsets"),
+        ({"rows": Rows(2, 3, 3, 1, None, LONG.int())}, "rows.lengths must be .*int64 .*int32"),
+        ({"state_ops": StateOps(reset=LONG)}, r"state_ops.reset must be .*int8 .* \(6, 2\)"),
+        ({"state_ops": StateOps(reset_state=(LONG,))}, r"reset_state \(h\) must be .*float32"),
+        ({"state_ops": StateOps(h_mask=LONG)}, r"h_mask must be .*float32 of shape \(2, 3, 4\)"),
+        ({"state_ops": StateOps(zoneout=torch.ones(2))}, r"zoneout must be .*float32 .* \(1,\)"),
+        ({"state_ops": StateOps(zoneout=torch.ones(6, 2))}, r"zoneout must be .* \(6, 2, 1, 4\)"),
+    ],
+)
+def test_no_kernel_is_given_what_it_would_overrun(changes, message):
+    with pytest.raises(ValueError, match=message):
+        launch.scan_forward(**arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"save": None}, r"save must be one of \('gates', 'states'\), got None"),
+        ({"state_ops": StateOps(zoneout=torch.ones(1))}, r"save .* \('states',\), got 'gates'"),
+        ({"output": torch.ones(6, 4, 2).mT}, "output must be contiguous"),
+        ({"d_output": torch.ones(5, 2, 4)}, r"d_output must be .* \(6, 2, 4\) .* \(5, 2, 4\)"),
+        ({"d_final": ()}, "d_final must be 1 tensors"),
+        ({"saved_or_gates": None}, "saved_or_gates must be .* got None"),
+        ({"saved_or_gates": torch.ones(6, 2, 3, 4)}, r"saved_or_gates must be .* \(6, 2, 4, 4\)"),
+        (
+            {"save": "states", "saved_or_gates": (torch.ones(6, 2, 3, 4), torch.ones(6, 2, 4, 4))},
+            r"h_gates must be .* \(6, 2, 3, 4\)",
+        ),
+    ],
+)
+def test_backward_is_given_what_forward_returned(changes, message):
+    given = arguments(
+        d_output=torch.ones(6, 2, 4),
+        d_final=(torch.ones(2, 3, 4),),
+        output=torch.ones(6, 2, 4),
+        states=None,
+        saved_or_gates=torch.ones(6, 2, 4, 4),
+    )
+    del given["x_gates"]
+    with pytest.raises(ValueError, match=message):
+        launch.scan_backward(**(given | changes))
+
+
+@pytest.mark.parametrize("H", [8, 12])
+def test_forward_copies_weights_only_to_align_their_rows(H):
+    w = torch.randn(3 * H, H)
+    (found,) = launch._recurrent_weights([Weights(w, w, None, None, None, ())], H, transposed=False)
+    assert (found.data_ptr() == w.data_ptr()) == (H % 8 == 0)
+    assert torch.equal(found[..., :H], w.view(3, H, H))
+    assert found.stride() == (H * pitch(H), pitch(H), 1)
+    assert not found[..., H:].any()
+    (back,) = launch._recurrent_weights([Weights(w, w, None, None, None, ())], H, transposed=True)
+    assert torch.equal(back[..., :H], w.view(3, H, H).mT)
+    assert not back[..., H:].any()

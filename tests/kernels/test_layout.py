@@ -11,7 +11,7 @@ from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch, layout
 from fusedrnn.kernels.plan import Plan
 
-SPREAD = Plan("multi_block", 16, 16, 32, 1, 1, 2, 2, "sentinel")
+MULTI_BLOCK = Plan("multi_block", 16, 16, 32, 1, 1, 2, 2, "sentinel")
 # What Triton prints, cut down to the lines that count.
 GOOD = """
 #blocked = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [32, 1], warpsPerCTA = [2, 1], order = [1, 0]}>
@@ -36,7 +36,7 @@ class Compiled:
 def scan(monkeypatch):
     """Runs a forward pass whose kernel does nothing but compile to what is given."""
 
-    def run(compiled, plan=SPREAD):
+    def run(compiled, plan=MULTI_BLOCK):
         kernel = SimpleNamespace(run=lambda **arguments: compiled)
         kernel_of_grid = type("Kernel", (), {"__getitem__": lambda self, grid: kernel.run})()
         monkeypatch.setattr(launch, "scan_forward_kernel", kernel_of_grid)

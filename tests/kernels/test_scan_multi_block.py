@@ -15,7 +15,7 @@ from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels.plan import Plan
 
 # H = 20 over three programs of 8 units, K in two chunks of 16; the batch in tiles of 16 rows.
-SPREAD = Plan("multi_block", 16, 8, 16, 2, 2, split_k=1, num_warps=1)
+MULTI_BLOCK = Plan("multi_block", 16, 8, 16, 2, 2, split_k=1, num_warps=1)
 RAGGED = {"T": 3, "B": 3, "H": 20, "lengths": (1, 3, 2)}
 EVEN = {"T": 3, "B": 3, "H": 20, "D": 1}
 
@@ -30,16 +30,16 @@ def check(case: Case, plan: Plan, seed: int = 1) -> None:
 
 @pytest.mark.parametrize("cell", sorted(REGISTRY))
 def test_every_cell(cell):
-    check(Case(REGISTRY[cell], **RAGGED), SPREAD)
+    check(Case(REGISTRY[cell], **RAGGED), MULTI_BLOCK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype(dtype):
-    check(Case(REGISTRY["gru"], dtype=dtype, **EVEN), SPREAD)
+    check(Case(REGISTRY["gru"], dtype=dtype, **EVEN), MULTI_BLOCK)
 
 
 def test_all_chunks_read_together():
-    check(Case(REGISTRY["gru"], **EVEN), replace(SPREAD, prefetch=2))
+    check(Case(REGISTRY["gru"], **EVEN), replace(MULTI_BLOCK, prefetch=2))
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -47,19 +47,21 @@ def test_all_chunks_read_together():
 @pytest.mark.parametrize("resident", [0, 1])
 def test_streams_what_is_not_resident(resident, split, ahead):
     case = Case(REGISTRY["lstm"], T=3, B=3, H=20 * split, D=1)
-    plan = replace(SPREAD, schedule="streamed", resident=resident, split_k=split, prefetch=ahead)
+    plan = replace(
+        MULTI_BLOCK, schedule="streamed", resident=resident, split_k=split, prefetch=ahead
+    )
     check(case, replace(plan, block_k=16 * split))
 
 
 @pytest.mark.parametrize("save", ["gates", "states"])
 def test_packed(save):
     case = Case(REGISTRY["lstm"], T=3, B=3, H=20, lengths=(3, 2, 1), layout="packed", save=save)
-    check(case, SPREAD)
+    check(case, MULTI_BLOCK)
 
 
 def test_several_launches():
     """A grid for two rows of one direction, so four launches for three rows of two."""
     check(
         Case(REGISTRY["gru"], **RAGGED),
-        replace(SPREAD, batch_per_launch=2, directions_per_launch=1),
+        replace(MULTI_BLOCK, batch_per_launch=2, directions_per_launch=1),
     )
