@@ -259,6 +259,8 @@ class Program:
         self.shared = Memory({0: np.full(shared, 0xFF, np.uint8)})
         self.constants: dict[tuple[str, str], Array] = {}
         self.special = {"%tid.x": np.arange(n, dtype=np.uint32), "global_smem": 0}
+        # The address of a parameter, which is in a space of its own, is its number here.
+        self.special |= {name: number for number, name in enumerate(self.parameters)}
         for axis, own, count in zip("xyz", ids, machine.grid, strict=True):
             self.special |= {f"%ctaid.{axis}": own, f"%nctaid.{axis}": count}
             self.special |= {f"%ntid.{axis}": n if axis == "x" else 1}
@@ -447,7 +449,9 @@ def _memory(name: str, modifiers: list[str], instruction: Instruction) -> Step |
         target, parameter = operands[0], operands[1].strip("[] ")
 
         def load_parameter(p: Program, mask):
-            value = np.array([p.parameters[parameter] & (1 << 8 * size) - 1], UNSIGNED[8 * size])
+            chosen = p.read(parameter, "b64").astype(np.int64)  # a name, or its address
+            values = [n & (1 << 8 * size) - 1 for n in p.parameters.values()]
+            value = np.array(values, UNSIGNED[8 * size])[chosen]
             p.write(target, value, f"b{8 * size}", mask)
 
         return load_parameter
