@@ -56,9 +56,9 @@ def load_states_at(
     One direction begins at t = 0, the other at each row's last step: a t outside of the sequence
     or of the row's own length lies before the beginning.
     """
-    exists = (t >= 0) & (t < T)
-    rows = row_of(tl.where(exists, t, 0), tile, offsets_ptr, stride_t, stride_b)
-    begun = exists & (t < tile.length) & tile.mask
+    rows = row_of(tl.where((t >= 0) & (t < T), t, 0), tile, offsets_ptr, stride_t, stride_b)
+    times = t + tl.zeros_like(tile.length)
+    begun = (times >= 0) & (times < T) & (times < tile.length) & tile.mask
     rows = rows * D + tile.direction
     states = (tl.load(output_ptr + (rows * H + tile.units), mask=begun, other=initial[0]),)
     OTHERS: tl.constexpr = len(initial) - 1
@@ -125,7 +125,7 @@ def scan_backward_kernel(
     d_reset_state = zeros(len(ops.reset_state), tl.float32, PLAN)
     begins = ()  # where a sequence began with the step of dh_gates
     if ops.reset is not None:
-        begins = (tile.batch_mask & False,)
+        begins = (tl.zeros_like(tile.length) != 0,)
     h_mask = load_h_mask(ops, tile)
     back = 2 * tile.direction - 1
     t = (1 - tile.direction) * (T - 1)

@@ -102,7 +102,7 @@ def scan_forward_kernel(
         # what goes round the loop is packed, and so waited for, at its end.
         x_gates = load_planes(x_gates_ptr, rows, tile, exists, D=D, PLANES=G, H=H)
         if ops.reset is not None:
-            ahead = tile.batch_mask & (step + 1 < T)
+            ahead = tile.batch_mask & (step + 1 + tl.zeros_like(tile.length) < T)
             t_next = tl.where(step + 1 < T, t + 1 - 2 * tile.direction, t)  # a step that there is
             next_rows = row_of(t_next, tile, offsets_ptr, stride_t, stride_b)
             begins = load_begins(ops, next_rows, ahead, tile, D=D)

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     first_unit: Any
     units: Any  # [1, BLOCK_H]
     batch: Any  # [BLOCK_B]
-    length: Any  # [BLOCK_B, 1]: steps of each row, or T
+    length: Any  # [BLOCK_B, 1]: steps of each row
     unit_mask: Any  # [1, BLOCK_H]: below H
     batch_mask: Any  # [BLOCK_B, 1]: below B
     mask: Any  # of both
@@ -41,7 +41,9 @@ def program_tile(T, B, first_b, first_d, lengths_ptr, H: tl.constexpr, PLAN: tl.
         units = hide_contiguity(units)
     units = units[None, :]
     batch = first_b + tl.program_id(1) * PLAN.block_b + tl.arange(0, PLAN.block_b)
-    length = T
+    # A tile in any case: of a tile and a comparison of scalars, Triton 3.9's interpreter makes no
+    # mask.
+    length = T + tl.zeros_like(batch)[:, None]
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + batch, mask=batch < B, other=0).to(tl.int32)[:, None]
     unit_mask = units < H
