@@ -198,7 +198,7 @@ def faults(job: Job, compiled, reading: Reading) -> list[str]:
         found.append("no tensor-core instruction")
     if plan.resident == plan.chunks:
         # The ring is read past L1 (.cg, volatile); any other load of such a shape is a weight: see
-        # `load_right_operand` in fragments.py.
+        # `load_rhs_operand` in fragments.py.
         rows = plan.block_h // 8 * plan.split_k * 32
         shape = f"{2 * rows}x2x" if item == 4 else f"{rows}x4x"
         loads = [line for line in loop if "tt.load" in line or "async_copy" in line]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
-from fusedrnn.kernels.fragments import BLOCK, ROWS, left_operand
+from fusedrnn.kernels.fragments import BLOCK, ROWS, lhs_operand
 
 BLOCK_H, SPLIT, AHEAD = 8, 8, 8
 
@@ -69,7 +69,7 @@ def exchange_kernel(
                 PAIRWISE=PAIRWISE,
             )
             for i in tl.static_range(min(AHEAD, CHUNKS - first)):
-                left = left_operand(lefts[i], SPLIT=SPLIT).to(tl.float32)
+                left = lhs_operand(lefts[i], SPLIT=SPLIT).to(tl.float32)
                 total += tl.sum(tl.sum(left, axis=2), axis=0)
         h = tl.where(own_mask, decay * (total / H)[:, None] + x, 0.0).to(DTYPE)
         sync.publish(channel, (h,), t + 2, T + 1, SLOT=SLOT, BLOCK_K=BLOCK_K)

@@ -80,7 +80,7 @@ def vectors(SPLIT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def left_operand(tile, SPLIT: tl.constexpr):
+def lhs_operand(tile, SPLIT: tl.constexpr):
     """[SPLIT, 16, 16], rows by units, of what was read from `vectors`."""
     if tile.dtype.primitive_bitwidth == 32:
         tile = tl.reshape(tile, (2, SPLIT, 8, 4, 2, 2))  # j s g t i r
@@ -92,7 +92,7 @@ def left_operand(tile, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def load_right_operand(w_ptr, first_k, first_unit, H: tl.constexpr, PLAN: tl.constexpr):
+def load_rhs_operand(w_ptr, first_k, first_unit, H: tl.constexpr, PLAN: tl.constexpr):
     """[SPLIT, 16, BLOCK_H]: units of K by the program's units, 0 beyond H, of [H, pitch]."""
     WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
     BLOCK_H: tl.constexpr = PLAN.block_h

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
-from fusedrnn.kernels.fragments import BLOCK, left_operand, load_right_operand, pitch
+from fusedrnn.kernels.fragments import BLOCK, lhs_operand, load_rhs_operand, pitch
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def load_chunk(w_ptr, chunk, tile, G: tl.constexpr, H: tl.constexpr, PLAN: tl.co
     """The G right operands of one chunk, 0 beyond H."""
     weights = ()
     for g in tl.static_range(G):
-        rhs = load_right_operand(
+        rhs = load_rhs_operand(
             w_ptr + g * H * pitch(H), chunk * PLAN.block_k, tile.first_unit, H=H, PLAN=PLAN
         )
         weights = weights + (rhs,)
@@ -142,7 +142,7 @@ def gathered_matmul(
     SPLIT: tl.constexpr = PLAN.split_k
     CHUNKS: tl.constexpr = PLAN.chunks
     RESIDENT: tl.constexpr = PLAN.resident
-    AHEAD: tl.constexpr = PLAN.prefetch
+    PREFETCH: tl.constexpr = PLAN.prefetch
     sums = ()
     for _ in tl.static_range(G // PLANES):
         sums = sums + (tl.zeros([SPLIT, BLOCK_B, BLOCK_H], tl.float32),)
@@ -150,7 +150,7 @@ def gathered_matmul(
     coming = ()
     if RESIDENT < CHUNKS:
         coming = load_chunk(w_ptr, RESIDENT, tile, G=G, H=H, PLAN=PLAN)
-    for first in tl.static_range(0, CHUNKS, AHEAD):
+    for first in tl.static_range(0, CHUNKS, PREFETCH):
         # The left operands of all these chunks are on their way before the first is looked at:
         # one trip to L2, which is far longer than the products.
         loaded = sync.load(
@@ -158,12 +158,12 @@ def gathered_matmul(
             slot_ptr + first * PLANES * SPLIT * BLOCK,
             step,
             sync.arrivals(step, tl.num_programs(0)) if first == 0 else 0,
-            COUNT=min(AHEAD, CHUNKS - first) * PLANES,
+            COUNT=min(PREFETCH, CHUNKS - first) * PLANES,
             STRIDE=SPLIT * BLOCK,
             WARPS=SPLIT,
             PAIRWISE=PLAN.pairwise,
         )
-        for chunk in tl.static_range(first, min(first + AHEAD, CHUNKS)):
+        for chunk in tl.static_range(first, min(first + PREFETCH, CHUNKS)):
             rhs = weights[chunk * G : (chunk + 1) * G]
             if PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32:
                 rhs = hide_invariance(rhs)
@@ -172,7 +172,7 @@ def gathered_matmul(
                 if chunk + 1 < CHUNKS:  # is on its way while this one is multiplied
                     coming = load_chunk(w_ptr, chunk + 1, tile, G=G, H=H, PLAN=PLAN)
             for plane in tl.static_range(PLANES):
-                lhs = left_operand(loaded[(chunk - first) * PLANES + plane], SPLIT=SPLIT)
+                lhs = lhs_operand(loaded[(chunk - first) * PLANES + plane], SPLIT=SPLIT)
                 sums = multiply(lhs, rhs, sums, FIRST=plane, PRECISION=PRECISION)
     return reduce_split_k(sums, SPLIT=SPLIT)
 

@@ -83,7 +83,7 @@ MUTANTS = (
     Mutant(
         "one load of the ring after the other",
         "matmul.py",
-        (("AHEAD: tl.constexpr = PLAN.prefetch\n", "AHEAD: tl.constexpr = 1\n"),),
+        (("PREFETCH: tl.constexpr = PLAN.prefetch\n", "PREFETCH: tl.constexpr = 1\n"),),
         "loads of the ring wait for one another",
     ),
     Mutant(
