@@ -259,10 +259,7 @@ def _layer_backward(
         )
         d_input = input.new_empty([0])
         if d_input_wanted:
-            d_input = dx_gates[:, 0].flatten(1) @ weights[0].w_ih
-            for d, w in enumerate(weights[1:], 1):
-                d_input.addmm_(dx_gates[:, d].flatten(1), w.w_ih)
-            d_input = d_input.view(input.shape)
+            d_input = (dx_gates.flatten(1) @ _joined_weights(weights)[0]).view(input.shape)
         gradients: list[Tensor] = []
         for d, w in enumerate(weights):
             dx, dh = dx_gates[:, d].flatten(1), dh_gates[:, d].flatten(1)
@@ -297,17 +294,21 @@ def _state_ops(spec, operands: Operands, noise: LayerMasks, reset: Tensor | None
 
 def _input_gates(input_ni: Tensor, weights: list[Weights], G: int) -> Tensor:
     """x_gates [N, D, G, H]: the input projection of all time steps and both directions."""
-    N, D, rows = input_ni.shape[0], len(weights), weights[0].w_ih.shape[0]
-    if D == 1:
-        x_gates = torch.nn.functional.linear(input_ni, weights[0].w_ih, weights[0].b_ih)
-        return x_gates.view(N, 1, G, -1)
-    x_gates = input_ni.new_empty(N, D, rows)
-    for d, w in enumerate(weights):
-        if w.b_ih is None:
-            torch.mm(input_ni, w.w_ih.T, out=x_gates[:, d])
-        else:
-            torch.addmm(w.b_ih, input_ni, w.w_ih.T, out=x_gates[:, d])
-    return x_gates.view(N, D, G, -1)
+    w_ih, b_ih = _joined_weights(weights)
+    x_gates = torch.nn.functional.linear(input_ni, w_ih, b_ih)
+    return x_gates.view(input_ni.shape[0], len(weights), G, -1)
+
+
+def _joined_weights(weights: list[Weights]) -> tuple[Tensor, Tensor | None]:
+    """W_ih and b_ih of all directions, one under the other.
+
+    To copy these weights costs less than two products: with a bias, one that does not write
+    all of its result reads and writes it once more.
+    """
+    if len(weights) == 1:
+        return weights[0].w_ih, weights[0].b_ih
+    biases = [w.b_ih for w in weights if w.b_ih is not None]
+    return torch.cat([w.w_ih for w in weights]), torch.cat(biases) if biases else None
 
 
 def _recurrent_gates(h_prev_ndh: Tensor, weights: list[Weights], G: int) -> Tensor:
