@@ -206,14 +206,14 @@ def check_hx(
 
 
 def check_reset_state(
-    reset_state: Tensor | Sequence[Tensor], spec: Spec, h_0: Tensor, unbatched: bool
+    reset_state: object, spec: Spec, h_0: Tensor, unbatched: bool
 ) -> tuple[Tensor, ...]:
     """The states that a reset sets, each [L * D, B, *], from such ones, or of which B is 1, or
     without B where the input has none. `h_0` is [L * D, B, *]."""
     layers, B = h_0.shape[:2]
     leading: list[Shape] = [(layers, B), (layers, 1)] if B != 1 else [(layers, 1)]
     leading += [(layers,)] if unbatched else []
-    states = reset_state if isinstance(reset_state, (tuple, list)) else (reset_state,)
+    states: Any = reset_state if isinstance(reset_state, (tuple, list)) else (reset_state,)
     names = cells.get(spec.cell).states
     check_state_shapes("reset", names, states, leading, widths(spec), h_0, "h_0")
     check_state_kinds("reset", names, states, h_0, "h_0")

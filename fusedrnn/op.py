@@ -155,7 +155,7 @@ class Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: Spec, n_masks: int, return_states: bool, *tensors: Tensor
+        ctx: Any, spec: Spec, n_masks: int, return_states: bool, *tensors: Any
     ) -> tuple[Tensor, ...]:
         masks, operands = list(tensors[:n_masks]), list(tensors[n_masks:])
         if watched(operands[0]):
@@ -185,7 +185,7 @@ class Stack(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = differentiable_backward(spec, given, operands, masks_of(masks))
         else:
-            run = torch.ops.fusedrnn.stack_backward if watched(output) else _backward
+            run: Any = torch.ops.fusedrnn.stack_backward if watched(output) else _backward
             gradients = run(given, operands, masks, output, kept, input_wanted, *spec)
             if not input_wanted:
                 gradients = [None, *gradients[1:]]

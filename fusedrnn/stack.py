@@ -119,7 +119,8 @@ def batched(
 ) -> tuple[Tensor, tuple[Tensor, ...], int, int]:
     """The input and the initial states, zeros if there are none, with a batch dimension; T, B."""
     if batch_sizes is not None:
-        T, B = batch_sizes.numel(), batch_sizes[0]
+        T = batch_sizes.numel()
+        B: Any = batch_sizes[0]
         B = B if is_tracing() else int(B)  # an int would be a constant of the trace
     else:
         if input.dim() == 2:
