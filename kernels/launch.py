@@ -30,7 +30,7 @@ Expected = tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
 def scan_forward(
     cell: Cell, x_gates: Tensor, directions: list[Weights], state: tuple[Tensor, ...], *,
     rows: Rows, save: str | None, input_precision: str,
-    state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None,
+    state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None, checked: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:  # fmt: skip
     """Runs a layer's time loop, all directions, in one launch.
 
@@ -44,6 +44,7 @@ def scan_forward(
         input_precision: of products of float32: "ieee" or "tf32".
         state_ops: resets, zoneout and the like.
         plan: tiling; by default the one that `plan_scan` makes for the device.
+        checked: whether the caller has seen to it that all arguments fit.
     Returns:
         output [N, D, H] (0 where a padded row is over), the S final states [D, B, H],
         saved [N, D, K, H] and states [N, D, S - 1, H], or None where not saved or empty.
@@ -51,24 +52,25 @@ def scan_forward(
         ValueError: an argument that does not fit, or a problem for which there is no plan.
         RuntimeError: the device cannot hold the grid, or an earlier launch timed out.
     """
-    _check_choice("save", save, SAVE)
     if x_gates.dim() != 4:
         raise ValueError(f"x_gates must have shape (N, D, G, H), got {tuple(x_gates.shape)}")
     N, D, _, H = x_gates.shape
     G = len(cell.gates)
     state = _contiguous(state)
-    _check(x_gates, ("x_gates", x_gates, (N, D, G, H), x_gates.dtype))
-    _check_layer(cell, (N, D, H), directions, state, rows, state_ops, input_precision, x_gates)
+    if not checked:
+        _check_choice("save", save, SAVE)
+        _check(x_gates, ("x_gates", x_gates, (N, D, G, H), x_gates.dtype))
+        _check_layer(cell, (N, D, H), directions, state, rows, state_ops, input_precision, x_gates)
     if plan is None:
-        plan = _plan(cell, "forward", x_gates, rows.B, H, D, input_precision)
+        plan = plan_for(cell, "forward", x_gates, rows.B, H, D, input_precision)
     output = x_gates.new_empty(N, D, H)
-    final = tuple(torch.empty_like(s) for s in state)
+    final = tuple([torch.empty_like(s) for s in state])
     saved = states = None
     if save == "gates" and cell.saved:
         saved = x_gates.new_empty(N, D, len(cell.saved), H)
     if save is not None and len(state) > 1:
         states = x_gates.new_empty(N, D, len(state) - 1, H)
-    biases = tuple(w.b_hh.contiguous() for w in directions if w.b_hh is not None)
+    biases = tuple([w.b_hh.contiguous() for w in directions if w.b_hh is not None])
     _launch(
         scan_forward_kernel, plan, rows, planes=1, like=x_gates, x_gates_ptr=x_gates,
         w_ptrs=_recurrent_weights(directions, H, transposed=False), b_hh_ptrs=biases or None,
@@ -126,7 +128,7 @@ def scan_backward(
         *[("states", states, (N, D, S - 1, H), dtype)] * (S > 1),
     )
     if plan is None:
-        plan = _plan(cell, "backward", d_output, rows.B, H, D, input_precision)
+        plan = plan_for(cell, "backward", d_output, rows.B, H, D, input_precision)
     dx_gates = d_output.new_empty(N, D, G, H)
     dh_gates = dx_gates if cell.additive else torch.empty_like(dx_gates)
     d_state = tuple(torch.empty_like(s) for s in (*state, *state_ops.reset_state))
@@ -212,9 +214,9 @@ def _recurrent_weights(
 ) -> tuple[Tensor, ...]:
     """W_hh of each direction, [G, H, pitch]: rows begin at multiples of 16 bytes, zeros fill them
     up. A copy only where they are not so already."""
-    gates = [w.w_hh.detach().contiguous().view(-1, H, H) for w in directions]
     if H % 8 == 0 and not transposed:
-        return tuple(gates)
+        return tuple([w.w_hh.contiguous() for w in directions])
+    gates = [w.w_hh.detach().contiguous().view(-1, H, H) for w in directions]
     copies = gates[0].new_zeros(len(gates), len(gates[0]), H, -(-H // 8) * 8)
     for copy, w in zip(copies, gates, strict=True):
         copy[..., :H] = w.transpose(-1, -2) if transposed else w
@@ -223,6 +225,8 @@ def _recurrent_weights(
 
 def _params(directions: list[Weights]) -> tuple[tuple[Tensor, ...], ...]:
     """For each of the cell's P parameters, those of D directions."""
+    if not directions[0].params:
+        return ()
     return tuple(zip(*(_contiguous(w.params) for w in directions), strict=True))
 
 
@@ -241,7 +245,8 @@ def device_of(device: torch.device) -> Device:
     )
 
 
-def _plan(cell: Cell, pass_: str, like: Tensor, B: int, H: int, D: int, precision: str) -> Plan:
+def plan_for(cell: Cell, pass_: str, like: Tensor, B: int, H: int, D: int, precision: str) -> Plan:
+    """The plan for tensors of the dtype and device of `like`, tuned where that is switched on."""
     device = device_of(like.device)
     times = None
     if tune.enabled():
@@ -300,7 +305,7 @@ def _check_grid(grid: tuple[int, int, int], plan: Plan, device: torch.device) ->
 
 
 def _contiguous(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(t.contiguous() for t in tensors)
+    return tuple([t.contiguous() for t in tensors])
 
 
 def _check_choice(name: str, value, choices) -> None:

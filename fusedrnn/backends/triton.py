@@ -120,27 +120,32 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
     cell, input = cells.get(spec.cell), operands.input
     rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
     reset, precision = _reset_flags(spec, masks, rows), fp32_precision()
+    G, D, H = len(cell.gates), directions(spec), spec.hidden_size
+    plan = kernels.plan_for(cell, "forward", input, rows.B, H, D, precision)
+    shape = (*input.shape[:-1], D * H)
     finals, kept = [], []
-    for index, (here, weights) in enumerate(_layers(spec, operands)):
-        noise = masks.of_layer(index)
-        if index > 0 and spec.save:
-            kept.append(input)
-        input = masked_input(input, noise)
-        with matmul_precision(input, precision):
-            x_gates = _input_gates(input.reshape(-1, input.shape[-1]), weights, len(cell.gates))
-        output, final, saved, states = kernels.scan_forward(
-            cell,
-            x_gates,
-            weights,
-            here.state,
-            rows=rows,
-            save=spec.save,
-            input_precision=precision,
-            state_ops=_state_ops(spec, here, noise, reset, x_gates.shape[0]),
-        )
-        input = output.view(*input.shape[:-1], -1)
-        finals.append(final)
-        kept += [t for t in (saved, states) if t is not None]
+    with matmul_precision(input, precision):
+        for index, (here, weights) in enumerate(_layers(spec, operands)):
+            noise = masks.of_layer(index)
+            if index > 0 and spec.save:
+                kept.append(input)
+            input = masked_input(input, noise)
+            x_gates = _input_gates(input.reshape(-1, input.shape[-1]), weights, G)
+            output, final, saved, states = kernels.scan_forward(
+                cell,
+                x_gates,
+                weights,
+                here.state,
+                rows=rows,
+                save=spec.save,
+                input_precision=precision,
+                state_ops=_state_ops(spec, here, noise, reset, x_gates.shape[0]),
+                plan=plan,
+                checked=True,  # at the door, in `fusedrnn.arguments`
+            )
+            input = output.view(shape)
+            finals.append(final)
+            kept += [t for t in (saved, states) if t is not None]
     return [input, *joined(finals), *kept]
 
 
