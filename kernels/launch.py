@@ -215,7 +215,7 @@ def _recurrent_weights(
     """W_hh of each direction, [G, H, pitch]: rows begin at multiples of 16 bytes, zeros fill them
     up. A copy only where they are not so already."""
     if H % 8 == 0 and not transposed:
-        return tuple([w.w_hh.contiguous() for w in directions])
+        return tuple([w.w_hh.contiguous().view(-1, H, H) for w in directions])
     gates = [w.w_hh.detach().contiguous().view(-1, H, H) for w in directions]
     copies = gates[0].new_zeros(len(gates), len(gates[0]), H, -(-H // 8) * 8)
     for copy, w in zip(copies, gates, strict=True):
