@@ -60,10 +60,10 @@ def sensitivity(
     if not steps or min(steps) < 0 or max(steps) >= T:
         raise ValueError(f"at: expected steps from {-T} to {T - 1}, got {at}")
 
-    own = module.regularizers
-    if own is not None and own.clip_gradient is not None:
+    regularizers = module.regularizers
+    if regularizers is not None and regularizers.clip_gradient is not None:
         module = copy.copy(module)
-        module.regularizers = dataclasses.replace(own, clip_gradient=None)
+        module.regularizers = dataclasses.replace(regularizers, clip_gradient=None)
 
     def forward(x):
         output = module(x, hx, lengths=lengths, reset=reset)[0]

@@ -75,14 +75,14 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
     ) -> None:
         if save not in functional.SAVE:
             raise ValueError(f"save must be one of {functional.SAVE}, got {save!r}")
-        own = regularizers.make(kwargs)
+        made = regularizers.make(kwargs)
         super().__init__(mode, *args, **kwargs)
         if not isinstance(self.bidirectional, bool):
             raise TypeError(f"bidirectional should be of type bool, got: {self.bidirectional!r}")
-        if own is not None:
-            self.regularizers = own
-            own.zoneout_rates(len(cells.get(self.mode.lower()).states))
-            if self.proj_size and "zoneout" in own.loop_features(training=True):
+        if made is not None:
+            self.regularizers = made
+            made.zoneout_rates(len(cells.get(self.mode.lower()).states))
+            if self.proj_size and "zoneout" in made.loop_features(training=True):
                 raise ValueError(f"zoneout: expected no projection, got proj_size={self.proj_size}")
         _set_backend(self, backend)
         if save != "gates":
@@ -219,8 +219,8 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
         return super().parameters(recurse)
 
     def extra_repr(self) -> str:
-        own = self.regularizers
-        return super().extra_repr() + (f", {own}" if own is not None else "")
+        shown = "" if self.regularizers is None else f", {self.regularizers}"
+        return super().extra_repr() + shown
 
 
 class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
@@ -349,8 +349,8 @@ class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
 
     def extra_repr(self) -> str:
         """What repr shows of the module."""
-        own = "" if self.forget_bias is None else f", forget_bias={self.forget_bias}"
-        return super().extra_repr() + own
+        shown = "" if self.forget_bias is None else f", forget_bias={self.forget_bias}"
+        return super().extra_repr() + shown
 
     # nn.LSTM has these, and code that subclasses it calls them.
     get_expected_cell_size: Callable[..., tuple[int, int, int]] = nn.LSTM.get_expected_cell_size

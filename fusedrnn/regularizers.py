@@ -157,8 +157,8 @@ def _probability(name: str, p) -> float:
 
 def make(given: dict[str, Any]) -> Regularizers | None:
     """Takes the regularisers out of a constructor's keyword arguments; None if there are none."""
-    own = {f.name: given.pop(f.name) for f in fields(Regularizers) if f.name in given}
-    made = Regularizers(**own)
+    names = [f.name for f in fields(Regularizers) if f.name in given]
+    made = Regularizers(**{name: given.pop(name) for name in names})
     return None if made == Regularizers() else made
 
 
@@ -213,42 +213,42 @@ def _new_number() -> int:
 
 
 # In a graph, two draws of one shape would be merged into one if nothing told them apart. As
-# torch.compiler.assume_constant_result, see `dispatch`: each place gets a number when it is traced.
+# torch.compiler.assume_constant_result (see `aten`): each place gets a number when it is traced.
 _new_number._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _draw(
-    shape: Sequence[int], generator: int, place: int, after: Tensor | None, *, device: torch.device
+    shape: Sequence[int], handle: int, place: int, after: Tensor | None, *, device: torch.device
 ) -> Tensor:
-    own = _generators.get(generator)
-    if own is None:
+    generator = _generators.get(handle)
+    if generator is None:
         raise RuntimeError("generator: the generator that this was compiled with is gone")
     # Where calls are repeated by other means than checkpoints, there are no tickets.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing or torch._C._are_functorch_transforms_active():
-        return torch.rand(shape, device=device, generator=own)
+        return torch.rand(shape, device=device, generator=generator)
     repeats = torch._C._current_graph_task_id() != -1  # autograd is at work: a checkpoint's
     # A checkpoint runs a call first without autograd, or with hooks in place of saved tensors. In
     # a compiled function, which cannot tell, the op's body runs without autograd.
     autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
     hooks = autograd._top_saved_tensors_default_hooks(True)
     if torch.is_grad_enabled() and hooks is None and not repeats:
-        return torch.rand(shape, device=device, generator=own)
-    states = _states.setdefault(own, OrderedDict())
+        return torch.rand(shape, device=device, generator=generator)
+    states = _states.setdefault(generator, OrderedDict())
     ticket = int(torch.randint(2**63 - 1, (), device="cpu"))
     if not repeats:
-        states[ticket] = own.get_state()
+        states[ticket] = generator.get_state()
         if len(states) > MOST_STATES:
             states.popitem(last=False)
     elif ticket in states:
-        own = torch.Generator(own.device).set_state(states[ticket])
+        generator = torch.Generator(generator.device).set_state(states[ticket])
     else:
         raise RuntimeError(
             "generator: expected a call in a backward pass to repeat an earlier one "
             f"(checkpoint with preserve_rng_state=True), among the last {MOST_STATES} draws; "
             "this one's masks are not known"
         )
-    return torch.rand(shape, device=device, generator=own)
+    return torch.rand(shape, device=device, generator=generator)
 
 
 draw_op: Any = torch.library.custom_op(
@@ -257,7 +257,7 @@ draw_op: Any = torch.library.custom_op(
 
 
 @draw_op.register_fake
-def _(shape, generator, place, after, *, device):
+def _(shape, handle, place, after, *, device):
     return torch.empty(shape, device=device)
 
 

@@ -61,14 +61,14 @@ def _swap(model, sources: dict[str, type], targets: dict[str, type]) -> Report:
     swapped, left = {}, {}
     other = tuple(targets.values())
     for name, module in model.named_modules():
-        kind = next((k for k, source in sources.items() if type(module) is source), None)
-        own = getattr(module, "regularizers", None)
-        needed = own and own.needed(training=module.training)
-        if kind is not None and needed:
-            left[name] = f"torch.nn's {kind} has no {needed}"
-        elif kind is not None:
-            module.__class__ = targets[kind]
-            swapped[name] = f"{_path(sources[kind])} -> {_path(targets[kind])}"
+        class_name = next((k for k, source in sources.items() if type(module) is source), None)
+        regularizers = getattr(module, "regularizers", None)
+        needed = regularizers and regularizers.needed(training=module.training)
+        if class_name is not None and needed:
+            left[name] = f"torch.nn's {class_name} has no {needed}"
+        elif class_name is not None:
+            module.__class__ = targets[class_name]
+            swapped[name] = f"{_path(sources[class_name])} -> {_path(targets[class_name])}"
         elif type(module) in other or not isinstance(module, (*sources.values(), nn.RNNBase)):
             continue
         elif nn.utils.parametrize.is_parametrized(module):
@@ -78,6 +78,6 @@ def _swap(model, sources: dict[str, type], targets: dict[str, type]) -> Report:
     return Report(swapped, left)
 
 
-def _path(kind: type) -> str:
-    module = "torch.nn" if kind.__module__.startswith("torch.nn") else kind.__module__
-    return f"{module.removesuffix('.modules')}.{kind.__name__}"
+def _path(cls: type) -> str:
+    module = "torch.nn" if cls.__module__.startswith("torch.nn") else cls.__module__
+    return f"{module.removesuffix('.modules')}.{cls.__name__}"

@@ -32,8 +32,8 @@ class Scriptable:
         Raises:
             TypeError: torch's operators would not compute what it computes.
         """
-        own = getattr(self, "regularizers", None)
-        needed = own and own.needed(training=self.training)  # pyright: ignore
+        regularizers = getattr(self, "regularizers", None)
+        needed = regularizers and regularizers.needed(training=self.training)  # pyright: ignore
         ours = f"{__name__.rpartition('.')[0]}.modules"
         if type(self).forward.__module__ != ours:  # pyright: ignore[reportAttributeAccessIssue]
             why = "a subclass with a forward of its own"
@@ -187,6 +187,6 @@ def run_operator(
 def forward_of(torchs: type[nn.Module]) -> Callable[..., Any]:
     """torch.nn's forward, as a function of its own, which can be marked for torch.jit.script."""
     theirs = torchs.forward
-    own = types.FunctionType(theirs.__code__, theirs.__globals__, argdefs=theirs.__defaults__)
-    own.__module__, own.__annotations__ = __name__, theirs.__annotations__
-    return torch.jit.export(own)
+    copied = types.FunctionType(theirs.__code__, theirs.__globals__, argdefs=theirs.__defaults__)
+    copied.__module__, copied.__annotations__ = __name__, theirs.__annotations__
+    return torch.jit.export(copied)

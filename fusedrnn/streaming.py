@@ -152,8 +152,8 @@ class Stream(Generic[State]):
             raise ValueError(f"{type(module).__name__}.stream: {needs_one_direction}")
         parts = state if isinstance(state, (tuple, list)) else (state,)
         if state is not None and not all(isinstance(part, Tensor) for part in parts):
-            kinds = ", ".join(type(part).__name__ for part in parts)
-            raise TypeError(f"state: expected the Tensors of hx or None, got {kinds}")
+            got = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(f"state: expected the Tensors of hx or None, got {got}")
         self.module: Any = module
         self.detach = detach
         self.state: State | None = state
@@ -191,8 +191,8 @@ class Stream(Generic[State]):
             TypeError, RuntimeError: rows that are not bool [B], or a state that does not fit.
         """
         if rows is not None and not (isinstance(rows, Tensor) and rows.dtype == torch.bool):
-            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-            raise TypeError(f"reset: rows: expected a bool tensor [B], got {kind}")
+            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"reset: rows: expected a bool tensor [B], got {got}")
         if state is None and (rows is None or self.state is None):
             self.state = None  # so the next chunk may have another B
             return

@@ -326,3 +326,36 @@ def test_opcheck_of_its_backward(arguments):
             torch.ops.fusedrnn.stack_backward.default,
             (d_outputs, operands, masks, outputs[0], outputs[1 + S :], wanted, *spec),
         )
+
+
+class Seen(torch.Tensor):
+    """A subclass that notes which operators it meets."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        seen.append(str(function))
+        plain = torch.utils._pytree.tree_map_only(Seen, lambda t: t.inner, (args, kwargs or {}))
+        return function(*plain[0], **plain[1])
+
+
+seen = []
+
+
+def test_a_subclass_of_tensor_meets_the_operator_and_not_its_body():
+    """Among the weights too: a kernel would read memory that a wrapper does not have."""
+    seen.clear()
+    spec = Spec("gru", 3, 4, backend="triton", save=None)
+    weights = [torch.randn(shape) for shape in weight_shapes(spec)]
+    operands = Operands(torch.randn(5, 2, 3), (torch.zeros(1, 2, 4),), (), tuple(weights))
+    expected = op.run(spec, operands, Masks())
+    wrapped = operands._replace(weights=(*weights[:1], Seen(weights[1]), *weights[2:]))
+    found = op.run(spec, wrapped, Masks())
+    assert "fusedrnn.stack.default" in seen
+    assert_equal(list(found), list(expected))
