@@ -28,9 +28,11 @@ class Spec(NamedTuple):
         cell: a name in `fusedrnn.cells.REGISTRY`.
         input_size, hidden_size, num_layers: I, H, L. proj_size: P, or 0.
         backend: the one that was asked for, or None; once chosen, the one that runs.
-        save: what the fused backward reads, "gates" or "states"; None if there will be none.
-        autocast: the dtype that autocast gives the aten backend, as "bfloat16", or None.
+        save: what the fused backward reads, "gates" or "states"; None if there will be none, and
+            no states are asked for.
+        autocast: the dtype, as "bfloat16", in which an op is to run the aten backend, or None.
         clip: bound of the gradient of each h_t inside the loop; 0 for none.
+        trained_from: the lowest layer that a gradient gets to.
     """
 
     cell: str
@@ -47,6 +49,7 @@ class Spec(NamedTuple):
     save: str | None = "gates"
     autocast: str | None = None
     clip: float = 0.0
+    trained_from: int = 0
 
 
 def directions(spec: Spec) -> int:
@@ -110,9 +113,9 @@ def operands_of(spec: Spec, flat: Sequence[Tensor]) -> Operands:
 
 
 class LayerMasks(NamedTuple):
-    """The noise of one layer. The input is multiplied by the first two, one after the other."""
+    """The noise of one layer, of which the first two act on its input."""
 
-    dropout: Tensor | None = None  # in the shape of the input
+    dropout: Tensor | None = None  # bool, in the shape of the input: what is kept, and scaled
     input: Tensor | None = None  # broadcasts over the time steps of a row
     h: Tensor | None = None  # [D, B, H], multiplies h_{t-1} before the recurrent product
     zoneout: Tensor | None = None  # bool [*rows, D, S, H]: keep the state; or [S] floats
@@ -163,11 +166,15 @@ def one_layer(
     return spec._replace(num_layers=1, input_size=input_size), operands, masks
 
 
-def masked_input(input: Tensor, masks: LayerMasks) -> Tensor:
-    """What enters a layer, from the stack's input or the output of the layer below."""
-    for mask in (masks.dropout, masks.input):
-        if mask is not None:
-            input = input * mask.to(input.dtype)
+def masked_input(spec: Spec, input: Tensor, masks: LayerMasks, *, backward: bool = False) -> Tensor:
+    """What enters a layer, from the stack's input or the output of the layer below; `backward`, the
+    gradient of that output from the gradient of what enters."""
+    if masks.input is not None and backward:
+        input = input * masks.input.to(input.dtype)
+    if masks.dropout is not None:
+        input = input * masks.dropout * (1 / (1 - spec.dropout) if spec.dropout < 1 else 0.0)
+    if masks.input is not None and not backward:
+        input = input * masks.input.to(input.dtype)
     return input
 
 

@@ -120,11 +120,11 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def stack(
         operands, masks, cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
-        bidirectional, proj_size, training, backend, save, autocast, clip,
+        bidirectional, proj_size, training, backend, save, autocast, clip, trained_from,
     ):  # fmt: skip
         spec = Spec(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, training, backend, save, autocast, clip,
+            proj_size, training, backend, save, autocast, clip, trained_from,
         )  # fmt: skip
         given = masks_of(masks)
         if lacking := lacks(spec, given):
@@ -158,10 +158,12 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         finals = []
         for layer in range(num_layers):
-            for mask in given.of_layer(layer)[:2]:
+            scales = (1 / (1 - dropout) if dropout < 1 else 0.0, 1.0)
+            for mask, scale in zip(given.of_layer(layer)[:2], scales, strict=True):
                 if mask is not None:
                     mask = op.Transpose(mask, perm=[1, 0, 2]) if batch_first else mask
-                    input = op.Mul(input, mask)
+                    scale = op.CastLike(op.Constant(value_float=scale), input)
+                    input = op.Mul(op.Mul(input, op.CastLike(mask, input)), scale)
             first = layer * D * size
             groups = [weights[at : at + size] for at in range(first, first + D * size, size)]
             w = joined([in_order(group[0]) for group in groups])

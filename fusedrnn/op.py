@@ -53,7 +53,7 @@ def _backward(
     d_input_wanted: bool,
     *fields: Any,
 ) -> list[Tensor]:
-    """The gradients of `operands`. triton leaves that of the input empty where it is not wanted."""
+    """The gradients of `operands`, of which triton leaves some empty, see `triton.backward`."""
     spec = Spec(*fields)
     if spec.backend == "triton":
         return triton.backward(
@@ -119,10 +119,12 @@ def _output_dtypes(spec: Spec, input: Tensor, state, masks: Masks) -> list[torch
 
 @stack_backward_op.register_fake
 def _(d_outputs, operands, masks, output, kept, d_input_wanted, *fields):
-    gradients = [t.new_empty(t.shape) for t in operands]
-    if Spec(*fields).backend == "triton" and not d_input_wanted:
-        gradients[0] = gradients[0].new_empty([0])
-    return gradients
+    spec, empty = Spec(*fields), 0
+    if spec.backend == "triton":
+        weights = len(operands_of(spec, operands).weights)
+        above = weights * (spec.num_layers - spec.trained_from) // spec.num_layers
+        empty = len(operands) - above if spec.trained_from else int(not d_input_wanted)
+    return [t.new_empty([0] if i < empty else t.shape) for i, t in enumerate(operands)]
 
 
 @contextmanager
@@ -190,8 +192,8 @@ class Stack(torch.autograd.Function):
         else:
             run: Any = torch.ops.fusedrnn.stack_backward if watched(operands) else _backward
             gradients = run(given, operands, masks, output, kept, input_wanted, *spec)
-            if not input_wanted:
-                gradients = [None, *gradients[1:]]
+            wanted = ctx.needs_input_grad[3 + n_masks :]
+            gradients = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
         return *(None,) * (3 + n_masks), *gradients
 
 

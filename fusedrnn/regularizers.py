@@ -286,7 +286,7 @@ def draw_masks(
         state = tuple([s[index * D : (index + 1) * D] for s in operands.state])
         rows = input.shape[:-1]
         masks = LayerMasks(
-            dropout=dropout_mask(noise, (*rows, width), p, input, transposed)
+            dropout=kept_by_dropout(noise, (*rows, width), p, input, transposed)
             if p and index
             else None,
             input=draw_input_mask(noise, width, input, batch_sizes, spec.batch_first)
@@ -303,22 +303,29 @@ def drop_weights(spec: Spec, noise: Noise, weights: tuple[Tensor, ...]) -> tuple
     """Every W_hh, the second of its layer and direction, with elements dropped."""
     p, size = noise.regularizers.weight_drop, weights_per_direction(spec)
     return tuple([
-        w * dropout_mask(noise, w.shape, p, w) if index % size == 1 else w
+        dropout(noise, w, p) if index % size == 1 else w
         for index, w in enumerate(weights)
     ])  # fmt: skip
 
 
-def dropout_mask(
+def dropout(noise: Noise, tensor: Tensor, p: float) -> Tensor:
+    """torch's dropout."""
+    if noise.regularizers.generator is None:
+        return F.dropout(tensor, p, training=True)
+    return tensor * scaled_mask(noise, tensor.shape, p, tensor)
+
+
+def kept_by_dropout(
     noise: Noise, shape: Sequence[int], p: float, like: Tensor, time_major: bool = False
 ) -> Tensor:
-    """What torch's dropout multiplies by, in the dtype of `like`. torch draws in the order of the
-    memory: in that of time where [B, T, *] is a view of [T, B, *]."""
+    """bool: what torch's dropout keeps of a tensor of that shape and the dtype of `like`. torch
+    draws in the order of the memory: in that of time where [B, T, *] is a view of [T, B, *]."""
     if noise.regularizers.generator is not None:
-        return scaled_mask(noise, shape, p, like)
+        return noise.uniform(shape, like.device) >= p
     ones = torch.ones(shape, dtype=like.dtype, device=like.device)
     if time_major:
         ones = ones.transpose(0, 1).contiguous().transpose(0, 1)
-    return F.dropout(ones, p, training=True)
+    return F.dropout(ones, p, training=True) != 0
 
 
 def draw_h_mask(noise: Noise, h_0: Tensor) -> Tensor:

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from fusedrnn import arguments, cells, dispatch, onnx, op, states
 from fusedrnn.arguments import transformed
-from fusedrnn.call import Call, Masks, Operands, Spec, directions, operands_of, widths
+from fusedrnn.call import (
+    Call,
+    Masks,
+    Operands,
+    Spec,
+    directions,
+    operands_of,
+    weights_per_direction,
+    widths,
+)
 from fusedrnn.regularizers import (
     NO_REGULARIZERS,
     Noise,
@@ -37,7 +46,7 @@ def run(
     regularizers: Regularizers | None = None,
     return_states: bool = False,
 ) -> tuple[Any, ...]:
-    """A call whose input, states and weights were checked; see `fusedrnn.functional.recurrent`.
+    """A call whose input and states were checked; see `fusedrnn.functional.recurrent`.
 
     Returns:
         output, the S final states, and with `return_states` the states of all layers and steps, by
@@ -208,7 +217,6 @@ def settle(
     drawn = spec.training and (regularizers.input_dropout or regularizers.generator is not None)
     if backend != "aten" or compiling or call.return_states or drawn:
         masks = masks._replace(layers=draw_masks(spec, noise, operands, masks.batch_sizes))
-        spec = spec._replace(dropout=0.0)
     # With zoneout the stored states are not what the cell computed: that is redone.
     save = "states" if "zoneout" in call.loop_features else spec.save
     autocast = call.autocast and backend == "aten" and compiling
@@ -216,8 +224,20 @@ def settle(
         save=save if call.needs_grad else "states" if call.return_states else None,
         autocast=str(call.dtype).removeprefix("torch.") if autocast else None,
         clip=regularizers.clip_gradient or 0.0,
+        trained_from=_trained_from(spec, operands),
     )
     return spec, operands, masks
+
+
+def _trained_from(spec: Spec, operands: Operands) -> int:
+    """The lowest layer that a gradient gets to: those below it may be frozen."""
+    rest = (operands.input, *operands.state, *operands.reset_state)
+    if spec.num_layers > 1 and not any([t.requires_grad for t in rest]):
+        per_layer = directions(spec) * weights_per_direction(spec)
+        for index, weight in enumerate(operands.weights):
+            if weight.requires_grad:
+                return index // per_layer
+    return 0
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

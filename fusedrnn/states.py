@@ -33,7 +33,7 @@ def run(
     input, finals, planes = operands.input, [], []
     for index in range(spec.num_layers):
         one, here, rest = one_layer(spec, operands, masks, index)
-        here = here._replace(input=masked_input(input, masks.of_layer(index)))
+        here = here._replace(input=masked_input(spec, input, masks.of_layer(index)))
         rest = rest._replace(
             layers=tuple(m._replace(dropout=None, input=None) for m in rest.layers)
         )

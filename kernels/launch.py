@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,14 +22,11 @@ PRECISIONS = ("ieee", "tf32")
 OLDEST_CAPABILITY = (8, 0)
 NO_STATE_OPS = StateOps()
 
-# What a check expects: a name, the tensor, its shape, and its dtype.
-Expected = tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
-
 
 def scan_forward(
     cell: Cell, x_gates: Tensor, directions: list[Weights], state: tuple[Tensor, ...], *,
     rows: Rows, save: str | None, input_precision: str,
-    state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None, checked: bool = False,
+    state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:  # fmt: skip
     """Runs a layer's time loop, all directions, in one launch.
 
@@ -44,7 +40,6 @@ def scan_forward(
         input_precision: of products of float32: "ieee" or "tf32".
         state_ops: resets, zoneout and the like.
         plan: tiling; by default the one that `plan_scan` makes for the device.
-        checked: whether the caller has seen to it that all arguments fit.
     Returns:
         output [N, D, H] (0 where a padded row is over), the S final states [D, B, H],
         saved [N, D, K, H] and states [N, D, S - 1, H], or None where not saved or empty.
@@ -57,10 +52,9 @@ def scan_forward(
     N, D, _, H = x_gates.shape
     G = len(cell.gates)
     state = _contiguous(state)
-    if not checked:
-        _check_choice("save", save, SAVE)
-        _check(x_gates, ("x_gates", x_gates, (N, D, G, H), x_gates.dtype))
-        _check_layer(cell, (N, D, H), directions, state, rows, state_ops, input_precision, x_gates)
+    _check_choice("save", save, SAVE)
+    _check("x_gates", x_gates, (N, D, G, H), x_gates)
+    _check_layer(cell, (N, D, H), directions, state, rows, state_ops, input_precision, x_gates)
     if plan is None:
         plan = plan_for(cell, "forward", x_gates, rows.B, H, D, input_precision)
     output = x_gates.new_empty(N, D, H)
@@ -118,15 +112,13 @@ def scan_backward(
     elif cell.saved:
         kept = (("saved_or_gates", saved_or_gates),)  # type: ignore[assignment]
     planes = G if recompute else len(cell.saved)
-    dtype = output.dtype
-    _check(
-        output,
-        ("output", output, (N, D, H), dtype),
-        ("d_output", d_output, (N, D, H), dtype),
-        *_each("d_final", d_final, cell.states, (D, rows.B, H), dtype),
-        *((name, tensor, (N, D, planes, H), dtype) for name, tensor in kept),
-        *[("states", states, (N, D, S - 1, H), dtype)] * (S > 1),
-    )
+    _check("output", output, (N, D, H), output)
+    _check("d_output", d_output, (N, D, H), output)
+    _check_each("d_final", d_final, cell.states, (D, rows.B, H), output)
+    for name, tensor in kept:
+        _check(name, tensor, (N, D, planes, H), output)
+    if S > 1:
+        _check("states", states, (N, D, S - 1, H), output)
     if plan is None:
         plan = plan_for(cell, "backward", d_output, rows.B, H, D, input_precision)
     dx_gates = d_output.new_empty(N, D, G, H)
@@ -318,65 +310,73 @@ def _check_layer(
 ) -> None:
     """What both passes take."""
     N, D, H = sizes
-    G, S, B, dtype = len(cell.gates), len(cell.states), rows.B, like.dtype
+    G, S, B = len(cell.gates), len(cell.states), rows.B
     _check_choice("input_precision", input_precision, PRECISIONS)
-    _check_choice("the dtype of a sequence", dtype, DTYPES)
+    _check_choice("the dtype of a sequence", like.dtype, DTYPES)
     if len(directions) != D:
         raise ValueError(f"directions must be {D}, got {len(directions)}")
     if rows.offsets is None and N != rows.T * B:
         raise ValueError(f"rows must be T * B = {rows.T} * {B}, got {N}")
     if rows.offsets is not None and rows.lengths is None:
         raise ValueError("rows.lengths must be given with rows.offsets")
-    biased = any(w.b_hh is not None for w in directions)
-    shares = ops.zoneout is not None and ops.zoneout.dim() == 1
-    noise = ((S,), torch.float32) if shares else ((N, D, S, H), torch.int8)
-    optional = (
-        ("rows.offsets", rows.offsets, (rows.T,), torch.int64),
-        ("rows.lengths", rows.lengths, (B,), torch.int64),
-        ("state_ops.reset", ops.reset, (N, D), torch.int8),
-        ("state_ops.h_mask", ops.h_mask, (D, B, H), dtype),
-        ("state_ops.zoneout", ops.zoneout, *noise),
-    )
-    _check(
-        like,
-        *_each("state", state, cell.states, (D, B, H), dtype),
-        *(given for given in optional if given[1] is not None),
-    )
+    _check_each("state", state, cell.states, (D, B, H), like)
     if ops.reset_state:
-        expected = _each("state_ops.reset_state", ops.reset_state, cell.states, (D, B, H), dtype)
-        _check(like, *expected)
+        _check_each("state_ops.reset_state", ops.reset_state, cell.states, (D, B, H), like)
+    biased = any([w.b_hh is not None for w in directions])
     for d, w in enumerate(directions):  # of which copies are made where they are not contiguous
-        params = _contiguous(w.params)
-        _check(
-            like,
-            (f"directions[{d}].w_hh", w.w_hh.contiguous(), (G * H, H), dtype),
-            *[(f"directions[{d}].b_hh", w.b_hh, (G * H,), dtype)] * biased,
-            *_each(f"directions[{d}].params", params, cell.params, (H,), dtype),
-        )
+        _check(f"directions[{d}].w_hh", w.w_hh, (G * H, H), like, contiguous=False)
+        if biased:
+            _check(f"directions[{d}].b_hh", w.b_hh, (G * H,), like, contiguous=False)
+        _check_each(f"directions[{d}].params", w.params, cell.params, (H,), like, contiguous=False)
+    _check_given("rows.offsets", rows.offsets, (rows.T,), like, torch.int64)
+    _check_given("rows.lengths", rows.lengths, (B,), like, torch.int64)
+    _check_given("state_ops.reset", ops.reset, (N, D), like, torch.int8)
+    _check_given("state_ops.h_mask", ops.h_mask, (D, B, H), like, like.dtype)
+    shares = ops.zoneout is not None and ops.zoneout.dim() == 1
+    shape, dtype = ((S,), torch.float32) if shares else ((N, D, S, H), torch.int8)
+    _check_given("state_ops.zoneout", ops.zoneout, shape, like, dtype)
 
 
-def _each(name: str, tensors, names, shape: tuple[int, ...], dtype) -> Iterator[Expected]:
-    """That there is one tensor for each of `names`, all of one shape."""
+def _check_each(
+    name: str, tensors, names, shape: tuple[int, ...], like: Tensor, contiguous: bool = True
+) -> None:
+    """One tensor for each of `names`, all of one shape."""
     if len(tensors) != len(names):
         raise ValueError(f"{name} must be {len(names)} tensors {names}, got {len(tensors)}")
     for of, tensor in zip(names, tensors, strict=True):
-        yield f"{name} ({of})", tensor, shape, dtype
+        _check(f"{name} ({of})", tensor, shape, like, contiguous=contiguous)
 
 
-def _check(like: Tensor, *expected: Expected) -> None:
-    """Kernels address memory by these shapes: nothing else may pass."""
-    for name, tensor, shape, dtype in expected:
-        if (
-            tensor is None
-            or tensor.shape != shape
-            or tensor.dtype != dtype
-            or tensor.device != like.device
-            or not tensor.is_contiguous()
-        ):
-            got = "None"
-            if tensor is not None:
-                got = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} with "
-                got += f"strides {tensor.stride()}"
-            raise ValueError(
-                f"{name} must be contiguous {dtype} of shape {shape} on {like.device}, got {got}"
-            )
+def _check_given(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype
+) -> None:
+    if tensor is not None:
+        _check(name, tensor, shape, like, dtype)
+
+
+def _check(
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    like: Tensor,
+    dtype: torch.dtype | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Kernels address memory by these shapes: nothing else may pass. The dtype is by default that
+    of `like`, beside which all tensors lie."""
+    dtype = dtype or like.dtype
+    if (
+        tensor is None
+        or tensor.shape != shape
+        or tensor.dtype != dtype
+        or tensor.device != like.device
+        or (contiguous and not tensor.is_contiguous())
+    ):
+        got = "None"
+        if tensor is not None:
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} with "
+            got += f"strides {tensor.stride()}"
+        layout = "contiguous " if contiguous else ""
+        raise ValueError(
+            f"{name} must be {layout}{dtype} of shape {shape} on {like.device}, got {got}"
+        )

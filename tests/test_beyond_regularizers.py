@@ -173,7 +173,7 @@ def test_rates(name, p):
     for dropped in (
         regularizers.draw_input_mask(Noise(own), 200, torch.ones(1, 200, 200), None, False) == 0,
         regularizers.draw_h_mask(Noise(own), state[0]) == 0,
-        regularizers.dropout_mask(Noise(own), x.shape[:-1], p, x) == 0,
+        ~regularizers.kept_by_dropout(Noise(own), x.shape[:-1], p, x),
         regularizers.zoneout_of(Noise(own), (1, 200), state, training=True),
     ):
         assert dropped.numel() == n
@@ -382,7 +382,7 @@ def test_a_generator_draws_the_dropout_between_layers_too(name):
     assert torch.equal(first, again)
     assert not torch.equal(first, module(x)[0])
     assert torch.equal(torch.get_rng_state(), before)
-    dropped = regularizers.dropout_mask(Noise(module.regularizers), (200, 200), 0.5, x) == 0
+    dropped = ~regularizers.kept_by_dropout(Noise(module.regularizers), (200, 200), 0.5, x)
     assert abs(dropped.float().mean() - 0.5) < 5 * 0.5 / 200  # 5 sigma of a binomial
 
 
@@ -533,3 +533,12 @@ def test_explained_and_refused_where_missing():
     module.backend = "aten"
     with pytest.raises(RuntimeError, match=r"'aten' was asked for .* recurrent dropout and zon"):
         module(x)
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_all_of_it_may_be_dropped(backend):
+    module = fusedrnn.GRU(I, H, 2, dropout=1.0, backend=backend)
+    torchs = torch.nn.GRU(I, H, 2, dropout=1.0)
+    torchs.load_state_dict(module.state_dict())
+    x = torch.randn(T, B, I)
+    torch.testing.assert_close(module(x)[0], torchs(x)[0])

@@ -284,6 +284,7 @@ def operator_samples():
                 spec = Spec(
                     cell, I, H, L, case != "no_bias", batch_first, bidirectional=D == 2,
                     proj_size=P, backend="reference" if case == "reset" else "aten", save=None,
+                    dropout=0.5,
                     autocast="bfloat16" if case.startswith("autocast") else None,
                 )  # fmt: skip
                 weights = [torch.randn(shape) / 2 for shape in weight_shapes(spec)]
@@ -299,7 +300,7 @@ def operator_samples():
                 if case == "reset":
                     masks = Masks(reset=torch.rand(T, B) < 0.3)
                 if case == "stack":
-                    dropout = (torch.rand(T, B, D * H) < 0.5) * 2.0
+                    dropout = torch.rand(T, B, D * H) < 0.5
                     masks = Masks(layers=(LayerMasks(), LayerMasks(dropout=dropout)))
                 operands = Operands(input, tuple(state), (), tuple(weights))
                 yield pytest.param(

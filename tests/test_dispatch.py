@@ -424,6 +424,16 @@ def test_explain_of_other_inputs():
         fusedrnn.explain(torch.nn.LSTM(3, 4), torch.randn(5, 2, 3))
 
 
+def test_the_interpreter_does_not_compute_bfloat16(monkeypatch):
+    """Its own dot multiplies bit patterns; only the tests of the kernels repair it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "MISSING", None)
+    monkeypatch.setattr(triton, "INTERPRETED_DTYPES", (torch.float32, torch.float16))
+    module = fusedrnn.LSTM(3, 4, backend="triton", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"interpreter computes torch\.bfloat16 wrongly"):
+        module(torch.randn(5, 2, 3, dtype=torch.bfloat16))
+
+
 def test_the_interpreter_runs_only_when_forced(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton, "MISSING", None)

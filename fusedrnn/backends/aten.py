@@ -59,8 +59,8 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
     input, finals = operands.input, []
     for index in range(spec.num_layers):
         one, here, _ = one_layer(spec, operands, masks, index)
-        here = here._replace(input=masked_input(input, masks.of_layer(index)))
-        input, *final = _run(one, here, masks)
+        here = here._replace(input=masked_input(spec, input, masks.of_layer(index)))
+        input, *final = _run(one._replace(dropout=0.0), here, masks)
         finals.append(tuple(final))
     return input, *reference.joined(finals)
 

@@ -63,7 +63,7 @@ def run(
         if zoneout is not None and zoneout.dim() > 1:
             zoneout = by_time(spec, zoneout, masks)
         output, final, layer_steps = layer(
-            cells.get(spec.cell), by_time(spec, masked_input(input, noise), masks),
+            cells.get(spec.cell), by_time(spec, masked_input(spec, input, noise), masks),
             here.state, split_weights(one, here.weights), lengths=lengths, reset=reset,
             reset_state=here.reset_state, h_mask=noise.h, zoneout=zoneout, clip=spec.clip,
             given=given,

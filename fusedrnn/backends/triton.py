@@ -33,6 +33,8 @@ from fusedrnn.call import (
 
 OLDEST_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's interpreter multiplies the bit patterns of bfloat16, as if they were integers.
+INTERPRETED_DTYPES = (torch.float32, torch.float16)
 
 
 def triton_version() -> str | None:
@@ -79,6 +81,8 @@ def refuses(call: Call) -> str | None:
         return f"the kernels run on cuda devices, not on {device}"
     if call.dtype not in DTYPES:
         return f"the kernels compute float32, bfloat16 and float16, not {call.dtype}"
+    if device == "cpu" and call.dtype not in INTERPRETED_DTYPES:
+        return f"Triton's interpreter computes {call.dtype} wrongly"
     if call.spec.proj_size:
         return f"projections are not fused (proj_size={call.spec.proj_size})"
     if "states" in call.loop_features and torch.compiler.is_compiling():
@@ -124,28 +128,27 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
     plan = kernels.plan_for(cell, "forward", input, rows.B, H, D, precision)
     shape = (*input.shape[:-1], D * H)
     finals, kept = [], []
-    with matmul_precision(input, precision):
-        for index, (here, weights) in enumerate(_layers(spec, operands)):
-            noise = masks.of_layer(index)
-            if index > 0 and spec.save:
-                kept.append(input)
-            input = masked_input(input, noise)
+    for index, (here, weights) in enumerate(_layers(spec, operands)):
+        noise, save = masks.of_layer(index), _save_of(spec, index)
+        if index > 0 and save:
+            kept.append(input)
+        input = masked_input(spec, input, noise)
+        with matmul_precision(input, precision):
             x_gates = _input_gates(input.reshape(-1, input.shape[-1]), weights, G)
-            output, final, saved, states = kernels.scan_forward(
-                cell,
-                x_gates,
-                weights,
-                here.state,
-                rows=rows,
-                save=spec.save,
-                input_precision=precision,
-                state_ops=_state_ops(spec, here, noise, reset, x_gates.shape[0]),
-                plan=plan,
-                checked=True,  # at the door, in `fusedrnn.arguments`
-            )
-            input = output.view(shape)
-            finals.append(final)
-            kept += [t for t in (saved, states) if t is not None]
+        output, final, saved, states = kernels.scan_forward(
+            cell,
+            x_gates,
+            weights,
+            here.state,
+            rows=rows,
+            save=save,
+            input_precision=precision,
+            state_ops=_state_ops(spec, here, noise, reset, x_gates.shape[0]),
+            plan=plan,
+        )
+        input = output.view(shape)
+        finals.append(final)
+        kept += [t for t in (saved, states) if t is not None]
     return [input, *joined(finals), *kept]
 
 
@@ -167,13 +170,19 @@ def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
     N = input.numel() // input.shape[-1]
     shapes = []
     for index in range(spec.num_layers):
-        layer: list[tuple[int, ...]] = [(*input.shape[:-1], D * H)] if index and spec.save else []
-        if spec.save == "gates" and cell.saved:
+        save = _save_of(spec, index)
+        layer: list[tuple[int, ...]] = [(*input.shape[:-1], D * H)] if index and save else []
+        if save == "gates" and cell.saved:
             layer.append((N, D, len(cell.saved), H))
-        if spec.save and len(cell.states) > 1:
+        if save and len(cell.states) > 1:
             layer.append((N, D, len(cell.states) - 1, H))
         shapes.append(layer)
     return shapes
+
+
+def _save_of(spec: Spec, layer: int) -> str | None:
+    """What that layer keeps for backward: nothing, where no gradient gets to it."""
+    return spec.save if layer >= spec.trained_from else None
 
 
 def backward(
@@ -188,7 +197,8 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of `operands.flat()`, from those of the output and of the final states.
 
-    Where that of the input is not wanted it is left empty: one large matrix product less.
+    Where that of the input is not wanted it is left empty: one large matrix product less. So are
+    those of the layers below `spec.trained_from`, and then those of the states.
     """
     D = directions(spec)
     rows = packing.rows_of(operands.input, spec.batch_first, masks.lengths, masks.batch_sizes)
@@ -196,28 +206,27 @@ def backward(
     d_output, d_states, d_weights = d_outputs[0], [], []
     layers = list(_layers(spec, operands))
     shapes = kept_shapes(spec, operands.input)
-    for index in reversed(range(spec.num_layers)):
+    for index in reversed(range(spec.trained_from, spec.num_layers)):
         (here, weights), noise = layers[index], masks.of_layer(index)
         first = len(kept) - len(shapes[index])
         kept, layer_kept = kept[:first], kept[first:]
         below = layer_kept.pop(0) if index > 0 else operands.input
         d_final = tuple([d[index * D : (index + 1) * D] for d in d_outputs[1:]])
+        here = here._replace(input=masked_input(spec, below, noise))
+        wanted = index > spec.trained_from or (index == 0 and d_input_wanted)
         d_input, d_state, gradients = _layer_backward(
-            spec, here._replace(input=masked_input(below, noise)), weights, noise, rows, reset,
-            d_output, d_final, output, layer_kept, d_input_wanted=d_input_wanted or index > 0,
+            spec, here, weights, noise, rows, reset, d_output, d_final, output, layer_kept,
+            d_input_wanted=wanted,
         )  # fmt: skip
-        d_output, output = _through_masks(d_input, noise), below
+        output = below
+        d_output = masked_input(spec, d_input, noise, backward=True) if wanted else d_input
         d_states.insert(0, d_state)
         d_weights = [*gradients, *d_weights]
-    return [d_output, *joined(d_states), *d_weights]
-
-
-def _through_masks(d_input: Tensor, noise: LayerMasks) -> Tensor:
-    if d_input.numel():
-        for mask in (noise.input, noise.dropout):
-            if mask is not None:
-                d_input = d_input * mask
-    return d_input
+    gradients = [d_output, *joined(d_states), *d_weights]
+    if spec.trained_from == 0:
+        return gradients
+    below = len(operands.flat()) - len(d_weights)
+    return [d_output.new_empty([0]) for _ in range(below)] + d_weights
 
 
 def _layer_backward(

@@ -11,6 +11,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from fusedrnn.backends import triton as backend
+
 
 def _is_bfloat16(handle) -> bool:
     return handle.dtype.scalar == tl.bfloat16
@@ -55,3 +57,4 @@ def repair() -> None:
         create_splat,
     )
     builder.multiplies_bfloat16 = True
+    backend.INTERPRETED_DTYPES = backend.DTYPES

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from layer_checks import Case, assert_as_good_as_torch, build, lengths_of
 
 import fusedrnn
+from fusedrnn import kernels
 from fusedrnn.arguments import weight_shapes
 from fusedrnn.call import LayerMasks, Masks, Spec, widths
 
@@ -196,15 +197,17 @@ def test_double_backward_and_compile():
         torch.testing.assert_close(compiled(torch.ones(T, 2, 5))[0], rnn(torch.ones(T, 2, 5))[0])
 
 
+@pytest.mark.parametrize("trained_from", [0, 1])
 @pytest.mark.parametrize("save", ["gates", "states"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_opcheck(cell, save):
+def test_opcheck(cell, save, trained_from):
     """Of two layers in two directions, with dropout between them."""
-    spec = Spec(cell, 5, 7, 2, bidirectional=True, backend="triton", save=save)
+    spec = Spec(cell, 5, 7, 2, dropout=0.5, bidirectional=True, backend="triton", save=save)
+    spec = spec._replace(trained_from=trained_from)
     state = [torch.randn(4, 3, 7) for _ in widths(spec)]
     weights = [torch.randn(shape) for shape in weight_shapes(spec)]
     operands = [torch.randn(4, 3, 5), *state, *weights]
-    masks = Masks(layers=(LayerMasks(), LayerMasks(dropout=torch.rand(4, 3, 14)))).flat()
+    masks = Masks(layers=(LayerMasks(), LayerMasks(dropout=torch.rand(4, 3, 14) < 0.5))).flat()
     torch.library.opcheck(torch.ops.fusedrnn.stack, (operands, masks, *spec))
     output, *rest = torch.ops.fusedrnn.stack(operands, masks, *spec)
     final, kept = rest[: len(state)], rest[len(state) :]
@@ -288,3 +291,59 @@ def test_a_malformed_packed_sequence_meets_no_kernel(rows, sizes):
     operands = [packed.data, torch.zeros(1, 3, 7), *flat]
     with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
         torch.ops.fusedrnn.stack(operands, [None, packed.batch_sizes, None], *spec)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("weight_hh_l1", lambda w: w[:7]),
+        ("weight_hh_l1", lambda w: w.double()),
+        ("weight_ih_l1", lambda w: w[:, :5]),
+        ("bias_hh_l1", lambda w: w[:7]),
+    ],
+)
+def test_no_kernel_is_given_a_parameter_that_does_not_fit(name, change, grad):
+    """Modules' parameters can be replaced; a kernel would read beyond what is too small."""
+    rnn = fusedrnn.LSTM(5, 7, 2, backend="triton")
+    setattr(rnn, name, torch.nn.Parameter(change(getattr(rnn, name).detach())))
+    with pytest.raises((RuntimeError, ValueError)), torch.set_grad_enabled(grad):
+        rnn(torch.randn(4, 3, 5))
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_frozen_layers_keep_nothing_and_run_no_backward(frozen, monkeypatch):
+    """As in finetuning, where the lower layers stay as they are."""
+    rnn = fusedrnn.LSTM(5, 7, 3, dropout=0.5, bidirectional=True, backend="triton")
+    names = [name for name, _ in rnn.named_parameters()]
+    trained = [name for name in names if int(name.split("_l")[1][0]) >= frozen]
+    for name in set(names) - set(trained):
+        getattr(rnn, name).requires_grad_(False)
+    launches, scan_backward = [], kernels.scan_backward
+    monkeypatch.setattr(
+        kernels, "scan_backward", lambda *a, **k: launches.append(1) or scan_backward(*a, **k)
+    )
+    x, kept = torch.randn(4, 3, 5), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    )
+
+    def loss():
+        torch.manual_seed(4)
+        output, (h_n, _) = rnn(x)
+        return output.square().sum() + h_n.sum()
+
+    with hooks:
+        value = loss()
+    some = sum(kept)
+    gradients = torch.autograd.grad(value, [getattr(rnn, name) for name in trained])
+    assert len(launches) == 3 - frozen
+    for parameter in rnn.parameters():
+        parameter.requires_grad_()
+    kept.clear()
+    with hooks:
+        value = loss()
+    assert some < sum(kept)
+    expected = torch.autograd.grad(value, [getattr(rnn, name) for name in trained])
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.equal(one, other)

@@ -6,6 +6,7 @@ from scheduler import cooperative
 from state_ops_checks import CASES, OPTIONS, assert_as_the_reference, run
 from tolerances import GRADIENTS32
 
+from fusedrnn import kernels
 from fusedrnn.kernels import launch
 from fusedrnn.kernels.plan import Plan
 
@@ -32,7 +33,8 @@ def test_spread_over_programs(module, monkeypatch):
     """What a program hands on is what the next step reads: already reset, already masked."""
     plan = Plan("multi_block", 16, 8, 16, chunks=2, resident=2, split_k=1, num_warps=1)
     expected = run(module, "all", "triton", torch.float32, True, "lengths")
-    monkeypatch.setattr(launch, "_plan", lambda *arguments: plan)
+    for module_of_plans in (kernels, launch):
+        monkeypatch.setattr(module_of_plans, "plan_for", lambda *arguments: plan)
     with cooperative(3):
         spread = run(module, "all", "triton", torch.float32, True, "lengths")
     for ours, other in zip(spread, expected, strict=True):
