@@ -163,7 +163,7 @@ def one_layer(
         operands.weights[layer * size : (layer + 1) * size],
     )
     masks = masks._replace(layers=(masks.of_layer(layer),) if masks.layers else ())
-    return spec._replace(num_layers=1, input_size=input_size), operands, masks
+    return spec._replace(num_layers=1, input_size=input_size, trained_from=0), operands, masks
 
 
 def masked_input(spec: Spec, input: Tensor, masks: LayerMasks, *, backward: bool = False) -> Tensor:

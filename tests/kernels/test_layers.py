@@ -347,3 +347,18 @@ def test_frozen_layers_keep_nothing_and_run_no_backward(frozen, monkeypatch):
     expected = torch.autograd.grad(value, [getattr(rnn, name) for name in trained])
     for one, other in zip(gradients, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_states_of_frozen_layers_are_returned():
+    rnn = fusedrnn.LSTM(5, 7, 2, backend="triton")
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+        getattr(rnn, name).requires_grad_(False)
+    x = torch.randn(4, 3, 5)
+    output, _, states = rnn(x, return_states=True)
+    (states["c"][0].sum() + states["c"][1].sum() + output.sum()).backward()
+    found = rnn.weight_hh_l1.grad
+    rnn.backend, rnn.weight_hh_l1.grad = "reference", None
+    expected, _, others = rnn(x, return_states=True)
+    (others["c"][1].sum() + expected.sum()).backward()
+    torch.testing.assert_close(states, others)
+    torch.testing.assert_close(found, rnn.weight_hh_l1.grad)
