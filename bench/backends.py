@@ -181,7 +181,7 @@ WHAT = {
     "GPU torch keeps the weights in one piece for cuDNN, but (torch 2.11) not in bf16",
     "torch_nn_graph": "torch.nn's module, replayed from a CUDA graph",
     "auto": "fusedrnn as installed",
-    "triton": 'fusedrnn, backend="triton" (measured where auto takes another)',
+    "triton": 'fusedrnn, backend="triton" (where auto takes another)',
     "triton_states": 'fusedrnn, backend="triton", save="states": less memory',
     "triton_graph": 'fusedrnn, backend="triton", replayed from a CUDA graph',
     "aten": 'fusedrnn, backend="aten"',

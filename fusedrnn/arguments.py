@@ -1,6 +1,7 @@
 """The checks of a user's tensors: every message names the argument, what was expected, what came.
 
-Kernels read as far as the shapes say, whatever lies there, so nothing gets to them unchecked.
+Kernels read as far as the shapes say, whatever lies there: `fusedrnn.kernels.launch` checks once
+more what gets to them, since a module's parameters can be replaced.
 """
 
 from __future__ import annotations

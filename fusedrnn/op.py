@@ -145,8 +145,8 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 def watched(operands: Sequence[Tensor]) -> bool:
     """Whether somebody looks at the operators that run: a compiler, an exporter, a dispatch mode,
-    a subclass of Tensor. Then the ops must be seen; else their bodies are called, which takes
-    a fifth less of the time of a small call."""
+    a subclass of Tensor. Then the ops must be seen; else their bodies are called, which saves a
+    small call the time of the dispatcher."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

@@ -171,7 +171,9 @@ def _launch(kernel, plan: Plan, rows: Rows, *, planes: int, like: Tensor, **argu
         for first_d in range(0, D, step_d):
             for first_b in range(0, rows.B, step_b):
                 grid = (
-                    -(-H // plan.block_h),  # not triton.cdiv, which takes 4 us
+                    -(
+                        -H // plan.block_h
+                    ),  # not triton.cdiv, which binds its arguments at every call
                     -(-min(step_b, rows.B - first_b) // plan.block_b),
                     min(step_d, D - first_d),
                 )

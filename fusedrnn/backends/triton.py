@@ -109,7 +109,7 @@ def _no_plan(cell: str, dtype: torch.dtype, H: int, D: int, index: int) -> str |
 _no_plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-_cudnn_rnn: Any = torch.backends.cudnn.rnn  # to find it takes 4 us
+_cudnn_rnn: Any = torch.backends.cudnn.rnn  # found once: each look-up goes through Python
 
 
 def fp32_precision() -> str:
@@ -316,8 +316,8 @@ def _input_gates(input_ni: Tensor, weights: list[Weights], G: int) -> Tensor:
 def _joined_weights(weights: list[Weights]) -> tuple[Tensor, Tensor | None]:
     """W_ih and b_ih of all directions, one under the other.
 
-    To copy these weights costs less than two products: with a bias, one that does not write
-    all of its result reads and writes it once more.
+    Two products, each into its part of x_gates, would copy no weights. But torch adds a bias to
+    such a part in a pass of its own, and x_gates has many more rows than the weights.
     """
     if len(weights) == 1:
         return weights[0].w_ih, weights[0].b_ih
