@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 from bench.machine_code import near, sass_step
 from bench.step_cost import MOST_WAVEFRONTS, Parameters, Reading, gate, load_parameters, read
 from bench.timing import ROOT
-from fusedrnn.cells import REGISTRY
+from fusedrnn.cells import REGISTRY, get
 from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import (
     ITEM_SIZE,
@@ -51,7 +51,8 @@ from fusedrnn.kernels.plan import (
     cycles,
     placed,
     plan_scan,
-)  # fmt: skip
+    stage_sizes,
+)
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
 from fusedrnn.kernels.state_ops import StateOps
@@ -72,6 +73,11 @@ TARGETS = {
 }
 
 
+def width(H: int, P: int, heads: int) -> str:
+    """How wide a layer is."""
+    return f"H={H}" + f" P={P}" * (P > 0) + f" heads={heads}" * (heads > 1)
+
+
 @dataclass(frozen=True)
 class Job:
     target: str
@@ -83,6 +89,8 @@ class Job:
     H: int
     plan: Plan
     plain: bool = False  # dense rows, one direction: as most calls are
+    P: int = 0
+    heads: int = 1
 
     def key(self) -> str:
         p = self.plan
@@ -90,47 +98,68 @@ class Job:
         tile = f"{p.block_b}x{p.block_h} {chunks}"
         return " ".join(
             [self.target, self.cell, self.which, self.save, self.dtype, self.precision]
-            + [f"H={self.H}", p.schedule, tile, str(p.num_warps), str(p.max_registers)]
+            + [
+                width(self.H, self.P, self.heads),
+                p.schedule,
+                tile,
+                str(p.num_warps),
+                str(p.max_registers),
+            ]
             + ["plain"] * self.plain
         )
 
 
 def arguments(job: Job) -> dict[str, Any]:
     """Types of the kernel's pointers and integers, values of its constants."""
-    cell, plan = REGISTRY[job.cell], job.plan
-    G, K, S, P = len(cell.gates), len(cell.saved), len(cell.states), len(cell.params)
+    cell, plan = get(job.cell, projected=job.P > 0), job.plan
+    G, K, S, stages = len(cell.gates), len(cell.saved), len(cell.states), len(cell.stages)
     sequence = f"*{job.dtype}"
     D = 1 if job.plain else 2
+    P = job.P or job.H
     recompute = job.save == "states" and K > 0
+    backward = job.which == "backward"
     return {
         **dict.fromkeys(("x_gates_ptr", "output_ptr"), sequence),
-        **dict.fromkeys(("w_ptrs", "b_hh_ptrs"), (sequence,) * D),
+        "w_ptrs": ((sequence,) * D,) * stages,
+        "b_hh_ptrs": (sequence,) * D,
         **dict.fromkeys(("d_output_ptr", "dx_gates_ptr"), sequence),
         **dict.fromkeys(("state_ptrs", "final_ptrs"), (sequence,) * S),
         **dict.fromkeys(("d_final_ptrs", "d_state_ptrs"), (sequence,) * S),
-        "param_ptrs": ((sequence,) * D,) * P,
-        "d_param_ptrs": ("*fp32",) * P,
+        "param_ptrs": ((sequence,) * D,) * len(cell.params),
+        "d_param_ptrs": ("*fp32",) * len(cell.params),
         "saved_ptr": sequence if K else None,
+        "published_ptr": sequence if stages > 1 else None,
         "states_ptr": sequence if S > 1 else None,
         "kept_ptrs": (sequence, sequence) if recompute else (sequence,) if K else (),
         "dh_gates_ptr": None if cell.additive else sequence,
+        "d_projected_ptr": sequence if job.P else None,
         "offsets_ptr": None if job.plain else "*i64",
         "lengths_ptr": None if job.plain else "*i64",
         "exchange": Exchange(sequence, "*i32", "*i32", *["i32"] * 3),
-        **dict.fromkeys(("T", "B", "first_b", "first_d", "stride_t", "stride_b"), "i32"),
+        **dict.fromkeys(("T", "B", "first_b", "first_lane", "stride_t", "stride_b"), "i32"),
         # What regularizes is off: it adds loads and selects, and no product.
         "ops": StateOps(),
         "d_reset_state_ptrs": (),
-        "CELL": bind(cell.forward),
-        "CELL_FORWARD": bind(cell.forward) if recompute else None,
-        "CELL_BACKWARD": bind(cell.backward),
+        "bodies": tuple(bind(s.backward if backward else s.forward) for s in cell.stages),
+        "forward_bodies": tuple(bind(s.forward) for s in cell.stages if recompute),
+        "STAGES": stage_sizes(cell, job.which, job.H // job.heads, P // job.heads),
         "KEPT": G if recompute else K,
         "G": G,
         "H": job.H,
+        "P": P,
         "D": D,
+        "HEADS": job.heads,
         "PRECISION": job.precision,
         "PLAN": plan.of_kernel(),
     }
+
+
+def trips(job: Job) -> int:
+    """To L2 in a step: what the stages load together."""
+    cell, plan, heads = get(job.cell, projected=job.P > 0), job.plan, job.heads
+    stages = stage_sizes(cell, job.which, job.H // heads, (job.P or job.H) // heads)
+    chunks = [-(-stage.k // plan.block_k) for stage in stages]
+    return sum(-(-count // plan.prefetch) for count in chunks)
 
 
 def require_compiler() -> None:
@@ -150,7 +179,7 @@ def compile_job(job: Job):
         if isinstance(value, tuple) and not constant:
             parts = [describe(v, (*path, i), constant) for i, v in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if value is None or constant:
+        if value is None or constant or not isinstance(value, str):
             constants[path] = value
             return "constexpr"
         if value.startswith("*") or path[0] == exchange:
@@ -190,8 +219,8 @@ def compile_and_read(
     }  # fmt: skip
     multiprocessors = TARGETS[job.target].multiprocessors
     return texts, read(
-        *texts, job.plan, job.H, used, B=B or 1, multiprocessors=multiprocessors,
-        parameters=parameters,
+        *texts, job.plan, job.H // job.heads, used, B=B or 1, lanes=job.heads,
+        trips=trips(job), multiprocessors=multiprocessors, parameters=parameters,
     )  # fmt: skip
 
 
@@ -273,10 +302,13 @@ class Named(NamedTuple):
     dtype: str
     H: int
     B: int
+    P: int = 0
+    heads: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.cell} {self.dtype.replace('fp32', 'tf32')} H={self.H} B={self.B}"
+        sizes = width(self.H, self.P, self.heads)
+        return f"{self.cell} {self.dtype.replace('fp32', 'tf32')} {sizes} B={self.B}"
 
 
 NAMED = tuple(
@@ -287,19 +319,27 @@ NAMED = tuple(
         ("lstm", "bf16", 300, 20), ("lstm", "bf16", 200, 1), ("lstm", "bf16", 1500, 48),
     )
 )  # fmt: skip
+# Of two stages, and of heads.
+STAGED = (
+    Named("lstm", "bf16", 1024, 16, P=320), Named("gru_reset_before", "bf16", 512, 64),
+    Named("lstm", "bf16", 512, 64, heads=4),
+)  # fmt: skip
 
 
-def planned(target: str, cell: str, which: str, dtype: str, precision: str, H: int, B: int) -> Job:
+def planned(
+    target: str, cell: str, which: str, dtype: str, precision: str, H: int, B: int, P: int = 0,
+    heads: int = 1,
+) -> Job:  # fmt: skip
     """What the planner chooses for a layer.
 
     Raises:
         ValueError: there is no plan.
     """
     plan = plan_scan(
-        REGISTRY[cell], which, DTYPES[dtype], B=B, H=H, D=1,
+        get(cell, projected=P > 0), which, DTYPES[dtype], B=B, H=H // heads, P=P, D=heads,
         device=TARGETS[target], input_precision=precision,
     )  # fmt: skip
-    return Job(target, cell, which, "gates", dtype, precision, H, plan, plain=True)
+    return Job(target, cell, which, "gates", dtype, precision, H, plan, True, P, heads)
 
 
 def _of(
@@ -325,9 +365,7 @@ def jobs() -> list[tuple[Job, int | None]]:
 
     def add(job: Job, B: int | None = None, kind: object = None) -> None:
         # How a batch is cut into launches is no part of a kernel.
-        bare = replace(
-            job, plan=replace(job.plan, batch_per_launch=None, directions_per_launch=None)
-        )
+        bare = replace(job, plan=replace(job.plan, batch_per_launch=None, lanes_per_launch=None))
         key = (kind or bare, B)
         if B is not None or all((kind or bare, b) not in found for b in (None, *batches)):
             found.setdefault(key, (job, B))
@@ -337,6 +375,11 @@ def jobs() -> list[tuple[Job, int | None]]:
         for job in _of(MADE_FOR, [named.cell], [named.dtype], [named.H], batches=[named.B]):
             add(job, named.B)
     everything = {"plain": False, "save": "states"}
+    for named, which in itertools.product(STAGED, PASSES):
+        cell, dtype, H, B, P, heads = named
+        job = planned(MADE_FOR, cell, which, dtype, "tf32", H, B, P, heads)
+        add(job, B)
+        add(replace(job, plain=False, save="states" if which == "backward" else "gates"))
     for cells, dtypes, hidden, options in (
         (["lstm"], ["bf16"], HIDDEN, {}), (["lstm"], ["fp32"], SOME, {}),
         (["gru"], ["bf16"], SOME, {}), (["gru", "rnn_tanh"], ["bf16"], FEW, {}),
@@ -411,8 +454,8 @@ def page(results: list[dict], version: str) -> str:
         "| layer | pass | schedule | tile | programs | launches | us | low | high |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    layers = {(r["cell"], r["dtype"], r["H"], r["B"], r["which"]): r for r in results if r["B"]}
-    for named, which in itertools.product(NAMED, PASSES):
+    layers = {(*(r[field] for field in Named._fields), r["which"]): r for r in results if r["B"]}
+    for named, which in itertools.product((*NAMED, *STAGED), PASSES):
         r = layers[(*named, which)]
         p = r["plan"]
         lines.append(

@@ -22,15 +22,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from bench.shapes import Shape, length_list
 from bench.timing import Device
-from fusedrnn import cells, dispatch, explain, modules
+from fusedrnn import Recurrent, cells, dispatch, explain, restore_modules
+from fusedrnn.backends import stages
 from fusedrnn.call import Call, Spec, split_weights
-from fusedrnn.replace import OURS
 
 TORCH_DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16,
     "fp32-tf32": torch.float32, "fp32-exact": torch.float32,
 }  # fmt: skip
-CLASSES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 
 def set_precision(dtype: str) -> None:
@@ -71,17 +70,21 @@ class Problem:
         self.inputs = [self._draw(generator, n) for n in range(sets)]
         self._answer: dict[str, Tensor] | None = None
 
-    def module(self, classes: dict[str, type], **options) -> nn.Module:
-        """An LSTM, GRU or RNN out of `classes`, holding this problem's weights."""
+    def module(self) -> Recurrent:
+        """fusedrnn's module for the shape, holding this problem's weights."""
         shape = self.shape
-        if shape.cell.startswith("rnn_"):
-            options["nonlinearity"] = shape.cell.removeprefix("rnn_")
         with torch.random.fork_rng(devices=[]):
-            module = classes[CLASSES[shape.cell]](
-                shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional, **options
+            module = Recurrent(
+                shape.cell, shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional
             )
         module.load_state_dict(self.weights)
         return module.to(self.device, self.dtype)
+
+    def torch_module(self) -> nn.Module:
+        """torch.nn's."""
+        module = self.module()
+        restore_modules(module)
+        return module
 
     def answer(self) -> dict[str, Tensor]:
         """Set 0 in float64: outputs and final states, and the gradients; computed once.
@@ -91,10 +94,12 @@ class Problem:
         """
         if self._answer is not None:
             return self._answer
-        kinds = OURS if self.shape.resets else modules.TORCH_CLASSES
-        module = self.module(kinds)
+        module: nn.Module
         if self.shape.resets:
+            module = self.module()
             module.backend = "reference"
+        else:
+            module = self.torch_module()
         # Weights and inputs as the backends get them: rounding those is not the backend's error.
         module = module.double()
         given = self.inputs[0]
@@ -115,10 +120,10 @@ class Problem:
 
     def _draw_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
         shape = self.shape
-        kind = modules.TORCH_CLASSES[CLASSES[shape.cell]]
-        module = kind(
-            shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional, device="meta"
-        )
+        module = Recurrent(
+            shape.cell, shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional,
+            device="meta",
+        )  # fmt: skip
         bound = shape.H**-0.5
         return {
             name: torch.empty(w.shape).uniform_(-bound, bound, generator=generator)
@@ -233,7 +238,7 @@ def refuses(name: str, shape: Shape, device: Device) -> str | None:
 # Package, cells and dtypes of what others have; each is for one plain layer on a GPU.
 EXTERNAL = {
     "flashrnn": ("flashrnn", ("lstm", "rnn_tanh"), ("bf16", "fp16")),
-    "flashrnn_alternating": ("flashrnn", CLASSES, TORCH_DTYPES),
+    "flashrnn_alternating": ("flashrnn", ("lstm", "gru", "rnn_tanh"), TORCH_DTYPES),
     "haste": ("haste_pytorch", ("lstm", "gru"), ("fp32-tf32", "fp32-exact")),
 }
 
@@ -256,10 +261,10 @@ def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
     if name in GRAPHED:
         return _graphed(build(GRAPHED[name], problem, which, device), problem, device)
     if name == "torch_nn":
-        module = problem.module(modules.TORCH_CLASSES)
+        module = problem.torch_module()
         return _runner(Stepwise(module) if problem.shape.resets else module, problem, which)
     if name == "reference_compile":
-        module = CompiledLoop(problem.module(OURS), problem.shape.cell, device.compiles)
+        module = CompiledLoop(problem.module(), problem.shape.cell, device.compiles)
         runner = _runner(module, problem, which)
         return _graphed(runner, problem, device) if device.has_graphs else runner
     if name.startswith("flashrnn"):
@@ -267,7 +272,7 @@ def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
         return _runner(FlashRNN(problem, fused), problem, which, named=False)
     if name == "haste":
         return _runner(Haste(problem), problem, which, named=False)
-    module = problem.module(OURS)
+    module = problem.module()
     forced, _, option = name.partition("_")
     if forced != "auto":
         module.backend = forced
@@ -354,14 +359,16 @@ class CompiledLoop(nn.Module):
         super().__init__()
         self.inner = module
         self.cell = cells.get(cell)
-        gates = len(self.cell.gates)
-        body = self.cell.forward
+        known = self.cell
 
-        def step(x_gates, w_hh, b_hh, *state):
-            h_gates = F.linear(state[0], w_hh, b_hh).float()
-            wide = tuple(s.float() for s in state)
-            new, _ = body(x_gates.float().chunk(gates, -1), h_gates.chunk(gates, -1), wide, ())
-            return (new[0].to(x_gates.dtype), *new[1:])
+        def step(x_gates, weights, *state):
+            gates = stages.shared_out(known, "gates", x_gates.float().chunk(len(known.gates), -1))
+            of_stages = stages.stage_weights(known, weights)
+            values = tuple(s.float() for s in state)
+            for stage, x, (w, b) in zip(known.stages, gates, of_stages, strict=True):
+                received = stages.product(values[0].to(w.dtype), w, b, stage.products)
+                values, _ = stage.forward(x, tuple(r.float() for r in received), values, ())
+            return (values[0].to(x_gates.dtype), *values[1:])
 
         torch.compiler.reset()
         self.step = torch.compile(step, backend=backend, dynamic=False)
@@ -383,7 +390,7 @@ class CompiledLoop(nn.Module):
             state = (state[0], *(s.float() for s in state[1:]))
             outputs = []
             for t in range(input.shape[0]):
-                state = self.step(x_gates[t], weights.w_hh, weights.b_hh, *state)
+                state = self.step(x_gates[t], weights, *state)
                 outputs.append(state[0])
             input = torch.stack(outputs)
             finals.append(tuple(s.to(input.dtype) for s in state))

@@ -133,7 +133,7 @@ def step_seconds(device: Device, layer: Named, which: str, plan: Plan, steps: in
         x_gates, options = runs[n]
         if which == "forward":
             return scan_forward(cell, x_gates, weights, state, plan=plan, **options)
-        output, _, saved, states = kept[n]
+        output, _, saved, states, _ = kept[n]
         return scan_backward(
             cell, output, state, weights, state, output, states, saved, plan=plan, **options
         )

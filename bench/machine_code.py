@@ -15,6 +15,7 @@ waits for first (wait), of six for each warp. (Jia et al., arXiv:1804.06826, sec
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -483,8 +484,19 @@ def serial_waits(step: Step) -> int:
 
 
 def near(step: Step) -> frozenset[int]:
-    """Addresses of the loads that a product may wait for: of weights, which L2 has."""
-    return frozenset(i.address for i in halves(step)[0] if i.is_plain_load)
+    """Addresses of the loads that a product may wait for: of weights, which L2 has. They are read 8
+    bytes at a time between a stage's first load of the ring and its last product; what the cell
+    needs, an element at a time."""
+    parts = [halves(part)[0] for part in between_publications(step)]
+    return frozenset(
+        i.address for part in parts for i in part if i.is_plain_load and ".64" in i.text.split()[0]
+    )
+
+
+def between_publications(step: Step) -> list[Step]:
+    """The step, cut where a stage hands its values to the others."""
+    cuts = [n for n, i in enumerate(step) if i.is_publication]
+    return [step[a:b] for a, b in itertools.pairwise([0, *cuts, len(step)])]
 
 
 def early_consumers(step: Step) -> list[Instruction]:

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from fusedrnn import cells
+
 PASSES = ("forward", "training", "inference")
 DTYPES = ("bf16", "fp16", "fp32-tf32", "fp32-exact")
 CELLS = ("lstm", "gru", "rnn_tanh")
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 T_GRID = (64, 256, 1024)
 B_GRID = (1, 8, 16, 32, 64, 128, 256)
@@ -49,7 +50,7 @@ class Shape:
 
     @property
     def gates(self) -> int:
-        return GATES[self.cell]
+        return len(cells.get(self.cell).gates)
 
     @property
     def directions(self) -> int:

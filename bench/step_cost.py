@@ -343,14 +343,16 @@ class Reading:
 
 def read(
     ptx: str, sass: str, plan: Plan, H: int, used: dict[str, int], *, B: int = 1,
-    multiprocessors: int = 132, parameters: Parameters | None = None,
+    lanes: int = 1, trips: int | None = None, multiprocessors: int = 132,
+    parameters: Parameters | None = None,
 ) -> Reading:  # fmt: skip
     """Reads one compiled kernel.
 
     Args:
         used: its registers, spill and shared, as the compiler says.
         B: the batch; decides how many launches there are, and how many programs run at once on
-            the multiprocessors.
+            the multiprocessors. H: units of a lane.
+        trips: to L2 in a step, of all stages; by default those of one stage.
         parameters: without them, no time is predicted.
     """
     shared = machine_code.accesses(ptx, 32 * plan.num_warps)
@@ -358,7 +360,7 @@ def read(
     counts = Counter(i.name for i in step)
     programs = -(-H // plan.block_h)
     launches = 1 if plan.batch_per_launch is None else -(-B // plan.batch_per_launch)
-    running = programs * -(-min(B, plan.batch_per_launch or B) // plan.block_b)
+    running = programs * lanes * -(-min(B, plan.batch_per_launch or B) // plan.block_b)
     together = 1 if running <= multiprocessors else plan.programs_per_sm
     times: dict[str, float | tuple[float, ...]] = {}
     for level in LEVELS if parameters is not None else ():
@@ -389,7 +391,7 @@ def read(
         unknown=tuple(a.text for a in shared if a.wavefronts is None),
         ring_loads=sum(i.is_ring_load for i in step),
         serial_waits=machine_code.serial_waits(step),
-        planned_waits=-(-plan.chunks // plan.prefetch) - 1,
+        planned_waits=(trips or -(-plan.chunks // plan.prefetch)) - 1,
         early=tuple(f"{i.address:#x} {i.text}" for i in machine_code.early_consumers(step)),
         **times,
     )

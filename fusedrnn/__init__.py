@@ -5,7 +5,8 @@ import fusedrnn
 rnn = fusedrnn.LSTM(128, 256, num_layers=2, bidirectional=True)     # as torch.nn.LSTM
 fusedrnn.replace_modules(model)                                     # or a finished model
 
-LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell    the modules
+LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell    the modules of torch.nn
+Recurrent                                     one for any cell: Recurrent("gru_reset_before", 8, 16)
 replace_modules, restore_modules              swap those of a finished model, and back
 use_backend, BACKENDS, explain                which backend runs a call
 Regularizers                                  dropout of several kinds, zoneout, clipping
@@ -19,7 +20,7 @@ help(fusedrnn.LSTM) and the like say more.
 from fusedrnn import functional, gradient_flow, types
 from fusedrnn.dispatch import BACKENDS, use_backend
 from fusedrnn.explain import explain
-from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell
 from fusedrnn.regularizers import Regularizers
 from fusedrnn.replace import replace_modules, restore_modules
 from fusedrnn.streaming import Stream
@@ -34,6 +35,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
     "Regularizers",
     "Stream",
     "explain",

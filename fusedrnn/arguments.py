@@ -23,13 +23,34 @@ def weight_shapes(spec: Spec) -> list[Shape]:
     """The shapes of all parameters, in torch's order."""
     cell, D = cells.get(spec.cell), directions(spec)
     rows, width = len(cell.gates) * spec.hidden_size, widths(spec)[0]
+    heads = spec.num_heads
+    recurrent = (rows, width) if heads == 1 else (heads, rows // heads, width // heads)
     shapes: list[Shape] = []
     for index in range(spec.num_layers * D):
-        shapes += [(rows, spec.input_size if index < D else D * width), (rows, width)]
+        shapes += [(rows, spec.input_size if index < D else D * width), recurrent]
         shapes += [(rows,), (rows,)] if spec.bias else []
         shapes += [(spec.proj_size, spec.hidden_size)] if spec.proj_size else []
         shapes += [(spec.hidden_size,)] * len(cell.params)
     return shapes
+
+
+def check_layers(cell: str, hidden_size: int, proj_size: int, num_heads: int) -> None:
+    """Raises for a projection that the cell cannot have, and for heads that H does not divide
+    into."""
+    if proj_size and not cells.get(cell).projects:
+        able = [name for name, other in cells.REGISTRY.items() if other.projects]
+        raise ValueError(
+            f"proj_size: expected 0, since only {', '.join(able)} can project, "
+            f"got {proj_size} for {cell}"
+        )
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int, got {num_heads!r}")
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(
+            f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}"
+        )
+    if num_heads > 1 and proj_size:
+        raise ValueError(f"num_heads: expected 1 beside proj_size={proj_size}, got {num_heads}")
 
 
 def check_weights(spec: Spec, weights: Sequence[Tensor]) -> None:
@@ -46,11 +67,12 @@ def check_weights(spec: Spec, weights: Sequence[Tensor]) -> None:
             f"direction(s) with bias={spec.bias} and proj_size={spec.proj_size}, "
             f"got {len(weights)}"
         )
+    heads = f" and num_heads={spec.num_heads}" if spec.num_heads > 1 else ""
     for index, (weight, shape) in enumerate(zip(weights, weight_shapes(spec), strict=True)):
         name = f"{spec.cell}: weights[{index}]"
         if weight.shape != shape:
             raise RuntimeError(
-                f"{name}: expected shape {shape} for hidden_size={spec.hidden_size}, "
+                f"{name}: expected shape {shape} for hidden_size={spec.hidden_size}{heads}, "
                 f"got {tuple(weight.shape)}"
             )
         same = weight.dtype == weights[0].dtype or torch._C._is_any_autocast_enabled()

@@ -26,7 +26,8 @@ class Spec(NamedTuple):
 
     Attributes:
         cell: a name in `fusedrnn.cells.REGISTRY`.
-        input_size, hidden_size, num_layers: I, H, L. proj_size: P, or 0.
+        input_size, hidden_size, num_layers: I, H, L. proj_size: P, or 0. num_heads: of a layer,
+            each with H / num_heads units that no other head's reach.
         backend: the one that was asked for, or None; once chosen, the one that runs.
         save: what the fused backward reads, "gates" or "states"; None if there will be none, and
             no states are asked for.
@@ -44,6 +45,7 @@ class Spec(NamedTuple):
     dropout: float = 0.0
     bidirectional: bool = False
     proj_size: int = 0
+    num_heads: int = 1
     training: bool = False
     backend: str | None = None
     save: str | None = "gates"
@@ -55,6 +57,11 @@ class Spec(NamedTuple):
 def directions(spec: Spec) -> int:
     """D."""
     return 2 if spec.bidirectional else 1
+
+
+def cell_of(spec: Spec) -> cells.Cell:
+    """The cell as it runs: with a stage more, where h is projected."""
+    return cells.get(spec.cell, projected=spec.proj_size > 0)
 
 
 def widths(spec: Spec) -> tuple[int, ...]:
@@ -72,7 +79,7 @@ class Weights(NamedTuple):
     """The parameters of one layer and direction, in torch's order."""
 
     w_ih: Tensor  # [G * H, I]
-    w_hh: Tensor  # [G * H, H], or [G * H, P] with a projection to P
+    w_hh: Tensor  # [G * H, H]; [G * H, P] with a projection to P; [heads, G * H/heads, H/heads]
     b_ih: Tensor | None  # [G * H]
     b_hh: Tensor | None  # [G * H]
     w_hr: Tensor | None  # [P, H]

@@ -7,23 +7,23 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import dispatch, stack
 from fusedrnn.dispatch import Explanation
-from fusedrnn.modules import CellModule, RecurrentModule
-from fusedrnn.types import Lengths
+from fusedrnn.modules import CellModule, Recurrent
+from fusedrnn.types import Lengths, Reset
 
 
 def explain(
     module: nn.Module,
     input: Tensor | PackedSequence,
-    hx: Tensor | tuple[Tensor, Tensor] | None = None,
+    hx: Tensor | tuple[Tensor, ...] | None = None,
     *,
     lengths: Lengths | None = None,
-    reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]] | None = None,
+    reset: Reset[Tensor | tuple[Tensor, ...]] | None = None,
     return_states: bool = False,
 ) -> Explanation:
     """Which backend `module(input, hx, ...)` would run on, and what the others lack.
 
     Args:
-        module: an LSTM, GRU, RNN or one of the cells, of fusedrnn.
+        module: an LSTM, GRU, RNN, Recurrent or one of the cells, of fusedrnn.
         input, hx, lengths, reset, return_states: as the module takes them.
     Returns:
         an Explanation, which prints well; `.backend` is the name.
@@ -33,18 +33,17 @@ def explain(
             such as that a backend is forced that cannot run it.
     """
     if isinstance(module, CellModule):
-        call, *_ = stack.gather(**module._arguments(input, hx))
+        call, *_ = stack.gather(module._given(input, hx))
         backend = dispatch.forced_backend(module.backend)
         if backend == "auto" and not call.transformed:
             backend = "aten"  # a single step is torch's own cell, unless that cannot
         if backend == "aten":
             call = call._replace(autocast=False)  # which is not oneDNN's
         return dispatch.explain_call(call._replace(spec=call.spec._replace(backend=backend)))
-    if not isinstance(module, RecurrentModule):
+    if not isinstance(module, Recurrent):
         raise TypeError(
             f"module: expected one of fusedrnn's modules, got {type(module).__name__}; "
             f"use replace_modules on a model of torch.nn's"
         )
-    arguments = module._arguments(input, hx, lengths, reset)
-    call, *_ = stack.gather(**arguments, return_states=return_states)
+    call, *_ = stack.gather(module._given(input, hx, lengths, reset, return_states))
     return dispatch.explain_call(call)

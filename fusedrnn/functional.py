@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     bidirectional: bool
     batch_first: bool
     proj_size: int
+    num_heads: int
     batch_sizes: Tensor | None
     lengths: Lengths | None
     reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None
@@ -74,6 +75,7 @@ def recurrent(
     bidirectional: bool = False,
     batch_first: bool = False,
     proj_size: int = 0,
+    num_heads: int = 1,
     batch_sizes: Tensor | None = None,
     lengths: Lengths | None = None,
     reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None = None,
@@ -94,7 +96,10 @@ def recurrent(
             each in the order weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, the cell's own.
         hidden_size: H.
         bias, num_layers, bidirectional, batch_first: as torch.nn's modules.
-        proj_size: P; h has this size instead of H.
+        proj_size: P; h has this size instead of H. (Only for a cell that `projects`.)
+        num_heads: divides H among so many heads, which see only their own part of h_{t-1}: each
+            weight_hh is [num_heads, G * H / num_heads, H / num_heads], the blocks of the gates
+            inside a head. Unit u of head k is k * H / num_heads + u everywhere else.
         batch_sizes: [T] int64 on the CPU: rows of each time step of packed input.
         dropout: probability, between layers, while `training`.
         lengths: [B] integers on any device, or a list or NumPy array of them: time steps of each
@@ -122,14 +127,13 @@ def recurrent(
             raise TypeError(f"{cell}: {option}: expected a bool, got {value!r}")
     if save not in SAVE:
         raise ValueError(f"save: expected one of {SAVE}, got {save!r}")
-    if proj_size and cell != "lstm":
-        raise ValueError(f"proj_size: only lstm has projections, got {proj_size} for {cell!r}")
+    arguments.check_layers(cell, hidden_size, proj_size, num_heads)
     weights = arguments.listed(weights)
     first = weights[0] if weights else None  # what is wrong with it, check_weights says
     input_size = first.shape[-1] if isinstance(first, Tensor) and first.dim() else 0
     spec = Spec(
         cell, input_size, hidden_size, num_layers, bias, batch_first, float(dropout),
-        bidirectional, proj_size, training, backend, save,
+        bidirectional, proj_size, num_heads, training, backend, save,
     )  # fmt: skip
     arguments.check_weights(spec, weights)
     if batch_sizes is not None:
@@ -137,10 +141,8 @@ def recurrent(
     arguments.check_input(cell, spec, input, batch_sizes, weights[0].dtype)
     if hx is not None:
         hx = arguments.check_hx(cell, spec, hx, input, batch_sizes)
-    return stack.run(
-        spec, input, hx, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset,
-        regularizers=regularizers, return_states=return_states,
-    )  # fmt: skip
+    given = (input, hx, weights, batch_sizes, lengths, reset, regularizers, return_states)
+    return stack.run(stack.Given(spec, *given))
 
 
 @overload

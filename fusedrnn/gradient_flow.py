@@ -17,12 +17,12 @@ from torch import Tensor, func
 
 from fusedrnn import cells, stack
 from fusedrnn.backends import reference
-from fusedrnn.modules import RecurrentModule
+from fusedrnn.modules import Recurrent
 from fusedrnn.types import Lengths, Reset, State
 
 
 def sensitivity(
-    module: RecurrentModule[State],
+    module: Recurrent[State],
     input: Tensor,
     hx: State | None = None,
     *,
@@ -40,7 +40,7 @@ def sensitivity(
     the module's clip_gradient, which would hide what it is there to bound.
 
     Args:
-        module: an LSTM, GRU or RNN of fusedrnn.
+        module: a recurrent module of fusedrnn.
         input, hx, lengths, reset: as the module takes them; input [T, B, I] or [T, I] ([B, T, I]
             with batch_first), not packed.
         at: the output steps t to look at; None for all.
@@ -106,7 +106,7 @@ class StateGradients(NamedTuple):
 
 
 def state_gradients(
-    module: RecurrentModule[State],
+    module: Recurrent[State],
     input: Tensor,
     loss: Callable[[Tensor], Tensor],
     hx: State | None = None,
@@ -118,7 +118,7 @@ def state_gradients(
     explode, on its way back?
 
     Args:
-        module: an LSTM, GRU or RNN of fusedrnn; with its clip_gradient, the clipped gradient.
+        module: a recurrent module of fusedrnn; with its clip_gradient, the clipped gradient.
         input, hx, lengths, reset: as the module takes them; not packed.
         loss: a function of the output to a scalar, as `lambda output: output[-1].sum()`.
     Returns:
@@ -133,8 +133,8 @@ def state_gradients(
             hook(module, (input, hx), *kwargs)
     with torch.enable_grad():
         leaf = input.detach().requires_grad_()
-        arguments = module._arguments(leaf, hx, lengths, reset)
-        call, operands, masks = stack.gather(**arguments)
+        given = module._given(leaf, hx, lengths, reset)
+        call, operands, masks = stack.gather(given)
         spec, operands, masks = stack.settle(
             call, "reference", operands, masks, module.regularizers
         )
@@ -217,9 +217,10 @@ def _matplotlib():
 
 
 def _check(name: str, module, input) -> None:
-    if not isinstance(module, RecurrentModule):
+    if not isinstance(module, Recurrent):
         raise TypeError(
-            f"{name}: module: expected an LSTM, GRU or RNN of fusedrnn, got {type(module).__name__}"
+            f"{name}: module: expected an LSTM, GRU, RNN or Recurrent of fusedrnn, "
+            f"got {type(module).__name__}"
         )
     if not isinstance(input, Tensor):
         raise TypeError(

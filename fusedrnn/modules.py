@@ -1,6 +1,6 @@
-"""The modules that replace torch.nn's, name for name.
+"""The modules that replace torch.nn's, name for name, and Recurrent, which they derive from.
 
-They derive from torch.nn.RNNBase, which owns the parameters, their initialisation, pickling
+Recurrent derives from torch.nn.RNNBase, which owns the parameters, their initialisation, pickling
 and flattening; only the forward pass is ours. (torch.compile refuses instances of nn.LSTM,
 nn.GRU and nn.RNN themselves.) Parameters are looked up by name at every call, so functional_call,
 parametrizations and re-assigned parameters need no further care.
@@ -30,6 +30,7 @@ from fusedrnn import (
     stack,
     streaming,
 )
+from fusedrnn.backends import aten
 from fusedrnn.call import Spec
 from fusedrnn.regularizers import Regularizers
 from fusedrnn.scripting import Scriptable, ScriptableLSTM, ScriptableSequence, forward_of
@@ -41,6 +42,11 @@ TORCH_CLASSES: dict[str, type[nn.Module]] = {
 }
 
 
+def torch_class(cell: str) -> type[nn.Module]:
+    """torch.nn's module for a cell that torch has."""
+    return TORCH_CLASSES[str(cells.get(cell).aten).partition("_")[0].upper()]
+
+
 if TYPE_CHECKING:
     _Function = TypeVar("_Function")
 
@@ -49,44 +55,150 @@ if TYPE_CHECKING:
         ...
 
 
-class RecurrentModule(ScriptableSequence, Generic[State]):
-    """What LSTM, GRU and RNN share. `backend` and `save` are ours; all else is torch's.
+class Recurrent(ScriptableSequence, Generic[State]):
+    r"""Any registered cell over a sequence, as a module in the form of torch.nn's.
+
+    LSTM, GRU and RNN are this class under torch.nn's names, with torch.nn's arguments.
+
+    Args:
+        cell: a name in `fusedrnn.cells.REGISTRY`, or the registered `fusedrnn.cells.Cell` itself.
+        input_size: I, features of the input.
+        hidden_size: H, units of a layer and direction.
+        num_layers: L. Default: 1.
+        bias: whether the layers have b_ih and b_hh. Default: True.
+        batch_first: [B, T, I] instead of [T, B, I]. Default: False.
+        dropout: probability of dropout after each layer but the last, in training. Default: 0.
+        bidirectional: D = 2 directions instead of 1. Default: False.
+        proj_size: P > 0 projects h_t to P features, if the cell `projects`. Default: 0.
+        device, dtype: of the parameters.
+        num_heads: divides H among so many heads, which see only their own part of h_{t-1}.
+            Default: 1.
+        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        save: "gates", or "states" to recompute the gates in backward. Default: "gates".
+        input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
+            fusedrnn.Regularizers. Default: none.
+
+    Inputs: input, hx, lengths, reset, return_states
+        input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+        hx: h_0 [L * D, B, H], or a tuple where the cell has several states; without B for
+            unbatched input; zeros if left out.
+        (The others: forward.)
+
+    Outputs: output, the final state
+        output: [T, B, D * H], in the input's layout. The final state: as hx.
 
     Attributes:
-        regularizers: None, or a `fusedrnn.Regularizers`; its fields are keyword arguments of
-            the constructors too.
-        backend: None or "auto", or the backend that this module is to use; see
-            `fusedrnn.use_backend`.
-        save: "gates", or "states" to recompute the gates in backward and save memory.
+        mode: the cell's name in upper case.
+        weight_ih_l[k]: [G * H, I], for k > 0 [G * H, D * H]; G gates in the order of `cell.gates`.
+        weight_hh_l[k]: [G * H, H], or [num_heads, G * H / num_heads, H / num_heads], the blocks of
+            the gates inside a head. Unit u of head k is k * H / num_heads + u everywhere else.
+        bias_ih_l[k], bias_hh_l[k]: [G * H]. weight_hr_l[k]: [P, H], with a projection.
+        [param]_l[k]: [H], of each of the cell's own parameters.
+        The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H).
+        regularizers: None, or a `fusedrnn.Regularizers`.
+        backend, save: as given.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
+
+    Numerics: accumulates in float32; states are stored in the input's dtype.
+
+    Source: that of the cell; heads: Beck et al. 2024, arXiv:2405.04517 (block-diagonal memory
+    mixing).
+
+    Example::
+
+        >>> rnn = fusedrnn.Recurrent("gru_reset_before", 10, 20, num_heads=4)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10))
     """
 
     # Class attributes, so that modules pickled by torch, or turned into ours, have them too.
     backend: Backend | None = None
     save: Save = "gates"
     regularizers: Regularizers | None = None
+    num_heads: int = 1
 
     def __init__(
         self,
-        mode: str,
-        *args: Any,
+        cell: str | cells.Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_heads: int = 1,
         backend: Backend | None = None,
         save: Save = "gates",
-        **kwargs: Any,
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_drop: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        clip_gradient: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
+        name = cell.name if isinstance(cell, cells.Cell) else cell
+        known = cells.get(name)
+        if known is not cell and isinstance(cell, cells.Cell):
+            raise ValueError(f"cell: expected the one that is registered as {name!r}, got another")
         if save not in functional.SAVE:
             raise ValueError(f"save must be one of {functional.SAVE}, got {save!r}")
-        made = regularizers.make(kwargs)
-        super().__init__(mode, *args, **kwargs)
-        if not isinstance(self.bidirectional, bool):
-            raise TypeError(f"bidirectional should be of type bool, got: {self.bidirectional!r}")
-        if made is not None:
+        made = Regularizers(
+            input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator
+        )
+        # torch.nn knows its own cells. The others' parameters are made below; here they are checked
+        # as an RNN's, on a device where that takes neither memory nor random numbers.
+        torchs = known.aten == name and num_heads == 1
+        super().__init__(
+            name.upper() if torchs else "RNN_TANH", input_size, hidden_size, num_layers, bias,
+            batch_first, dropout, bidirectional, proj_size, device if torchs else "meta", dtype,
+        )  # fmt: skip
+        if not isinstance(bidirectional, bool):
+            raise TypeError(f"bidirectional should be of type bool, got: {bidirectional!r}")
+        arguments.check_layers(name, hidden_size, proj_size, num_heads)
+        if made != regularizers.NO_REGULARIZERS:
             self.regularizers = made
-            made.zoneout_rates(len(cells.get(self.mode.lower()).states))
-            if self.proj_size and "zoneout" in made.loop_features(training=True):
-                raise ValueError(f"zoneout: expected no projection, got proj_size={self.proj_size}")
+            made.zoneout_rates(len(known.states))
+            if proj_size and "zoneout" in made.loop_features(training=True):
+                raise ValueError(f"zoneout: expected no projection, got proj_size={proj_size}")
         _set_backend(self, backend)
         if save != "gates":
             self.save = save
+        if num_heads > 1:
+            self.num_heads = num_heads
+        if not torchs:
+            self.mode: str = name.upper()
+            self._make_parameters(device, dtype)
+
+    def _make_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
+        """Parameters of any cell, under torch.nn's names, in the place of those there are."""
+        spec = self._spec()
+        kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * spec.bias
+        kinds += ["weight_hr"] * bool(spec.proj_size) + list(cells.get(spec.cell).params)
+        ends = [f"_l{k}{end}" for k in range(spec.num_layers) for end in ("", "_reverse")]
+        ends = ends if spec.bidirectional else ends[::2]
+        all_weights = [[kind + end for kind in kinds] for end in ends]
+        names = [name for group in all_weights for name in group]
+        for name, shape in zip(names, arguments.weight_shapes(spec), strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._all_weights, self._flat_weights_names = all_weights, names
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def _torch_lacks(self) -> str | None:
+        cell = self.mode.lower()
+        lacking = None if cells.get(cell).aten in (None, cell) else f"torch.nn has no {cell}"
+        return aten.lacks(self._spec()) or lacking
+
+    def flatten_parameters(self) -> None:
+        """As torch.nn's, for cuDNN; nothing where cuDNN does not know the cell, or the heads."""
+        if self._torch_lacks() is None:
+            super().flatten_parameters()
 
     @overload
     def forward(
@@ -147,9 +259,7 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
         Raises:
             RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
         """
-        output, final, *states = stack.run(
-            **self._arguments(input, hx, lengths, reset), return_states=return_states
-        )
+        output, final, *states = stack.run(self._given(input, hx, lengths, reset, return_states))
         final = final[0] if len(final) == 1 else final
         if not isinstance(input, PackedSequence):
             return (output, final, *states)
@@ -167,8 +277,8 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
     def _spec(self) -> Spec:
         return Spec(
             self.mode.lower(), self.input_size, self.hidden_size, self.num_layers, self.bias,
-            self.batch_first, self.dropout, self.bidirectional, self.proj_size, self.training,
-            self.backend, self.save,
+            self.batch_first, self.dropout, self.bidirectional, self.proj_size, self.num_heads,
+            self.training, self.backend, self.save,
         )  # fmt: skip
 
     def _weights(self) -> list[Any]:
@@ -177,8 +287,8 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
         names: Any = self._flat_weights_names
         return [parameters[n] if n in parameters else getattr(self, n) for n in names]
 
-    def _arguments(self, input, hx, lengths=None, reset=None) -> dict[str, Any]:
-        """What `stack.run` takes, checked. Raises what torch.nn raises."""
+    def _given(self, input, hx, lengths=None, reset=None, return_states=False) -> stack.Given:
+        """The call, checked. Raises what torch.nn raises."""
         spec, weights, name = self._spec(), self._weights(), type(self).__name__
         batch_sizes = order = None
         if isinstance(input, PackedSequence):
@@ -191,10 +301,8 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
             if order is not None:
                 packing.check_order("sorted_indices", order, hx[0])
                 hx = tuple(s.index_select(1, order) for s in hx)
-        return {
-            "spec": spec, "input": input, "hx": hx, "weights": weights, "batch_sizes": batch_sizes,
-            "lengths": lengths, "reset": reset, "regularizers": self.regularizers,
-        }  # fmt: skip
+        rest = (batch_sizes, lengths, reset, self.regularizers, return_states)
+        return stack.Given(spec, input, hx, weights, *rest)
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One time step, for decoding and rollouts: output, state = module.step(x, state).
@@ -219,11 +327,14 @@ class RecurrentModule(ScriptableSequence, Generic[State]):
         return super().parameters(recurse)
 
     def extra_repr(self) -> str:
+        """What repr shows of the module."""
+        cell = "" if isinstance(self, (LSTM, GRU, RNN)) else f"{self.mode.lower()!r}, "
+        heads = "" if self.num_heads == 1 else f", num_heads={self.num_heads}"
         shown = "" if self.regularizers is None else f", {self.regularizers}"
-        return super().extra_repr() + shown
+        return cell + super().extra_repr() + heads + shown
 
 
-class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
+class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
     r"""Long short-term memory over a sequence; replaces torch.nn.LSTM.
 
         i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
@@ -246,6 +357,8 @@ class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
         forget_bias: where the forget gate's part of every b_ih starts; 1 or 2 helps to learn long
             dependencies. b_hh, which adds to it, starts as ever, within +-1/sqrt(H). Default:
             None, as torch.nn.LSTM.
+        num_heads: divides H among so many heads, which see only their own part of h_{t-1}; torch
+            has no such thing. Default: 1.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
@@ -276,7 +389,8 @@ class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
 
     Attributes:
         weight_ih_l[k]: [4 * H, I], for k > 0 [4 * H, D * (P or H)]; rows i, f, g, o.
-        weight_hh_l[k]: [4 * H, P or H].
+        weight_hh_l[k]: [4 * H, P or H]; with heads [num_heads, 4 * H / num_heads, H / num_heads],
+            the rows i, f, g, o of each head. Unit u of head k is k * H / num_heads + u in all else.
         bias_ih_l[k], bias_hh_l[k]: [4 * H].
         weight_hr_l[k]: [P, H], with a projection.
         The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H).
@@ -313,6 +427,7 @@ class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
         dtype: torch.dtype | None = None,
         *,
         forget_bias: float | None = None,
+        num_heads: int = 1,
         backend: Backend | None = None,
         save: Save = "gates",
         input_dropout: float = 0.0,
@@ -332,10 +447,11 @@ class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
                 raise ValueError(f"forget_bias: expected bias=True beside it, got bias={bias}")
             self.forget_bias = float(forget_bias)  # before torch's constructor initialises
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, backend=backend, save=save, input_dropout=input_dropout,
-            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, zoneout=zoneout,
-            clip_gradient=clip_gradient, generator=generator,
+            "lstm", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype, num_heads=num_heads, backend=backend, save=save,
+            input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
+            weight_drop=weight_drop, zoneout=zoneout, clip_gradient=clip_gradient,
+            generator=generator,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:
@@ -358,7 +474,7 @@ class LSTM(ScriptableLSTM, RecurrentModule[tuple[Tensor, Tensor]]):
     permute_hidden: Callable[..., tuple[Tensor, Tensor]] = nn.LSTM.permute_hidden
 
 
-class GRU(RecurrentModule[Tensor]):
+class GRU(Recurrent[Tensor]):
     r"""Gated recurrent unit over a sequence; replaces torch.nn.GRU.
 
         r_t = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
@@ -376,6 +492,8 @@ class GRU(RecurrentModule[Tensor]):
         bidirectional: D = 2 directions instead of 1. Default: False.
         proj_size: 0, which torch.nn takes by position; only LSTM has projections.
         device, dtype: of the parameters.
+        num_heads: divides H among so many heads, which see only their own part of h_{t-1}; torch
+            has no such thing. Default: 1.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
@@ -404,7 +522,8 @@ class GRU(RecurrentModule[Tensor]):
 
     Attributes:
         weight_ih_l[k]: [3 * H, I], for k > 0 [3 * H, D * H]; rows r, z, n.
-        weight_hh_l[k]: [3 * H, H].
+        weight_hh_l[k]: [3 * H, H]; with heads [num_heads, 3 * H / num_heads, H / num_heads], the
+            rows r, z, n of each head. Unit u of head k is k * H / num_heads + u in all else.
         bias_ih_l[k], bias_hh_l[k]: [3 * H].
         The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H).
 
@@ -434,6 +553,7 @@ class GRU(RecurrentModule[Tensor]):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        num_heads: int = 1,
         backend: Backend | None = None,
         save: Save = "gates",
         input_dropout: float = 0.0,
@@ -443,16 +563,16 @@ class GRU(RecurrentModule[Tensor]):
         clip_gradient: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        _no_projection(proj_size)
         super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, backend=backend, save=save, input_dropout=input_dropout,
-            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, zoneout=zoneout,
-            clip_gradient=clip_gradient, generator=generator,
+            "gru", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype, num_heads=num_heads, backend=backend, save=save,
+            input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
+            weight_drop=weight_drop, zoneout=zoneout, clip_gradient=clip_gradient,
+            generator=generator,
         )  # fmt: skip
 
 
-class RNN(RecurrentModule[Tensor]):
+class RNN(Recurrent[Tensor]):
     r"""Simple recurrent network over a sequence; replaces torch.nn.RNN.
 
         h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)        or relu
@@ -468,6 +588,8 @@ class RNN(RecurrentModule[Tensor]):
         bidirectional: D = 2 directions instead of 1. Default: False.
         proj_size: 0, which torch.nn takes by position; only LSTM has projections.
         device, dtype: of the parameters.
+        num_heads: divides H among so many heads, which see only their own part of h_{t-1}; torch
+            has no such thing. Default: 1.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
@@ -496,7 +618,8 @@ class RNN(RecurrentModule[Tensor]):
 
     Attributes:
         weight_ih_l[k]: [H, I], for k > 0 [H, D * H].
-        weight_hh_l[k]: [H, H].
+        weight_hh_l[k]: [H, H]; with heads [num_heads, H / num_heads, H / num_heads]: unit u of
+            head k is k * H / num_heads + u in all else.
         bias_ih_l[k], bias_hh_l[k]: [H].
         The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H).
 
@@ -527,6 +650,7 @@ class RNN(RecurrentModule[Tensor]):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        num_heads: int = 1,
         backend: Backend | None = None,
         save: Save = "gates",
         input_dropout: float = 0.0,
@@ -536,16 +660,15 @@ class RNN(RecurrentModule[Tensor]):
         clip_gradient: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        _no_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
         self.nonlinearity: Nonlinearity = nonlinearity
-        mode = f"RNN_{nonlinearity.upper()}"
         super().__init__(
-            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, backend=backend, save=save, input_dropout=input_dropout,
-            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, zoneout=zoneout,
-            clip_gradient=clip_gradient, generator=generator,
+            f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, proj_size, device, dtype, num_heads=num_heads, backend=backend,
+            save=save, input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
+            weight_drop=weight_drop, zoneout=zoneout, clip_gradient=clip_gradient,
+            generator=generator,
         )  # fmt: skip
 
 
@@ -568,7 +691,7 @@ class CellModule(Scriptable, nn.RNNCellBase, Generic[State]):
         name = dispatch.forced_backend(self.backend)
         if name == "aten" or (name == "auto" and not arguments.transformed()):
             return super().forward(input, hx)
-        _output, final = stack.run(**self._arguments(input, hx))
+        _output, final = stack.run(self._given(input, hx))
         final: Any = tuple(f.squeeze(0) for f in final)
         return final[0] if len(final) == 1 else final
 
@@ -577,8 +700,8 @@ class CellModule(Scriptable, nn.RNNCellBase, Generic[State]):
         @_typed_as(forward)
         def __call__(self) -> None: ...
 
-    def _arguments(self, input, hx) -> dict[str, Any]:
-        """One step as a sequence of one step: what `stack.run` takes, checked."""
+    def _given(self, input, hx) -> stack.Given:
+        """One step as a sequence of one step, checked."""
         module: Any = self
         spec = Spec(
             self.cell_name, self.input_size, self.hidden_size, bias=module.bias,
@@ -592,7 +715,7 @@ class CellModule(Scriptable, nn.RNNCellBase, Generic[State]):
         if module.bias:
             weights += [module.bias_ih, module.bias_hh]
         hx = None if hx is None else tuple([s.unsqueeze(0) for s in hx])
-        return {"spec": spec, "input": input.unsqueeze(0), "hx": hx, "weights": weights}
+        return stack.Given(spec, input.unsqueeze(0), hx, weights)
 
 
 class LSTMCell(CellModule[tuple[Tensor, Tensor]], nn.LSTMCell):
@@ -689,11 +812,6 @@ class RNNCell(CellModule[Tensor], nn.RNNCell):
     @property
     def cell_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return f"rnn_{self.nonlinearity}"
-
-
-def _no_projection(proj_size: int) -> None:
-    if proj_size:
-        raise ValueError(f"proj_size: only LSTM has projections, not RNN or GRU; got {proj_size}")
 
 
 def _set_backend(module, backend: str | None) -> None:

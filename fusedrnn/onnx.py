@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusedrnn import cells
 from fusedrnn.call import (
     Masks,
     Spec,
@@ -24,15 +25,6 @@ from fusedrnn.call import (
     operands_of,
     weights_per_direction,
 )
-
-# Our order of the gates (torch's) in ONNX's: i o f c, z r h, and the one of an RNN.
-GATES: dict[str, tuple[int, ...]] = {
-    "lstm": (0, 3, 1, 2),
-    "gru": (1, 0, 2),
-    "rnn_tanh": (0,),
-    "rnn_relu": (0,),
-}
-OPERATORS: dict[str, str] = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 # Whether the export at work is `export`, which translates our operator.
 _translates = ContextVar("_translates", default=False)
@@ -59,7 +51,7 @@ def export(
     Raises:
         ImportError: onnxscript is not installed.
         torch.onnx.OnnxExporterError: caused by a NotImplementedError that says for what ONNX has
-            no operator: packed sequences, projections, resets, regularisers inside the loop.
+            no operator: packed sequences, projections, heads, resets, regularisers inside the loop.
     """
     table = {**translation_table(), **options.pop("custom_translation_table", {})}
     options.pop("dynamo", None)
@@ -94,7 +86,8 @@ def lacks(spec: Spec, masks: Masks) -> str:
         "regularisers inside the loop": any(
             m.h is not None or m.zoneout is not None for m in masks.layers
         ),
-        f"the cell {spec.cell!r}": spec.cell not in OPERATORS,
+        f"the cell {spec.cell!r}": cells.get(spec.cell).onnx is None,
+        "heads": spec.num_heads > 1,
     }
     if any(missing.values()):
         what = " and ".join(name for name, is_so in missing.items() if is_so)
@@ -104,8 +97,9 @@ def lacks(spec: Spec, masks: Masks) -> str:
 
 # To a plain export that meets our operator, though ONNX lacks nothing for it.
 USE_EXPORT = (
-    "torch.onnx.export cannot write lengths=, input_dropout and weight_drop in training mode, or "
-    "a program of torch.export: call fusedrnn.onnx.export(model, args, f, ...) in its place"
+    "torch.onnx.export cannot write lengths=, input_dropout and weight_drop in training mode, "
+    "a cell that torch lacks, or a program of torch.export: call fusedrnn.onnx.export(model, args, "
+    "f, ...) in its place"
 )
 
 
@@ -120,15 +114,16 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def stack(
         operands, masks, cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
-        bidirectional, proj_size, training, backend, save, autocast, clip, trained_from,
+        bidirectional, proj_size, num_heads, training, backend, save, autocast, clip, trained_from,
     ):  # fmt: skip
         spec = Spec(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, training, backend, save, autocast, clip, trained_from,
+            proj_size, num_heads, training, backend, save, autocast, clip, trained_from,
         )  # fmt: skip
         given = masks_of(masks)
         if lacking := lacks(spec, given):
             raise NotImplementedError(lacking)
+        known: Any = cells.get(cell).onnx
         input, states, _, weights = operands_of(spec, operands)
         D, size, lengths = directions(spec), weights_per_direction(spec), given.lengths
         empty = None
@@ -140,14 +135,14 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             input = op.Transpose(input, perm=[1, 0, 2])
         attributes = {"hidden_size": hidden_size}
         attributes["direction"] = "bidirectional" if bidirectional else "forward"
-        if cell == "gru":
+        if known.linear_before_reset:
             attributes["linear_before_reset"] = 1
-        if cell == "rnn_relu":
-            attributes["activations"] = ["Relu"] * D
+        if known.activations:
+            attributes["activations"] = list(known.activations) * D
+        order = [cells.get(cell).gates.index(gate) for gate in known.gates]
 
         def in_order(tensor):
             """The gates in ONNX's order, and a leading dimension for the direction."""
-            order = GATES[cell]
             if len(order) > 1:
                 parts = op.Split(tensor, num_outputs=len(order), axis=0)
                 tensor = op.Concat(*(parts[gate] for gate in order), axis=0)
@@ -179,7 +174,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
                 )
                 for state in states
             ]  # fmt: skip
-            function = getattr(op, OPERATORS[cell])
+            function = getattr(op, known.operator)
             output, *final = function(input, w, r, b, lengths, *state, **attributes)
             if lengths is not None:
                 # A row without steps keeps its state, of which ONNX would make 0.

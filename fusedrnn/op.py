@@ -89,7 +89,7 @@ def _(operands, masks, *fields):
         # Every way of torch.onnx.export to our operator leads here; its own error names nobody.
         raise NotImplementedError(onnx.lacks(spec, rest) or onnx.USE_EXPORT)
     input, state, *_ = operands_of(spec, operands)
-    dtypes = _output_dtypes(spec, input, state, rest)
+    dtypes = aten.output_dtypes(spec, input, state, rest)
     features = directions(spec) * widths(spec)[0]
     outputs = [input.new_empty([*input.shape[:-1], features], dtype=dtypes[0])]
     outputs += [s.new_empty(s.shape, dtype=d) for s, d in zip(state, dtypes, strict=True)]
@@ -97,24 +97,6 @@ def _(operands, masks, *fields):
         kept = triton.kept_shapes(spec, input)
         outputs += [input.new_empty(shape) for layer in kept for shape in layer]
     return outputs
-
-
-def _output_dtypes(spec: Spec, input: Tensor, state, masks: Masks) -> list[torch.dtype]:
-    """The dtypes of the final states (the output has that of h) that torch's operators give.
-
-    Without autocast, the input's. With it, oneDNN's LSTM and the plain RNN compute in the low
-    precision; other loops mix it with the state, and so keep a wider state's dtype.
-    """
-    if not spec.autocast:
-        return [input.dtype] * len(state)
-    low = getattr(torch, spec.autocast)
-    mixed = [torch.promote_types(low, s.dtype) for s in state]
-    if spec.cell == "gru":
-        return mixed
-    padded = masks.lengths is masks.batch_sizes is None
-    if spec.cell == "lstm" and (spec.proj_size or not padded):
-        return [low if spec.proj_size else mixed[1], mixed[1]]
-    return [low] * len(state)
 
 
 @stack_backward_op.register_fake

@@ -43,6 +43,11 @@ def _fixer(of_torchs: Callable[..., Any]) -> Callable[..., Any]:
                 f"{type(module).__name__}: Opacus' module has no {module.regularizers}; "
                 f"set regularizers = None first"
             )
+        if module.num_heads > 1:
+            raise ValueError(
+                f"{type(module).__name__}: Opacus' module has no heads, "
+                f"got num_heads={module.num_heads}"
+            )
         return of_torchs(module, **options)
 
     return fix

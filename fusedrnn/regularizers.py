@@ -44,8 +44,8 @@ class Regularizers:
             for every step anew, and not for layer 0.
         recurrent_dropout: p of the units of h_{t-1} where it enters the gates (Gal &
             Ghahramani 2016, weights tied: one mask for all gates). What reaches h_t or c_t
-            pointwise is not dropped. Semeniuta et al. 2016, who drop the candidate g_t instead,
-            is not implemented.
+            pointwise is not dropped; of r * h_{t-1} in gru_reset_before, the same units are.
+            Semeniuta et al. 2016, who drop the candidate g_t instead, is not implemented.
         weight_drop: p of the elements of every W_hh (Merity et al. 2018). It happens outside
             the loop, and so on every backend.
         zoneout: p of keeping a unit's previous state; one number for all states, or one for
@@ -153,13 +153,6 @@ def _probability(name: str, p) -> float:
     if not _is_number(p) or not 0 <= p < 1:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {p!r}")
     return float(p)
-
-
-def make(given: dict[str, Any]) -> Regularizers | None:
-    """Takes the regularisers out of a constructor's keyword arguments; None if there are none."""
-    names = [f.name for f in fields(Regularizers) if f.name in given]
-    made = Regularizers(**{name: given.pop(name) for name in names})
-    return None if made == Regularizers() else made
 
 
 # Generators by number, by which a compiled graph, which can hold no generator, names them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -42,33 +42,40 @@ def replace_modules(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is not a Module.
     """
-    torch_classes = modules.TORCH_CLASSES
-    return _swap(model, torch_classes, OURS)
+    return _swap(model, modules.TORCH_CLASSES, OURS)
 
 
 def restore_modules(model: nn.Module) -> Report:
     """Undoes `replace_modules`: every module of fusedrnn becomes torch.nn's again, in place.
 
-    One with regularizers, which torch.nn's would not apply, is left; but not in evaluation mode,
-    where only zoneout acts. (It is nothing but torch.nn's then, in training mode too.)
+    One with heads, or with a cell that torch does not have, is left. So is one with regularizers,
+    which torch.nn's would not apply; but not in evaluation mode, where only zoneout acts. (It is
+    nothing but torch.nn's then, in training mode too.)
     """
-    return _swap(model, OURS, modules.TORCH_CLASSES)
+    return _swap(model, {**OURS, "Recurrent": modules.Recurrent}, modules.TORCH_CLASSES)
 
 
 def _swap(model, sources: dict[str, type], targets: dict[str, type]) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     swapped, left = {}, {}
-    other = tuple(targets.values())
+    other = (*targets.values(), modules.Recurrent)
+    module: Any
     for name, module in model.named_modules():
         class_name = next((k for k, source in sources.items() if type(module) is source), None)
         regularizers = getattr(module, "regularizers", None)
         needed = regularizers and regularizers.needed(training=module.training)
-        if class_name is not None and needed:
+        lacking = getattr(module, "_torch_lacks", lambda: None)()
+        if class_name is not None and lacking:
+            left[name] = lacking
+        elif class_name is not None and needed:
             left[name] = f"torch.nn's {class_name} has no {needed}"
         elif class_name is not None:
-            module.__class__ = targets[class_name]
-            swapped[name] = f"{_path(sources[class_name])} -> {_path(targets[class_name])}"
+            target = targets.get(class_name) or modules.torch_class(module.mode.lower())
+            module.__class__ = target
+            if target is modules.TORCH_CLASSES["RNN"]:  # a Recurrent has it in its mode alone
+                module.nonlinearity = module.mode.lower().removeprefix("rnn_")
+            swapped[name] = f"{_path(sources[class_name])} -> {_path(target)}"
         elif type(module) in other or not isinstance(module, (*sources.values(), nn.RNNBase)):
             continue
         elif nn.utils.parametrize.is_parametrized(module):

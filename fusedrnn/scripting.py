@@ -22,9 +22,12 @@ class Scriptable:
 
     __overloads__: ClassVar[dict[str, list[str]]] = {"forward": ["forward__0"]}
     __jit_ignored_attributes__: ClassVar[tuple[str, ...]] = (
-        "backend", "save", "regularizers", "forget_bias",
+        "backend", "save", "regularizers", "forget_bias", "num_heads",
     )  # fmt: skip
     __jit_unused_properties__: ClassVar[tuple[str, ...]] = ("all_weights", "cell_name")
+
+    def _torch_lacks(self) -> str | None:
+        """What torch.nn does not have of this module, or None."""
 
     def __prepare_scriptable__(self) -> Any:
         """The module that is to be compiled: this one.
@@ -41,6 +44,10 @@ class Scriptable:
             why = "a parametrized module: remove the parametrizations first"
         elif needed:
             why = f"one with {needed}"
+        elif lacking := self._torch_lacks():
+            why = f"this one: {lacking}"
+        elif getattr(self, "mode", "") == "LSTM" and not isinstance(self, ScriptableLSTM):
+            why = "a Recurrent with two states: use fusedrnn.LSTM"
         else:
             return self
         raise TypeError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedrnn import arguments, cells, dispatch, onnx, op, states
 from fusedrnn.arguments import transformed
+from fusedrnn.backends import aten
 from fusedrnn.call import (
     Call,
     Masks,
@@ -34,41 +35,40 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportP
 ResetArgument = Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None
 
 
-def run(
-    spec: Spec,
-    input: Tensor,
-    hx: tuple[Tensor, ...] | None,
-    weights: list[Tensor],
-    *,
-    batch_sizes: Tensor | None = None,
-    lengths: Lengths | None = None,
-    reset: ResetArgument = None,
-    regularizers: Regularizers | None = None,
-    return_states: bool = False,
-) -> tuple[Any, ...]:
-    """A call whose input and states were checked; see `fusedrnn.functional.recurrent`.
+class Given(NamedTuple):
+    """What a caller gave, of which the input, the states and the weights were checked; see
+    `fusedrnn.functional.recurrent`."""
+
+    spec: Spec
+    input: Tensor
+    hx: tuple[Tensor, ...] | None
+    weights: list[Tensor]
+    batch_sizes: Tensor | None = None
+    lengths: Lengths | None = None
+    reset: ResetArgument = None
+    regularizers: Regularizers | None = None
+    return_states: bool = False
+
+
+def run(given: Given) -> tuple[Any, ...]:
+    """The call.
 
     Returns:
         output, the S final states, and with `return_states` the states of all layers and steps, by
         name, [L * D, T, B, H] ([L * D, B, T, H] with batch_first), 0 where a row is over.
     """
+    spec, input, hx, weights, batch_sizes, lengths, reset, regularizers, return_states = given
     unbatched = batch_sizes is None and input.dim() == 2
     to_onnx = (torch.compiler.is_compiling() or is_tracing()) and onnx.plain_export()
-    aten = cells.get(spec.cell).aten
-    plain = aten is not None and not return_states and lengths is reset is None
+    plain = aten.lacks(spec) is None and not return_states and lengths is reset is None
     if plain and (_exported if to_onnx else _is_torchs_own)(spec, input, regularizers):
         input, hx, _T, _B = batched(spec, input, hx, batch_sizes)
         final: Any
-        output, *final = _torchs_own(
-            getattr(torch, str(aten)), spec, input, hx, weights, batch_sizes
-        )
+        output, *final = _torchs_own(spec, input, hx, weights, batch_sizes)
         return _as_given(spec, unbatched, output, tuple(final))
     if to_onnx and lengths is not None and not torch.compiler.is_compiling():
         raise NotImplementedError(onnx.USE_EXPORT)
-    call, operands, masks = gather(
-        spec, input, hx, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset,
-        regularizers=regularizers, return_states=return_states,
-    )  # fmt: skip
+    call, operands, masks = gather(given)
     backend = "reference" if to_onnx else dispatch.select(call)
     spec, operands, masks = settle(call, backend, operands, masks, regularizers)
     # What autocast has made of the operands is computed as elsewhere, in float32 inside the loop.
@@ -106,7 +106,8 @@ def _is_torchs_own(spec: Spec, input: Tensor, regularizers: Regularizers | None)
     )
 
 
-def _torchs_own(function, spec: Spec, input, hx, weights, batch_sizes) -> tuple[Tensor, ...]:
+def _torchs_own(spec: Spec, input, hx, weights, batch_sizes) -> tuple[Tensor, ...]:
+    function = getattr(torch, str(cells.get(spec.cell).aten))
     options = (spec.bias, spec.num_layers, spec.dropout, spec.training, spec.bidirectional)
     state = hx if len(hx) > 1 else hx[0]
     if batch_sizes is not None:
@@ -145,20 +146,10 @@ def batched(
     return input, hx, T, B
 
 
-def gather(
-    spec: Spec,
-    input: Tensor,
-    hx: tuple[Tensor, ...] | None,
-    weights: list[Tensor],
-    *,
-    batch_sizes: Tensor | None = None,
-    lengths: Lengths | None = None,
-    reset: ResetArgument = None,
-    regularizers: Regularizers | None = None,
-    return_states: bool = False,
-) -> tuple[Call, Operands, Masks]:
+def gather(given: Given) -> tuple[Call, Operands, Masks]:
     """What a call of `run` is before a backend is chosen, and before any noise is drawn. Raises
     for lengths, resets and regularisers that do not belong to it."""
+    spec, input, hx, weights, batch_sizes, lengths, reset, regularizers, return_states = given
     unbatched = batch_sizes is None and input.dim() == 2
     input, hx, T, B = batched(spec, input, hx, batch_sizes)
     features: tuple[str, ...] = ()

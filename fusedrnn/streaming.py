@@ -9,24 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import arguments, dispatch, stack
+from fusedrnn import arguments, cells, dispatch, stack
+from fusedrnn.backends import aten
 from fusedrnn.call import Spec, weights_per_direction, widths
-from fusedrnn.types import Lengths, Recurrent, Reset, State
+from fusedrnn.types import Lengths, Reset, State, Steppable
 
 
 def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """One time step of all layers; what `module.step` calls.
 
     The layers run one by one through torch's operators for a single step, which, unlike those
-    for sequences, prepare nothing for steps to come. A forced backend, a projection, a regulariser,
-    autocast or a transform of torch.func takes the way of a sequence of one step; a forward
-    pre-hook, which may compute the weights (pruning, weight_norm), that of a call of the module.
+    for sequences, prepare nothing for steps to come. What these do not have (projections, heads,
+    cells that torch lacks, regularisers), a forced backend, autocast or a transform of torch.func
+    takes the way of a sequence of one step; a forward pre-hook, which may compute the weights
+    (pruning, weight_norm), that of a call of the module.
 
     Args:
-        module: an LSTM, GRU or RNN, not bidirectional.
+        module: a recurrent module of fusedrnn, not bidirectional.
         x: [B, I] or [I].
-        state: as the module's hx: [L, B, H] or [L, H], a pair of these for an LSTM; None for
-            zeros.
+        state: as the module's hx: [L, B, H] or [L, H], a tuple of these where the cell has several
+            states; None for zeros.
     Returns:
         output [B, H] or [H], and the next state.
     Raises:
@@ -65,12 +67,13 @@ def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     unbatched = x.dim() == 1
     if unbatched:
         x, states = x.unsqueeze(0), tuple([s.unsqueeze(1) for s in states])
-    # Under autocast those operators leave another dtype than a sequence's.
-    if plain and not spec.proj_size and regularizers is None and stack.autocast_dtype(x) is None:
+    plain = plain and not spec.proj_size and regularizers is None and aten.lacks(spec) is None
+    if plain and stack.autocast_dtype(x) is None:  # under which they leave another dtype
         output, final = _step_by_cells(spec, x, states, weights)
     else:
         spec = spec._replace(batch_first=False)
-        output, final = stack.run(spec, x.unsqueeze(0), states, weights, regularizers=regularizers)
+        given = stack.Given(spec, x.unsqueeze(0), states, weights, regularizers=regularizers)
+        output, final = stack.run(given)
         output = output.squeeze(0)
     if unbatched:
         output, final = output.squeeze(0), tuple([f.squeeze(1) for f in final])
@@ -79,7 +82,7 @@ def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
 
 def _step_by_cells(spec: Spec, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]):
     """All layers by torch's operators for one step."""
-    function = getattr(torch, f"{spec.cell}_cell")
+    function = getattr(torch, f"{cells.get(spec.cell).aten}_cell")
     size = weights_per_direction(spec)
     columns = [s.unbind(0) for s in states]
     finals = []
@@ -124,7 +127,7 @@ class Stream(Generic[State]):
     1990).
 
     Args:
-        module: an LSTM, GRU or RNN, not bidirectional.
+        module: a recurrent module of fusedrnn, not bidirectional.
         state: where to begin, as hx; None for zeros.
         detach: False lets gradients cross from chunk to chunk.
     Attributes:
@@ -142,11 +145,12 @@ class Stream(Generic[State]):
     """
 
     def __init__(
-        self, module: Recurrent[State], state: State | None = None, *, detach: bool = True
+        self, module: Steppable[State], state: State | None = None, *, detach: bool = True
     ) -> None:
         if not hasattr(module, "regularizers"):
+            got = type(module).__name__
             raise TypeError(
-                f"module: expected an LSTM, GRU or RNN of fusedrnn, got {type(module).__name__}"
+                f"module: expected an LSTM, GRU, RNN or Recurrent of fusedrnn, got {got}"
             )
         if module.bidirectional:
             raise ValueError(f"{type(module).__name__}.stream: {needs_one_direction}")

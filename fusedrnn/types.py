@@ -6,9 +6,10 @@ def tagger(backend: fusedrnn.types.Backend | None = None) -> fusedrnn.LSTM: ...
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
+from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +22,9 @@ Backend: TypeAlias = Literal["auto", "triton", "aten", "reference"]
 Save: TypeAlias = Literal["gates", "states"]
 Nonlinearity: TypeAlias = Literal["tanh", "relu"]
 
-# What a module carries from step to step: (h, c) of an LSTM, h of the others.
-State = TypeVar("State", bound=Tensor | tuple[Tensor, Tensor])
+# What a module carries from step to step: h, or a tuple where the cell has several states, as
+# (h, c) of an LSTM. Of a Recurrent only the cell's name tells, which a type checker cannot look up.
+State = TypeVar("State", bound=Tensor | tuple[Tensor, ...], default=Any)
 # Rows' lengths: integers [B], or a bool mask [T, B] ([B, T] with batch_first), true where a step
 # is real; as a tensor, a NumPy array, or (lists of) Python numbers.
 Lengths: TypeAlias = Tensor | Array | Sequence[int] | Sequence[Sequence[bool]]
@@ -30,8 +32,8 @@ Lengths: TypeAlias = Tensor | Array | Sequence[int] | Sequence[Sequence[bool]]
 Reset: TypeAlias = Tensor | tuple[Tensor, State]
 
 
-class Recurrent(Protocol[State]):
-    """What has such a state: LSTM, GRU and RNN."""
+class Steppable(Protocol[State]):
+    """What has such a state: LSTM, GRU, RNN and Recurrent."""
 
     bidirectional: bool
 

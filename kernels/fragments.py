@@ -12,7 +12,7 @@ side by side in memory:
 A *block* is 16 rows by 16 units of the left operand in this order, 256 elements: lane by lane, in
 a lane (i, r, e), or for each j lane by lane of (i, r). A lane reads its registers with one load of
 16 bytes (two with 32 bit), neighbouring lanes read neighbouring bytes, and what arrives goes
-into the instruction without a detour through shared memory. A row of W_hh has a lane's units of
+into the instruction without a detour through shared memory. A row of W has a lane's units of
 the right operand side by side by itself.
 
 With SPLIT groups of warps, each multiplies its own blocks, and their sums are added at the end of
@@ -31,9 +31,9 @@ LANES = tl.constexpr(32)
 
 
 @triton.constexpr_function
-def pitch(H):
-    """Elements from one row of W_hh to the next: a multiple of 16 bytes."""
-    return -(-H // 8) * 8
+def pitch(K):
+    """Elements from one row of W to the next: a multiple of 16 bytes."""
+    return -(-K // 8) * 8
 
 
 @triton.jit
@@ -92,8 +92,8 @@ def lhs_operand(tile, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def load_rhs_operand(w_ptr, first_k, first_unit, H: tl.constexpr, PLAN: tl.constexpr):
-    """[SPLIT, 16, BLOCK_H]: units of K by the program's units, 0 beyond H, of [H, pitch]."""
+def load_rhs_operand(w_ptr, first_k, first_unit, STAGE: tl.constexpr, PLAN: tl.constexpr):
+    """[SPLIT, 16, BLOCK_H]: units of K by the program's units, 0 beyond, of [units, pitch]."""
     WIDE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth == 32
     BLOCK_H: tl.constexpr = PLAN.block_h
     SPLIT: tl.constexpr = PLAN.split_k
@@ -107,7 +107,9 @@ def load_rhs_operand(w_ptr, first_k, first_unit, H: tl.constexpr, PLAN: tl.const
     j = index // (LANES * SPLIT * N)
     unit = first_unit + n * 8 + lane // 4
     k = first_k + group * ROWS + j * 8 + lane % 4 * LENGTH + tl.arange(0, LENGTH)[None, :]
-    tile = tl.load(w_ptr + unit * pitch(H) + k, mask=(k < pitch(H)) & (unit < H), other=0.0)
+    PITCH: tl.constexpr = pitch(STAGE.k)
+    mask = (k < PITCH) & (unit < STAGE.units)
+    tile = tl.load(w_ptr + unit * PITCH + k, mask=mask, other=0.0)
     if WIDE:
         tile = tl.reshape(tile, (2, N, SPLIT, 8, 4, 2))  # j n s g t i
         tile = tl.permute(tile, (2, 0, 5, 4, 1, 3))  # s (j i t) (n g)

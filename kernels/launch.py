@@ -10,7 +10,15 @@ from fusedrnn.call import Weights
 from fusedrnn.cells import Cell
 from fusedrnn.kernels import layout, sync, tune
 from fusedrnn.kernels.bind import bind
-from fusedrnn.kernels.plan import INTERPRETER, PASSES, Device, Plan, plan_scan
+from fusedrnn.kernels.plan import (
+    INTERPRETER,
+    PASSES,
+    Device,
+    Plan,
+    StageSizes,
+    plan_scan,
+    stage_sizes,
+)
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_kernel
 from fusedrnn.kernels.state_ops import StateOps
@@ -25,24 +33,26 @@ NO_STATE_OPS = StateOps()
 
 def scan_forward(
     cell: Cell, x_gates: Tensor, directions: list[Weights], state: tuple[Tensor, ...], *,
-    rows: Rows, save: str | None, input_precision: str,
+    rows: Rows, save: str | None, input_precision: str, heads: int = 1,
     state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Runs a layer's time loop, all directions, in one launch.
 
     Args:
         x_gates: [N, D, G, H], the input projection with its bias; float16, bfloat16 or float32.
-        directions: the weights of each of D directions, of the dtype of x_gates; w_hh, b_hh and
-            params are read, w_hh in place where H is a multiple of 8.
-        state: S tensors [D, B, H].
-        save: what backward will need: "gates" (the cell's saved values and the states), "states"
-            (the states alone), or None.
+        directions: the weights of each of D directions, of the dtype of x_gates; w_hh, b_hh, w_hr
+            and params are read, matrices in place where their rows are multiples of 8 long.
+        state: h [D, B, P], where it is projected, else [D, B, H]; S - 1 others [D, B, H].
+        save: what backward will need: "gates" (the cell's saved values, what its stages multiply,
+            and the states), "states" (the states alone), or None.
         input_precision: of products of float32: "ieee" or "tf32".
+        heads: of a direction, see `fusedrnn.call.Weights`.
         state_ops: resets, zoneout and the like.
         plan: tiling; by default the one that `plan_scan` makes for the device.
     Returns:
-        output [N, D, H] (0 where a padded row is over), the S final states [D, B, H],
-        saved [N, D, K, H] and states [N, D, S - 1, H], or None where not saved or empty.
+        output [N, D, P] (0 where a padded row is over), the S final states,
+        saved [N, D, K, H], states [N, D, S - 1, H] and published [N, D, stages - 1, H] (what every
+        stage but the first multiplies, rounded and masked), or None where not saved or empty.
     Raises:
         ValueError: an argument that does not fit, or a problem for which there is no plan.
         RuntimeError: the device cannot hold the grid, or an earlier launch timed out.
@@ -50,61 +60,71 @@ def scan_forward(
     if x_gates.dim() != 4:
         raise ValueError(f"x_gates must have shape (N, D, G, H), got {tuple(x_gates.shape)}")
     N, D, _, H = x_gates.shape
-    G = len(cell.gates)
+    G, P = len(cell.gates), state[0].shape[-1] if state else H
     state = _contiguous(state)
     _check_choice("save", save, SAVE)
     _check("x_gates", x_gates, (N, D, G, H), x_gates)
-    _check_layer(cell, (N, D, H), directions, state, rows, state_ops, input_precision, x_gates)
+    _check_layer(
+        cell, (N, D, H, P, heads), directions, state, rows, state_ops, input_precision, x_gates
+    )
     if plan is None:
-        plan = plan_for(cell, "forward", x_gates, rows.B, H, D, input_precision)
-    output = x_gates.new_empty(N, D, H)
+        plan = plan_for(cell, "forward", x_gates, rows.B, H, D, input_precision, P=P, heads=heads)
+    output = x_gates.new_empty(N, D, P)
     final = tuple([torch.empty_like(s) for s in state])
-    saved = states = None
+    saved = states = published = None
     if save == "gates" and cell.saved:
         saved = x_gates.new_empty(N, D, len(cell.saved), H)
+    if save == "gates" and len(cell.stages) > 1:
+        published = x_gates.new_empty(N, D, len(cell.stages) - 1, H)
     if save is not None and len(state) > 1:
         states = x_gates.new_empty(N, D, len(state) - 1, H)
     biases = tuple([w.b_hh.contiguous() for w in directions if w.b_hh is not None])
     _launch(
-        scan_forward_kernel, plan, rows, planes=1, like=x_gates, x_gates_ptr=x_gates,
-        w_ptrs=_recurrent_weights(directions, H, transposed=False), b_hh_ptrs=biases or None,
+        scan_forward_kernel, plan, rows, stage_sizes(cell, "forward", H // heads, P // heads),
+        like=x_gates, x_gates_ptr=x_gates,
+        w_ptrs=_matrices(cell, directions, heads, transposed=False), b_hh_ptrs=biases or None,
         param_ptrs=_params(directions), state_ptrs=state, output_ptr=output, final_ptrs=final,
-        saved_ptr=saved, states_ptr=states, ops=state_ops, CELL=bind(cell.forward),
-        G=G, H=H, D=D, PRECISION=input_precision,
+        saved_ptr=saved, published_ptr=published, states_ptr=states, ops=state_ops,
+        bodies=tuple([bind(stage.forward) for stage in cell.stages]),
+        G=G, H=H, P=P, D=D, HEADS=heads, PRECISION=input_precision,
     )  # fmt: skip
-    return output, final, saved, states
+    return output, final, saved, states, published
 
 
 def scan_backward(
     cell: Cell, d_output: Tensor, d_final: tuple[Tensor, ...], directions: list[Weights],
     state: tuple[Tensor, ...], output: Tensor, states: Tensor | None,
     saved_or_gates: Tensor | tuple[Tensor, Tensor] | None, *,
-    rows: Rows, save: str, input_precision: str,
+    rows: Rows, save: str, input_precision: str, heads: int = 1,
     state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:  # fmt: skip
     """Runs a layer's time loop backward, all directions, in one launch.
 
     Args:
-        d_output: [N, D, H]. d_final: S tensors [D, B, H].
-        directions, state, rows, input_precision, state_ops: as given to `scan_forward`; b_hh is
-            not read, being part of `saved` or of h_gates. Zoneout needs save="states": what is
-            stored then is not what the cell computed.
+        d_output: [N, D, P]. d_final: S tensors, as the states.
+        directions, state, rows, input_precision, heads, state_ops: as given to `scan_forward`;
+            b_hh is not read, being part of `saved` or of h_gates. Zoneout needs save="states":
+            what is stored then is not what the cell computed.
         output, states: as `scan_forward` returned them.
         saved_or_gates: with save="gates", what `scan_forward` returned as `saved`; with
             save="states", (x_gates, h_gates), each [N, D, G, H], of all steps, b_hh included.
     Returns:
         dx_gates and dh_gates [N, D, G, H] (one tensor where the cell is additive), the gradients
-        of the S initial states [D, B, H] and after them of `state_ops.reset_state`, and those of
-        the P parameters [D, H], float32.
+        of the S initial states and after them of `state_ops.reset_state`, those of the cell's
+        parameters [D, H], float32, and that of what a projection received, [N, D, P], or None.
     Raises:
         ValueError, RuntimeError: as `scan_forward`.
     """
     zoneout = state_ops.zoneout is not None
     _check_choice("save", save, SAVE[1:2] if zoneout else SAVE[:2])
-    N, D, H = output.shape
+    N, D, P = output.shape
+    w_hh = directions[0].w_hh
+    H = w_hh.numel() // (w_hh.shape[-1] * len(cell.gates))
     G, S = len(cell.gates), len(cell.states)
     state, d_final, d_output = _contiguous(state), _contiguous(d_final), d_output.contiguous()
-    _check_layer(cell, (N, D, H), directions, state, rows, state_ops, input_precision, output)
+    _check_layer(
+        cell, (N, D, H, P, heads), directions, state, rows, state_ops, input_precision, output
+    )
     recompute = save == "states" and (bool(cell.saved) or zoneout)
     kept: tuple[tuple[str, Tensor | None], ...] = ()
     if recompute:
@@ -112,15 +132,15 @@ def scan_backward(
     elif cell.saved:
         kept = (("saved_or_gates", saved_or_gates),)  # type: ignore[assignment]
     planes = G if recompute else len(cell.saved)
-    _check("output", output, (N, D, H), output)
-    _check("d_output", d_output, (N, D, H), output)
-    _check_each("d_final", d_final, cell.states, (D, rows.B, H), output)
+    _check("output", output, (N, D, P), output)
+    _check("d_output", d_output, (N, D, P), output)
+    _check_states("d_final", d_final, cell, (D, rows.B, H, P), output)
     for name, tensor in kept:
         _check(name, tensor, (N, D, planes, H), output)
     if S > 1:
         _check("states", states, (N, D, S - 1, H), output)
     if plan is None:
-        plan = plan_for(cell, "backward", d_output, rows.B, H, D, input_precision)
+        plan = plan_for(cell, "backward", d_output, rows.B, H, D, input_precision, P=P, heads=heads)
     dx_gates = d_output.new_empty(N, D, G, H)
     dh_gates = dx_gates if cell.additive else torch.empty_like(dx_gates)
     d_state = tuple(torch.empty_like(s) for s in (*state, *state_ops.reset_state))
@@ -129,19 +149,21 @@ def scan_backward(
         torch.empty(batch_tiles, D, H, dtype=torch.float32, device=output.device)
         for _ in cell.params
     )
+    d_projected = torch.empty_like(output) if directions[0].w_hr is not None else None
     _launch(
-        scan_backward_kernel, plan, rows, planes=G, like=d_output,
-        d_output_ptr=d_output, d_final_ptrs=d_final,
-        w_ptrs=_recurrent_weights(directions, H, transposed=True),
+        scan_backward_kernel, plan, rows, stage_sizes(cell, "backward", H // heads, P // heads),
+        like=d_output, d_output_ptr=d_output, d_final_ptrs=d_final,
+        w_ptrs=_matrices(cell, directions, heads, transposed=True),
         param_ptrs=_params(directions), state_ptrs=state, output_ptr=output, states_ptr=states,
         kept_ptrs=tuple(tensor for _, tensor in kept),
         dx_gates_ptr=dx_gates, dh_gates_ptr=None if cell.additive else dh_gates,
-        d_state_ptrs=d_state[:S], d_param_ptrs=d_params, d_reset_state_ptrs=d_state[S:],
-        ops=state_ops, CELL_FORWARD=bind(cell.forward) if recompute else None,
-        CELL_BACKWARD=bind(cell.backward), KEPT=planes,
-        G=G, H=H, D=D, PRECISION=input_precision,
+        d_projected_ptr=d_projected, d_state_ptrs=d_state[:S], d_param_ptrs=d_params,
+        d_reset_state_ptrs=d_state[S:], ops=state_ops,
+        forward_bodies=tuple([bind(stage.forward) for stage in cell.stages if recompute]),
+        bodies=tuple([bind(stage.backward) for stage in cell.stages]), KEPT=planes,
+        G=G, H=H, P=P, D=D, HEADS=heads, PRECISION=input_precision,
     )  # fmt: skip
-    return dx_gates, dh_gates, d_state, tuple(d.sum(0) for d in d_params)
+    return dx_gates, dh_gates, d_state, tuple(d.sum(0) for d in d_params), d_projected
 
 
 def check(device: torch.device | str = "cuda") -> None:
@@ -154,42 +176,47 @@ def check(device: torch.device | str = "cuda") -> None:
     _raise_if_timed_out(_error_word(device))
 
 
-def _launch(kernel, plan: Plan, rows: Rows, *, planes: int, like: Tensor, **arguments) -> None:
-    """Launches `kernel`: once, or for one part of the batch and the directions after the other.
+def _launch(
+    kernel, plan: Plan, rows: Rows, stages: tuple[StageSizes, ...], *, like: Tensor, **arguments
+) -> None:
+    """Launches `kernel`: once, or for one part of the batch and the lanes after the other.
 
     Args:
-        planes: tiles that the programs of a group exchange in each step.
         like: a tensor of the sequence's dtype and device.
     """
     device = like.device
-    H, D = arguments["H"], arguments["D"]
+    lanes, H = arguments["D"] * arguments["HEADS"], arguments["H"] // arguments["HEADS"]
+    # What is published for each stage, in turn: backward, for the last one after the first.
+    turns = stages if kernel is scan_forward_kernel else (stages[0], *stages[:0:-1])
+    planes = [stage.planes for stage in turns]
     error = _error_word(device)
     _raise_if_timed_out(error)
-    step_b, step_d = plan.batch_per_launch or max(rows.B, 1), plan.directions_per_launch or D
+    step_b, step_lane = plan.batch_per_launch or max(rows.B, 1), plan.lanes_per_launch or lanes
     # Triton launches on the current device and its stream, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for first_d in range(0, D, step_d):
+        for first_lane in range(0, lanes, step_lane):
             for first_b in range(0, rows.B, step_b):
                 grid = (
                     -(
                         -H // plan.block_h
                     ),  # not triton.cdiv, which binds its arguments at every call
                     -(-min(step_b, rows.B - first_b) // plan.block_b),
-                    min(step_d, D - first_d),
+                    min(step_lane, lanes - first_lane),
                 )
                 exchange = None
                 if plan.exchanged:
                     _check_grid(grid, plan, device)
                     exchange = sync.workspace(
                         groups=grid[1] * grid[2], programs=grid[0], planes=planes,
-                        steps=rows.T + 1,  # what precedes the first step is published too
+                        steps=rows.T * len(stages) + 1,  # h_0 is published too
                         chunks=plan.chunks, block_b=plan.block_b, block_h=plan.block_h,
                         block_k=plan.block_k, dtype=like.dtype, device=device, error=error,
                     )  # fmt: skip
                 compiled = kernel[grid](
                     **arguments, exchange=exchange, offsets_ptr=rows.offsets,
-                    lengths_ptr=rows.lengths, T=rows.T, B=rows.B, first_b=first_b, first_d=first_d,
-                    stride_t=rows.stride_t, stride_b=rows.stride_b, PLAN=_of_kernel(plan),
+                    lengths_ptr=rows.lengths, T=rows.T, B=rows.B, first_b=first_b,
+                    first_lane=first_lane, stride_t=rows.stride_t, stride_b=rows.stride_b,
+                    STAGES=stages, PLAN=_of_kernel(plan),
                     **plan.options(device_of(device)),
                 )  # fmt: skip
                 if plan.exchanged and compiled is not None:  # None: interpreted
@@ -203,17 +230,29 @@ def _of_kernel(plan: Plan) -> Plan:
     return plan.of_kernel()
 
 
-def _recurrent_weights(
-    directions: list[Weights], H: int, *, transposed: bool
-) -> tuple[Tensor, ...]:
-    """W_hh of each direction, [G, H, pitch]: rows begin at multiples of 16 bytes, zeros fill them
-    up. A copy only where they are not so already."""
-    if H % 8 == 0 and not transposed:
-        return tuple([w.w_hh.contiguous().view(-1, H, H) for w in directions])
-    gates = [w.w_hh.detach().contiguous().view(-1, H, H) for w in directions]
-    copies = gates[0].new_zeros(len(gates), len(gates[0]), H, -(-H // 8) * 8)
-    for copy, w in zip(copies, gates, strict=True):
-        copy[..., :H] = w.transpose(-1, -2) if transposed else w
+def _matrices(
+    cell: Cell, directions: list[Weights], heads: int, *, transposed: bool
+) -> tuple[tuple[Tensor, ...], ...]:
+    """For each stage, what `matmul.matrices_of` takes of each direction."""
+    G = len(cell.gates)
+    linear = [w.w_hh.detach().reshape(heads, G, -1, w.w_hh.shape[-1]) for w in directions]
+    linear = _in_rows(linear, transposed)
+    projections = [w.w_hr.detach()[None, None] for w in directions if w.w_hr is not None]
+    projected = _in_rows(projections, transposed) if projections else ()
+    return tuple([linear if stage.gates else projected for stage in cell.stages])
+
+
+def _in_rows(matrices: list[Tensor], transposed: bool) -> tuple[Tensor, ...]:
+    """[heads, matrices, units, K], transposed if so: rows begin at multiples of 16 bytes, zeros
+    fill them up. A copy only where they are not so already."""
+    if transposed:
+        matrices = [m.transpose(-1, -2) for m in matrices]
+    *shape, K = matrices[0].shape
+    if K % 8 == 0 and not transposed:
+        return tuple([m.contiguous() for m in matrices])
+    copies = matrices[0].new_zeros(len(matrices), *shape, -(-K // 8) * 8)
+    for copy, matrix in zip(copies, matrices, strict=True):
+        copy[..., :K] = matrix
     return tuple(copies)
 
 
@@ -239,23 +278,29 @@ def device_of(device: torch.device) -> Device:
     )
 
 
-def plan_for(cell: Cell, pass_: str, like: Tensor, B: int, H: int, D: int, precision: str) -> Plan:
+def plan_for(
+    cell: Cell, pass_: str, like: Tensor, B: int, H: int, D: int, precision: str, *,
+    P: int = 0, heads: int = 1,
+) -> Plan:  # fmt: skip
     """The plan for tensors of the dtype and device of `like`, tuned where that is switched on."""
     device = device_of(like.device)
+    P = P if P != H else 0  # what is not projected is one plan, and one time
     times = None
     if tune.enabled():
         times = tune.step_times(
-            cell, pass_, like.dtype, H=H, D=D,
+            cell, pass_, like.dtype, H=H // heads, P=P, D=D * heads,
             device=like.device, properties=device, input_precision=precision,
             passes=(scan_forward, scan_backward),
         )  # fmt: skip
     return plan_scan(
-        cell, pass_, like.dtype, B=B, H=H, D=D,
+        cell, pass_, like.dtype, B=B, H=H // heads, D=D * heads, P=P,
         device=device, input_precision=precision, step_times=times,
     )  # fmt: skip
 
 
-def refusal(cell: Cell, dtype: torch.dtype, H: int, D: int, device: torch.device) -> str | None:
+def refusal(
+    cell: Cell, dtype: torch.dtype, H: int, D: int, device: torch.device, P: int = 0
+) -> str | None:
     """Why the kernels do not run such a layer on that device, or None."""
     major, minor = device_of(device).capability
     if device_of(device).backend == "cuda" and (major, minor) < OLDEST_CAPABILITY:
@@ -265,7 +310,7 @@ def refusal(cell: Cell, dtype: torch.dtype, H: int, D: int, device: torch.device
         )
     try:
         for pass_ in PASSES:
-            plan_scan(cell, pass_, dtype, B=1, H=H, D=D, device=device_of(device))
+            plan_scan(cell, pass_, dtype, B=1, H=H, D=D, P=P, device=device_of(device))
     except ValueError as error:
         return str(error)
     return None
@@ -311,7 +356,7 @@ def _check_layer(
     cell: Cell, sizes, directions, state, rows: Rows, ops: StateOps, input_precision, like: Tensor
 ) -> None:
     """What both passes take."""
-    N, D, H = sizes
+    N, D, H, P, heads = sizes
     G, S, B = len(cell.gates), len(cell.states), rows.B
     _check_choice("input_precision", input_precision, PRECISIONS)
     _check_choice("the dtype of a sequence", like.dtype, DTYPES)
@@ -321,22 +366,33 @@ def _check_layer(
         raise ValueError(f"rows must be T * B = {rows.T} * {B}, got {N}")
     if rows.offsets is not None and rows.lengths is None:
         raise ValueError("rows.lengths must be given with rows.offsets")
-    _check_each("state", state, cell.states, (D, B, H), like)
+    _check_states("state", state, cell, (D, B, H, P), like)
     if ops.reset_state:
-        _check_each("state_ops.reset_state", ops.reset_state, cell.states, (D, B, H), like)
+        _check_states("state_ops.reset_state", ops.reset_state, cell, (D, B, H, P), like)
+    matrix = (G * H, P) if heads == 1 else (heads, G * H // heads, H // heads)
+    projection = (P, H) if cell.stages[-1].gates == () else None
     biased = any([w.b_hh is not None for w in directions])
     for d, w in enumerate(directions):  # of which copies are made where they are not contiguous
-        _check(f"directions[{d}].w_hh", w.w_hh, (G * H, H), like, contiguous=False)
+        _check(f"directions[{d}].w_hh", w.w_hh, matrix, like, contiguous=False)
+        if projection is not None:
+            _check(f"directions[{d}].w_hr", w.w_hr, projection, like, contiguous=False)
         if biased:
             _check(f"directions[{d}].b_hh", w.b_hh, (G * H,), like, contiguous=False)
         _check_each(f"directions[{d}].params", w.params, cell.params, (H,), like, contiguous=False)
     _check_given("rows.offsets", rows.offsets, (rows.T,), like, torch.int64)
     _check_given("rows.lengths", rows.lengths, (B,), like, torch.int64)
     _check_given("state_ops.reset", ops.reset, (N, D), like, torch.int8)
-    _check_given("state_ops.h_mask", ops.h_mask, (D, B, H), like, like.dtype)
+    _check_given("state_ops.h_mask", ops.h_mask, (D, B, P), like, like.dtype)
     shares = ops.zoneout is not None and ops.zoneout.dim() == 1
     shape, dtype = ((S,), torch.float32) if shares else ((N, D, S, H), torch.int8)
     _check_given("state_ops.zoneout", ops.zoneout, shape, like, dtype)
+
+
+def _check_states(name: str, states, cell: Cell, sizes, like: Tensor) -> None:
+    """One tensor for each of the cell's states, h of P features and the others of H."""
+    D, B, H, P = sizes
+    _check_each(name, states[:1], cell.states[:1], (D, B, P), like)
+    _check_each(name, states[1:], cell.states[1:], (D, B, H), like)
 
 
 def _check_each(

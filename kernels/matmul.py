@@ -1,12 +1,12 @@
-"""The recurrent product of one step, forward and backward.
+"""The product that a stage of a cell receives in one step, forward and backward.
 
-    forward   sums[g] = h @ W_hh[g]^T          one left operand, G results
-    backward  sums[0] = sum_g dh_g @ W_hh[g]   G left operands, one result
+    forward   sums[g] = h @ W[g]^T          one left operand, as many results as the stage has gates
+    backward  sums[0] = sum_g dh_g @ W[g]   so many left operands, one result
 
 The left operands are PLANES tiles of [BLOCK_B, H]; the result is summed over K in chunks of
 BLOCK_K = 16 * SPLIT. Each of SPLIT groups of warps sums 16 units of every chunk by itself, as a
 batched product [SPLIT, BLOCK_B, 16] @ [SPLIT, 16, BLOCK_H], and their sums are added once, at the
-end of the step. Every chunk has G right operands: those of the resident first chunks were loaded
+end. Every chunk has a right operand for each gate: those of the resident first chunks were loaded
 before the time loop and stay in registers, those of the others are read in each step, past
 nothing: L1 keeps as many as it can.
 
@@ -18,37 +18,50 @@ import triton.language as tl
 
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.fragments import BLOCK, lhs_operand, load_rhs_operand, pitch
+from fusedrnn.kernels.tiles import of_direction
 
 
 @triton.jit
-def load_weights(w_ptr, tile, G: tl.constexpr, H: tl.constexpr, PLAN: tl.constexpr):
-    """The right operands that are loaded once: of the resident chunks; of a program that owns all
-    units, G tiles [BLOCK_H, BLOCK_H], units of K by the program's units.
+def matrices_of(w_ptrs, tile, STAGE: tl.constexpr):
+    """Where the stage's matrices of a program's lane begin; w_ptrs: for each direction [heads,
+    matrices, units, pitch]: matrix, the program's unit, unit of K."""
+    skipped = tile.head * STAGE.matrices + STAGE.first_matrix
+    return of_direction(w_ptrs, tile) + skipped * (STAGE.units * pitch(STAGE.k))
 
-    w_ptr: [G, H, pitch] of one direction: gate, the program's unit, unit of K.
+
+@triton.jit
+def load_weights(w_ptr, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
+    """The right operands that are loaded once: of the resident chunks; of a program that owns all
+    units, tiles [BLOCK_H, BLOCK_H], units of K by the program's units.
+
+    w_ptr: as `matrices_of` returns it.
     """
-    COUNT: tl.constexpr = PLAN.resident
+    COUNT: tl.constexpr = min(PLAN.resident, chunks_of(STAGE, PLAN))
+    MATRICES: tl.constexpr = STAGE.planes * STAGE.results
+    PITCH: tl.constexpr = pitch(STAGE.k)
     weights = ()
     if PLAN.exchanged:
         for chunk in tl.static_range(COUNT):
-            weights = weights + load_chunk(w_ptr, chunk, tile, G=G, H=H, PLAN=PLAN)
+            weights = weights + load_chunk(w_ptr, chunk, tile, STAGE=STAGE, PLAN=PLAN)
     else:
         units = tl.arange(0, PLAN.block_h)
-        mask = (units[:, None] < H) & (units[None, :] < H)
-        for g in tl.static_range(G):
-            offs = g * H * pitch(H) + units[None, :] * pitch(H) + units[:, None]
+        mask = (units[:, None] < STAGE.k) & (units[None, :] < STAGE.units)
+        for g in tl.static_range(MATRICES):
+            offs = g * STAGE.units * PITCH + units[None, :] * PITCH + units[:, None]
             weights = weights + (tl.load(w_ptr + offs, mask=mask, other=0.0),)
     return weights
 
 
 @triton.jit
-def load_chunk(w_ptr, chunk, tile, G: tl.constexpr, H: tl.constexpr, PLAN: tl.constexpr):
-    """The G right operands of one chunk, 0 beyond H."""
+def load_chunk(w_ptr, chunk, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
+    """The right operands of one chunk, 0 beyond the matrices' sizes."""
+    MATRICES: tl.constexpr = STAGE.planes * STAGE.results
     weights = ()
-    for g in tl.static_range(G):
+    for g in tl.static_range(MATRICES):
         rhs = load_rhs_operand(
-            w_ptr + g * H * pitch(H), chunk * PLAN.block_k, tile.first_unit, H=H, PLAN=PLAN
-        )
+            w_ptr + g * STAGE.units * pitch(STAGE.k), chunk * PLAN.block_k, tile.first_unit,
+            STAGE=STAGE, PLAN=PLAN,
+        )  # fmt: skip
         weights = weights + (rhs,)
     return weights
 
@@ -102,7 +115,7 @@ def hide_invariance(weights):
 @triton.jit
 def recurrent_matmul(
     planes, channel, weights, w_ptr, tile, step,
-    G: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
+    STAGE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """The product with what all units of a batch tile were at `step`; NaN after a time-out.
 
@@ -112,20 +125,22 @@ def recurrent_matmul(
     if PLAN.exchanged:
         sums = gathered_matmul(
             channel, weights, w_ptr, tile, step,
-            G=G, PLANES=len(planes), H=H, PRECISION=PRECISION, PLAN=PLAN,
+            STAGE=STAGE, STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
         )  # fmt: skip
     else:
-        sums = local_matmul(planes, weights, G=G, PRECISION=PRECISION)
+        sums = local_matmul(planes, weights, STAGE=STAGE, PRECISION=PRECISION)
     return sums
 
 
 @triton.jit
-def local_matmul(planes, weights, G: tl.constexpr, PRECISION: tl.constexpr):
+def local_matmul(planes, weights, STAGE: tl.constexpr, PRECISION: tl.constexpr):
     """The product where one program owns all units, and K is a single chunk of BLOCK_H."""
+    PLANES: tl.constexpr = STAGE.planes
+    RESULTS: tl.constexpr = STAGE.results
     sums = ()
-    for _ in tl.static_range(G // len(planes)):
+    for _ in tl.static_range(RESULTS):
         sums = sums + (tl.zeros([planes[0].shape[0], planes[0].shape[1]], tl.float32),)
-    for plane in tl.static_range(len(planes)):
+    for plane in tl.static_range(PLANES):
         sums = multiply(planes[plane], weights, sums, FIRST=plane, PRECISION=PRECISION)
     return sums
 
@@ -133,23 +148,25 @@ def local_matmul(planes, weights, G: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def gathered_matmul(
     channel, weights, w_ptr, tile, step,
-    G: tl.constexpr, PLANES: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
-    PLAN: tl.constexpr,
+    STAGE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """The product with what all programs of the group published as `step`."""
     BLOCK_B: tl.constexpr = PLAN.block_b
     BLOCK_H: tl.constexpr = PLAN.block_h
     SPLIT: tl.constexpr = PLAN.split_k
-    CHUNKS: tl.constexpr = PLAN.chunks
-    RESIDENT: tl.constexpr = PLAN.resident
+    PLANES: tl.constexpr = STAGE.planes
+    RESULTS: tl.constexpr = STAGE.results
+    MATRICES: tl.constexpr = PLANES * RESULTS
+    CHUNKS: tl.constexpr = chunks_of(STAGE, PLAN)
+    RESIDENT: tl.constexpr = min(PLAN.resident, CHUNKS)
     PREFETCH: tl.constexpr = PLAN.prefetch
     sums = ()
-    for _ in tl.static_range(G // PLANES):
+    for _ in tl.static_range(RESULTS):
         sums = sums + (tl.zeros([SPLIT, BLOCK_B, BLOCK_H], tl.float32),)
-    slot_ptr = channel.ring + sync.slot(step) * slot_size(PLANES, PLAN)
+    slot_ptr = channel.ring + sync.slot(step) * slot_size(STAGES, PLAN)
     coming = ()
     if RESIDENT < CHUNKS:
-        coming = load_chunk(w_ptr, RESIDENT, tile, G=G, H=H, PLAN=PLAN)
+        coming = load_chunk(w_ptr, RESIDENT, tile, STAGE=STAGE, PLAN=PLAN)
     for first in tl.static_range(0, CHUNKS, PREFETCH):
         # The left operands of all these chunks are on their way before the first is looked at:
         # one trip to L2, which is far longer than the products.
@@ -164,13 +181,13 @@ def gathered_matmul(
             PAIRWISE=PLAN.pairwise,
         )
         for chunk in tl.static_range(first, min(first + PREFETCH, CHUNKS)):
-            rhs = weights[chunk * G : (chunk + 1) * G]
+            rhs = weights[chunk * MATRICES : (chunk + 1) * MATRICES]
             if PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32:
                 rhs = hide_invariance(rhs)
             if chunk >= RESIDENT:
                 rhs = coming
                 if chunk + 1 < CHUNKS:  # is on its way while this one is multiplied
-                    coming = load_chunk(w_ptr, chunk + 1, tile, G=G, H=H, PLAN=PLAN)
+                    coming = load_chunk(w_ptr, chunk + 1, tile, STAGE=STAGE, PLAN=PLAN)
             for plane in tl.static_range(PLANES):
                 lhs = lhs_operand(loaded[(chunk - first) * PLANES + plane], SPLIT=SPLIT)
                 sums = multiply(lhs, rhs, sums, FIRST=plane, PRECISION=PRECISION)
@@ -178,9 +195,27 @@ def gathered_matmul(
 
 
 @triton.constexpr_function
-def slot_size(PLANES, PLAN):
-    """Elements that a group exchanges in one step."""
-    return PLAN.block_b * PLANES * PLAN.chunks * PLAN.block_k
+def stage_at(STAGES, s):
+    """STAGES[s], which Triton 3.6 does not take for a constant."""
+    return STAGES[s]
+
+
+@triton.constexpr_function
+def planes_of(STAGES):
+    """How many tiles are exchanged before each stage."""
+    return tuple(stage.planes for stage in STAGES)
+
+
+@triton.constexpr_function
+def chunks_of(STAGE, PLAN):
+    """Chunks of K: the stage's own, which may be narrower than the layer."""
+    return -(-STAGE.k // PLAN.block_k)
+
+
+@triton.constexpr_function
+def slot_size(STAGES, PLAN):
+    """Elements of a slot: what a group exchanges before the stage that receives most."""
+    return PLAN.block_b * max(stage.planes for stage in STAGES) * PLAN.chunks * PLAN.block_k
 
 
 @triton.constexpr_function

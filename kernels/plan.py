@@ -51,20 +51,63 @@ INTERPRETER = Device((0, 0), 1, 1 << 50, 1 << 50, "interpreter")
 
 
 @dataclass(frozen=True)
+class StageSizes:
+    """What a stage of a cell is to a kernel of one pass; sizes are those of a head.
+
+    Attributes:
+        planes, results: left operands of its product, and sums; W has a matrix for each pair.
+        k, units: units that are summed over, and units of a sum.
+        matrices, first_matrix: how many stand in the tensor that W is read from, and where W's do.
+        gates, first_gate: gates of the input, and where they stand among the cell's.
+        params, first_param: the same of the cell's own parameters.
+    """
+
+    planes: int
+    results: int
+    k: int
+    units: int
+    matrices: int
+    first_matrix: int
+    gates: int
+    first_gate: int
+    params: int
+    first_param: int
+
+
+@functools.lru_cache(maxsize=4096)
+def stage_sizes(cell: Cell, pass_: str, H: int, P: int) -> tuple[StageSizes, ...]:
+    """The stages of a cell with heads of H units, whose h has P features."""
+    stages, gate, param, width = [], 0, 0, P
+    for stage in cell.stages:
+        linear, products = bool(stage.gates), stage.products
+        units = H if linear else P
+        planes, results, k = 1, products, width
+        if pass_ == "backward":
+            planes, results, k, units = products, 1, units, k
+        matrices, first = (len(cell.gates), gate) if linear else (1, 0)
+        of_gates = (len(stage.gates), gate)
+        of_params = (len(stage.params), param)
+        sizes = StageSizes(planes, results, k, units, matrices, first, *of_gates, *of_params)
+        stages.append(sizes)
+        gate, param, width = gate + len(stage.gates), param + len(stage.params), H
+    return tuple(stages)
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one pass of one layer runs; the kernels take it whole, as a constant.
 
     Attributes:
         schedule: "single_block", "multi_block" or "streamed"; follows from the numbers below.
         block_b, block_h: batch elements of a tile, and units of a program.
-        block_k, chunks: K, which is all of H, in equal chunks.
-        resident: chunks whose weights stay on the multiprocessor.
+        block_k, chunks: K, which is all of H, in equal chunks; narrower stages have fewer.
+        resident: chunks of each stage whose weights stay on the multiprocessor.
         split_k: groups of warps that share out each chunk.
         max_registers: per thread, or None for the compiler's own choice.
         prefetch: chunks whose left operands are read together, before the first is multiplied.
         programs_per_sm: programs that run at the same time on each multiprocessor.
         pairwise: the device compares pairs of 16 bits at once, see `sync.assembly`.
-        batch_per_launch, directions_per_launch: the most of one launch; None for any.
+        batch_per_launch, lanes_per_launch: the most of one launch; None for any.
     """
 
     schedule: str
@@ -80,7 +123,7 @@ class Plan:
     programs_per_sm: int = 1
     pairwise: bool = False
     batch_per_launch: int | None = None
-    directions_per_launch: int | None = None
+    lanes_per_launch: int | None = None
 
     @property
     def exchanged(self) -> bool:
@@ -89,7 +132,7 @@ class Plan:
 
     def of_kernel(self) -> "Plan":
         """The plan without what is no part of a kernel: how a batch is cut into launches."""
-        return replace(self, batch_per_launch=None, directions_per_launch=None)
+        return replace(self, batch_per_launch=None, lanes_per_launch=None)
 
     def options(self, device: Device) -> dict[str, Any]:
         """The compiler's options. The time loop itself is never pipelined: each step needs the
@@ -104,17 +147,20 @@ class Plan:
     def shared_bytes(self, cell: Cell, pass_: str) -> int:
         """An upper bound of a program's shared memory, for the partial sums of up to four gates;
         the ahead-of-time suite holds it to that."""
-        results = 1 if pass_ == "backward" else min(len(cell.gates), 4)
+        results = max(stage.products for stage in cell.stages)
+        results = 1 if pass_ == "backward" else min(results, 4)
         return 4 * self.block_b * self.block_h * (self.split_k * results + 1)
 
 
 def plan_scan(
     cell: Cell, pass_: str, dtype: torch.dtype, *, B: int, H: int, D: int, device: Device,
-    input_precision: str = "tf32", step_times: Mapping[Plan, float] | None = None,
+    P: int = 0, input_precision: str = "tf32", step_times: Mapping[Plan, float] | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan for one pass ("forward" or "backward") of a layer of D directions.
+    """The plan for one pass ("forward" or "backward") of a layer of D lanes.
 
     Args:
+        D: lanes: directions, times the heads of each. H: units of a lane.
+        P: features of a projected h, or 0.
         step_times: measured times of a step of `candidates`, to choose by instead of the
             estimate; a candidate without one is not considered.
     Raises:
@@ -125,26 +171,27 @@ def plan_scan(
     if dtype not in ITEM_SIZE:
         raise ValueError(f"dtype must be one of {list(ITEM_SIZE)}, got {dtype}")
     times = None if step_times is None else tuple(step_times.items())
-    return _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times)
+    return _plan_scan(cell, pass_, dtype, B, H, P or H, D, device, input_precision, times)
 
 
 def candidates(
-    cell: Cell, pass_: str, dtype: torch.dtype, H: int, device: Device, input_precision: str
-) -> list[Plan]:
+    cell: Cell, pass_: str, dtype: torch.dtype, H: int, device: Device, input_precision: str,
+    P: int = 0,
+) -> list[Plan]:  # fmt: skip
     """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
     if device.backend == "interpreter":
         block = max(16, 1 << (H - 1).bit_length())
         return [Plan("single_block", 16, block, block, 1, 1, 1, num_warps=4)]
-    return list(_candidates(cell, pass_, ITEM_SIZE[dtype], H, device, input_precision))
+    return list(_candidates(cell, pass_, ITEM_SIZE[dtype], H, P or H, device, input_precision))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times=None) -> Plan:
+def _plan_scan(cell, pass_, dtype, B, H, P, D, device, input_precision, times=None) -> Plan:
     item = ITEM_SIZE[dtype]
     precision = input_precision if item == 4 else "16-bit"
     step_times = None if times is None else dict(times)
     best, best_cost, least = None, float("inf"), None
-    for plan in candidates(cell, pass_, dtype, H, device, input_precision):
+    for plan in candidates(cell, pass_, dtype, H, device, input_precision, P):
         if plan.exchanged:
             owners = -(-H // plan.block_h)
             least = min(owners, least or owners)
@@ -153,7 +200,7 @@ def _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times=None)
             continue
         whole, launches, programs = fitting
         if step_times is None:
-            cost = cycles(plan, cell, pass_, item, H, precision, programs, device)
+            cost = cycles(plan, cell, pass_, item, H, precision, programs, device, P)
         else:
             cost = step_times.get(plan, float("inf"))
         if launches * cost < best_cost:
@@ -170,7 +217,7 @@ def _plan_scan(cell, pass_, dtype, B, H, D, device, input_precision, times=None)
 
 
 def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, int, int] | None:
-    """The plan with the most of the batch and of the directions that one launch takes; the number
+    """The plan with the most of the batch and of the D lanes that one launch takes; the number
     of launches, and of programs that run at the same time. None where one tile is too many."""
     if not plan.exchanged:
         return plan, 1, 1
@@ -178,16 +225,16 @@ def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, in
     room = device.multiprocessors * plan.programs_per_sm
     if owners > room:
         return None
-    directions = min(D, room // owners)
-    batch = room // (owners * directions) * plan.block_b
-    launches = -(-D // directions) * -(-B // batch)
-    programs = owners * directions * -(-min(B, batch) // plan.block_b)
-    plan = replace(plan, batch_per_launch=batch, directions_per_launch=directions)
+    lanes = min(D, room // owners)
+    batch = room // (owners * lanes) * plan.block_b
+    launches = -(-D // lanes) * -(-B // batch)
+    programs = owners * lanes * -(-min(B, batch) // plan.block_b)
+    plan = replace(plan, batch_per_launch=batch, lanes_per_launch=lanes)
     return plan, launches, programs
 
 
 def _candidates(
-    cell: Cell, pass_: str, item: int, H: int, device: Device, precision: str
+    cell: Cell, pass_: str, item: int, H: int, P: int, device: Device, precision: str
 ) -> Iterator[Plan]:
     """What fits a program, best first among equals. Each kind was compiled and keeps its values
     in registers (bench/aot.py)."""
@@ -197,28 +244,36 @@ def _candidates(
         shared = device.shared_per_multiprocessor // plan.programs_per_sm - 1024
         return used <= min(shared, device.shared_per_program)
 
-    gates = len(cell.gates)
-    planes = gates if pass_ == "backward" else 1
+    stages = stage_sizes(cell, pass_, H, P)
+    planes = max(stage.planes for stage in stages)
+    results = max(stage.results for stage in stages)
     exact = item == 4 and precision == "ieee"
     kinds = [(16, 8), (16, 4), (8, 4)]
     if device.multiprocessors < -(-H // 16):
         kinds.append((32, 8))
     for block_h, split in kinds:
         chunks = -(-H // (16 * split))
-        # Registers of a thread: what a second element and the sums take, a chunk's weights, its
+
+        def weights(resident: int, block_h=block_h, block_k=16 * split) -> int:
+            counts = (min(resident, -(-s.k // block_k)) * s.planes * s.results for s in stages)
+            return sum(counts) * block_h * item // 8
+
+        def most(room: int) -> int:
+            return max(n for n in range(chunks + 1) if weights(n) <= max(room, 0))  # noqa: B023
+
+        # Registers of a thread: what a second element and the sums take, the chunks' weights, its
         # left operands.
         elements = block_h // (2 * split)
-        room = REGISTERS[pass_] - gates // planes * block_h // 2
+        room = REGISTERS[pass_] - results * block_h // 2
         room -= (32 if exact else 16) * (elements - 1)
-        weights = gates * block_h * item // 8
         lhs = planes * 4 * (item // 2)
-        held = (room - lhs) // weights
+        held = most(room - lhs)
         if held < chunks:
             # Of those that do not stay, one is multiplied while the next is on its way.
             room -= 12 * item
-            held = max(2, (room - lhs) // weights)
+            held = max(2, most(room - lhs))
         resident = chunks if held >= chunks else held - 2
-        ahead = max(1, min(chunks, (room - min(held, chunks) * weights) // lhs))
+        ahead = max(1, min(chunks, (room - weights(held)) // lhs))
         if exact:
             # Products take longer than the trip, and registers that operands would wait in.
             ahead = min(ahead, max(1, 16 // lhs))
@@ -254,24 +309,22 @@ TOGETHER = 0.36  # of a step, what a second program on the multiprocessor adds
 
 def cycles(
     plan: Plan, cell: Cell, pass_: str, item: int, H: int, precision: str, programs: int,
-    device: Device,
+    device: Device, P: int = 0,
 ) -> float:  # fmt: skip
     """An estimate of the clock cycles of a step, while so many programs run."""
-    gates = len(cell.gates)
-    planes = gates if pass_ == "backward" else 1
-    results = gates // planes
-    K = plan.chunks * plan.block_k
-    weights = gates * K * plan.block_h
     elements = plan.block_b * plan.block_h / (32 * plan.num_warps)
-    busy = CELL + CELL_OF_GATE * gates * max(1.0, elements)
-    multiply = plan.block_b * weights / MULTIPLY_ADDS[precision]
-    multiprocessors = min(programs, device.multiprocessors)
-    l2 = min(L2_BYTES, L2_BYTES_OF_ALL / multiprocessors)
-    busy += max(multiply, plan.chunks * planes * CHAIN * (item // 2))
-    busy += weights * (1 - plan.resident / plan.chunks) * item / L1_BYTES
-    busy += 2 * 4 * plan.split_k * plan.block_b * plan.block_h * results / SHARED_BYTES
-    volume = planes * plan.block_b * K * item / l2
-    wait = TRIP + (-(-plan.chunks // plan.prefetch) - 1) * ANOTHER_TRIP
+    l2 = min(L2_BYTES, L2_BYTES_OF_ALL / min(programs, device.multiprocessors))
+    busy, wait = CELL + CELL_OF_GATE * len(cell.gates) * max(1.0, elements), 0.0
+    for stage in stage_sizes(cell, pass_, H, P or H):
+        chunks = -(-stage.k // plan.block_k)
+        streamed = max(chunks - plan.resident, 0) * plan.block_k
+        matrices = stage.planes * stage.results * plan.block_h
+        multiply = plan.block_b * matrices * chunks * plan.block_k / MULTIPLY_ADDS[precision]
+        busy += max(multiply, chunks * stage.planes * CHAIN * (item // 2))
+        busy += matrices * streamed * item / L1_BYTES
+        busy += 2 * 4 * plan.split_k * plan.block_b * plan.block_h * stage.results / SHARED_BYTES
+        busy += stage.planes * plan.block_b * chunks * plan.block_k * item / l2
+        wait += TRIP + (-(-chunks // plan.prefetch) - 1) * ANOTHER_TRIP
     if programs > device.multiprocessors:
-        return (1 + TOGETHER) * (busy + volume) + wait
-    return busy + volume + wait
+        busy *= 1 + TOGETHER
+    return busy + wait

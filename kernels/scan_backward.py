@@ -1,16 +1,19 @@
 """The backward time loop, for every cell.
 
     for t, from the last step to the first:
-        dh_t += dh_gates_{t+1} @ W_hh
-        dx_gates_t, dh_gates_t, d_state, d_params = CELL_BACKWARD(d_state + d_output_t, ...)
+        dh_t += d_received_{t+1} @ W                 of the first stage
+        d_values = the gradients of state_t
+        for each stage of the cell, from the last to the first:
+            dx_gates_t, d_received_t, d_values, d_params = STAGE_BACKWARD(d_values, ...)
+            d_values[0] += d_received_t @ W          but for the first stage
 
 The mirror image of `scan_forward`: the same tiles, the same owners, the same schedules. A program
-keeps the gradients of its units' states in float32 registers, and the columns of W_hh that lead
-back to its units. What the programs hand each other is dh_gates_t, all G gates of it, because
-every unit's gradient needs those of all units. It goes through the ring of `sync` although
-dh_gates is written out as well: a ring stays in L2, has no rows missing where sequences have
-ended, and has an order that suits its readers. Step 1 of the exchange publishes zeros, so that
-every step begins with a product; one more follows the last, for the initial state.
+keeps the gradients of its units' states in float32 registers, and the columns of W that lead back
+to its units. What the programs hand each other is d_received, a plane for each gate of the stage,
+because every unit's gradient needs those of all units. It goes through the ring of `sync` although
+it is written out as well: a ring stays in L2, has no rows missing where sequences have ended, and
+has an order that suits its readers. Step 1 of the exchange publishes zeros, so that every step
+begins with a product; one more follows the last, for the initial state.
 
 The gradients of the weights are not summed here, but afterwards, as single large products of
 dx_gates and dh_gates with the layer's inputs and outputs.
@@ -20,7 +23,14 @@ import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
-from fusedrnn.kernels.matmul import load_weights, recurrent_matmul, slot_size
+from fusedrnn.kernels.matmul import (
+    load_weights,
+    matrices_of,
+    planes_of,
+    recurrent_matmul,
+    slot_size,
+    stage_at,
+)
 from fusedrnn.kernels.state_ops import (
     clamp,
     load_begins,
@@ -36,7 +46,7 @@ from fusedrnn.kernels.tiles import (
     load_params,
     load_planes,
     load_states,
-    of_direction,
+    narrowed,
     program_tile,
     row_of,
     store_planes,
@@ -48,8 +58,8 @@ from fusedrnn.kernels.tiles import (
 
 @triton.jit
 def load_states_at(
-    t, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, tile,
-    D: tl.constexpr, H: tl.constexpr,
+    t, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, h_tile, tile,
+    D: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The S states after step t, `initial` in rows that have not begun then.
 
@@ -58,13 +68,15 @@ def load_states_at(
     """
     rows = row_of(tl.where((t >= 0) & (t < T), t, 0), tile, offsets_ptr, stride_t, stride_b)
     times = t + tl.zeros_like(tile.length)
-    begun = (times >= 0) & (times < T) & (times < tile.length) & tile.mask
+    begun = (times >= 0) & (times < T) & (times < tile.length)
     rows = rows * D + tile.direction
-    states = (tl.load(output_ptr + (rows * H + tile.units), mask=begun, other=initial[0]),)
+    h = tl.load(output_ptr + (rows * P + tile.units), mask=begun & h_tile.mask, other=initial[0])
+    states = (h,)
     OTHERS: tl.constexpr = len(initial) - 1
     for i in tl.static_range(OTHERS):
         offs = (rows * OTHERS + i) * H + tile.units
-        states = states + (tl.load(states_ptr + offs, mask=begun, other=initial[i + 1]),)
+        state = tl.load(states_ptr + offs, mask=begun & tile.mask, other=initial[i + 1])
+        states = states + (state,)
     return states
 
 
@@ -72,8 +84,8 @@ def load_states_at(
 def pass_back(product, d_state, h_mask, begins, d_reset_state):
     """The gradients of the states before a step, complete; and of those that it started from.
 
-    product: dh_gates @ W_hh. h_mask: one tile, or (). begins: [BLOCK_B, 1], where a sequence began
-    with the step of dh_gates, or ().
+    product: what the first stage passes back. h_mask: one tile, or (). begins: [BLOCK_B, 1], where
+    a sequence began with the step of dh_gates, or ().
     """
     d_state = (d_state[0] + masked(product, h_mask),) + d_state[1:]
     for i in tl.static_range(len(begins)):
@@ -85,135 +97,221 @@ def pass_back(product, d_state, h_mask, begins, d_reset_state):
     return d_state, d_reset_state
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b"])
+@triton.jit
+def run_stage_backward(
+    d_values, saved, prev, new, params, active, unit_mask,
+    BODY: tl.constexpr, STAGE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One stage's body. What it gives to its product is rounded to DTYPE, and 0 where there is
+    nothing; params are those of all stages."""
+    own = params[STAGE.first_param : STAGE.first_param + STAGE.params]
+    dx_gates, d_received, d_values, d_params = BODY(d_values, saved, prev, new, own)
+    PLANES: tl.constexpr = STAGE.planes
+    given = ()
+    for i in tl.static_range(PLANES):
+        given = given + (tl.where(active & unit_mask, d_received[i], 0.0).to(DTYPE),)
+    return dx_gates, given, d_values, d_params
+
+
+@triton.jit
+def run_again(
+    gates, values, stored_h, params, BODY: tl.constexpr, STAGE: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """One stage's forward body, from x_gates and h_gates of all stages. What a projection received
+    is the h that was stored."""
+    FIRST: tl.constexpr = STAGE.first_gate
+    LAST: tl.constexpr = STAGE.first_gate + STAGE.gates
+    received = (stored_h,)
+    if STAGE.gates > 0:
+        received = gates[G + FIRST : G + LAST]
+    own = params[STAGE.first_param : STAGE.first_param + STAGE.params]
+    return BODY(gates[FIRST:LAST], received, values, own)
+
+
+@triton.jit(do_not_specialize=["T", "B", "first_b", "first_lane", "stride_t", "stride_b"])
 def scan_backward_kernel(
-    d_output_ptr,  # [N, D, H]
-    d_final_ptrs,  # S x [D, B, H]
-    w_ptrs,  # D x [G, H, pitch]: gate, unit of the previous step, unit
-    param_ptrs,  # P x D x [H]
-    state_ptrs,  # S x [D, B, H]
-    output_ptr,  # [N, D, H]
+    d_output_ptr,  # [N, D, P]
+    d_final_ptrs,  # as state_ptrs
+    w_ptrs,  # of each stage, of D directions, as `matrices_of` takes them: transposed
+    param_ptrs,  # of each parameter, of D directions [H]
+    state_ptrs,  # h [D, B, P], S - 1 others [D, B, H]
+    output_ptr,  # [N, D, P]
     states_ptr,  # [N, D, S - 1, H], or None
     kept_ptrs,  # (saved [N, D, K, H],), or x_gates and h_gates [N, D, G, H], b_hh included
     dx_gates_ptr,  # [N, D, G, H]
     dh_gates_ptr,  # [N, D, G, H], or None where it equals dx_gates
-    d_state_ptrs,  # S x [D, B, H]
-    d_param_ptrs,  # P x [batch tiles, D, H] float32, to be summed over the tiles
-    d_reset_state_ptrs,  # S x [D, B, H], or ()
+    d_projected_ptr,  # [N, D, P]: what a projection received; or None
+    d_state_ptrs,  # as state_ptrs
+    d_param_ptrs,  # of each parameter [batch tiles, D, H] float32, to be summed over the tiles
+    d_reset_state_ptrs,  # as state_ptrs, or ()
     offsets_ptr,  # [T], or None
     lengths_ptr,  # [B], or None
     ops,  # `StateOps`
     exchange,  # `sync.Exchange`, or None where one program owns all units
-    T, B, first_b, first_d, stride_t, stride_b,  # strides in rows
-    CELL_FORWARD: tl.constexpr,  # computes `saved` again from the gates; None where it was saved
-    CELL_BACKWARD: tl.constexpr,
+    forward_bodies,  # of the stages: compute `saved` again from the gates; () where it was saved
+    bodies,  # of the stages
+    T, B, first_b, first_lane, stride_t, stride_b,  # strides in rows
+    STAGES: tl.constexpr,  # `StageSizes` of each
     KEPT: tl.constexpr,  # planes of each of kept_ptrs: K or G
-    G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
+    COUNT: tl.constexpr = len(STAGES)
+    SLOT: tl.constexpr = slot_size(STAGES, PLAN)
     # Loaded once: weights, parameters, the states before the first step, what states start over
     # from, what multiplies h, and what goes round the loop.
-    tile = program_tile(T, B, first_b, first_d, lengths_ptr, H=H, PLAN=PLAN)
-    w_ptr = of_direction(w_ptrs, tile)
-    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
-    SLOT: tl.constexpr = slot_size(G, PLAN)
-    weights = load_weights(w_ptr, tile, G=G, H=H, PLAN=PLAN)
+    tile = program_tile(T, B, first_b, first_lane, lengths_ptr, H=H, HEADS=HEADS, PLAN=PLAN)
+    h_tile = narrowed(tile, B, WIDTH=P, H=H)
+    matrices = ()
+    weights = ()
+    for s in tl.static_range(COUNT):
+        matrices = matrices + (matrices_of(w_ptrs[s], tile, STAGE=stage_at(STAGES, s)),)
+        weights = weights + (load_weights(matrices[s], tile, STAGE=stage_at(STAGES, s), PLAN=PLAN),)
+    DTYPE: tl.constexpr = matrices[0].dtype.element_ty
     params = load_params(param_ptrs, tile, H=H)
     d_params = zeros(len(param_ptrs), tl.float32, PLAN)
-    initial = load_states(state_ptrs, tile)
-    d_state = load_states(d_final_ptrs, tile)
-    reset_state = load_states(ops.reset_state, tile)
+    initial = load_states(state_ptrs, h_tile, tile)
+    d_state = load_states(d_final_ptrs, h_tile, tile)
+    reset_state = load_states(ops.reset_state, h_tile, tile)
     d_reset_state = zeros(len(ops.reset_state), tl.float32, PLAN)
     begins = ()  # where a sequence began with the step of dh_gates
     if ops.reset is not None:
         begins = (tl.zeros_like(tile.length) != 0,)
-    h_mask = load_h_mask(ops, tile)
+    h_mask = load_h_mask(ops, h_tile)
     back = 2 * tile.direction - 1
     t = (1 - tile.direction) * (T - 1)
     new = load_states_at(
-        t, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, tile, D=D, H=H
-    )
-    # dh_gates of the step that the loop visited last, as they are exchanged
-    rounded = zeros(G, DTYPE, PLAN)
+        t, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, h_tile, tile,
+        D=D, H=H, P=P,
+    )  # fmt: skip
+    # What the first stage gave to its product in the step that the loop visited last.
+    FIRST_PLANES: tl.constexpr = STAGES[0].planes
+    rounded = zeros(FIRST_PLANES, DTYPE, PLAN)
+    last = T * COUNT + 1
     channel = None
     if PLAN.exchanged:
-        channel = sync.connect(exchange, tile.units, PLANES=G, BLOCK_K=PLAN.block_k)
-        sync.publish(channel, rounded, 1, T + 1, SLOT=SLOT, BLOCK_K=PLAN.block_k)
+        channel = sync.connect(
+            exchange, tile.head_units, PLANES=planes_of(STAGES), BLOCK_K=PLAN.block_k
+        )
+        sync.publish(channel, rounded, 1, last, SLOT=SLOT, BLOCK_K=PLAN.block_k)
 
     for step in range(T):
         rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
         active = tile.batch_mask & (t < tile.length)
         mask = tile.mask & active
+        h_active = h_tile.mask & active
 
         # What the cell needs is asked for before anything is waited for: d_output, what the
         # forward pass kept, and the states before the step. Those after it were those before the
         # step that the loop visited last.
-        (d_output,) = load_planes(d_output_ptr, rows, tile, mask, D=D, PLANES=1, H=H)
+        (d_output,) = load_planes(d_output_ptr, rows, h_tile, h_active, D=D, PLANES=1, H=P)
         kept = ()
         for i in tl.static_range(len(kept_ptrs)):
             kept = kept + load_planes(kept_ptrs[i], rows, tile, mask, D=D, PLANES=KEPT, H=H)
         prev = load_states_at(
-            t + back, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, tile,
-            D=D, H=H,
+            t + back, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, h_tile,
+            tile, D=D, H=H, P=P,
         )  # fmt: skip
         begins_here = ()
         if ops.reset is not None:
             begins_here = (load_begins(ops, rows, tile.batch_mask, tile, D=D),)
 
-        # dh_t += dh_gates_{t+1} @ W_hh
+        # dh_t += d_received_{t+1} @ W
+        exchanged = step * COUNT + 1  # the step of the exchange that is received next
         (product,) = recurrent_matmul(
-            rounded, channel, weights, w_ptr, tile, step + 1,
-            G=G, H=H, PRECISION=PRECISION, PLAN=PLAN,
+            rounded, channel, weights[0], matrices[0], tile, exchanged,
+            STAGE=stage_at(STAGES, 0), STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
         )  # fmt: skip
         d_state, d_reset_state = pass_back(product, d_state, h_mask, begins, d_reset_state)
         begins = begins_here
 
-        values = as_float32(kept)
+        saved = as_float32(kept)
         prev_32 = as_float32(prev)
         new_32 = as_float32(new)
         if ops.reset is not None:
             prev_32 = start_over(prev_32, reset_state, begins[0])
-        if CELL_FORWARD is None:
-            saved = values
-        else:
+        if len(forward_bodies) > 0:
             # The cell's own new states: with zoneout not those that were stored.
-            new_32, saved = CELL_FORWARD(values[:G], values[G:], prev_32, params)
+            gates = saved
+            stored_h = new_32[0]
+            saved = ()
+            new_32 = prev_32
+            for s in tl.static_range(COUNT):
+                new_32, more = run_again(
+                    gates,
+                    new_32,
+                    stored_h,
+                    params,
+                    BODY=forward_bodies[s],
+                    STAGE=stage_at(STAGES, s),
+                    G=G,
+                )
+                saved = saved + more
         dh = d_state[0] + d_output.to(tl.float32)
         if ops.clip is not None:
             dh = clamp(dh, ops.clip)
-        d_new = (dh,) + d_state[1:]
+        d_values = (dh,) + d_state[1:]
         if ops.zoneout is not None:
-            shares = load_shares(ops, rows, tile, mask, D=D, S=len(d_new), H=H)
-            d_kept, d_new = zoneout_backward(shares, d_new)
-        dx_gates, dh_gates, d_prev, d_param = CELL_BACKWARD(d_new, saved, prev_32, new_32, params)
+            shares = load_shares(ops, rows, tile, mask, D=D, S=len(d_values), H=H)
+            d_kept, d_values = zoneout_backward(shares, d_values)
+        exists = tile.mask
+        h_exists = h_tile.mask
+        if offsets_ptr is not None:
+            exists = mask
+            h_exists = h_active
+        given = rounded
+        dx_gates = ()
+        dh_gates = ()
+        d_param = ()
+        for s in tl.static_range(COUNT - 1, -1, -1):
+            if s + 1 < COUNT:
+                (product,) = recurrent_matmul(
+                    given, channel, weights[s + 1], matrices[s + 1], tile,
+                    exchanged + (COUNT - 1 - s),
+                    STAGE=stage_at(STAGES, s + 1), STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
+                )  # fmt: skip
+                if STAGES[s + 1].gates > 0:  # a projection's factor was not masked
+                    product = masked(product, h_mask)
+                d_values = (d_values[0] + product,) + d_values[1:]
+            unit_mask = tile.unit_mask if STAGES[s].gates > 0 else h_tile.unit_mask
+            dx, given, d_values, d_own = run_stage_backward(
+                d_values, saved, prev_32, new_32, params, active, unit_mask,
+                BODY=bodies[s], STAGE=stage_at(STAGES, s), DTYPE=DTYPE,
+            )  # fmt: skip
+            if PLAN.exchanged:
+                sync.publish(
+                    channel, given, exchanged + (COUNT - s), last, SLOT=SLOT,
+                    BLOCK_K=PLAN.block_k, STAGE=s,
+                )  # fmt: skip
+            dx_gates = dx + dx_gates
+            d_param = d_own + d_param
+            if STAGES[s].gates > 0:
+                dh_gates = given + dh_gates
+            else:
+                store_planes(d_projected_ptr, given, rows, h_tile, active, h_exists, D=D, H=P)
+        d_prev = d_values
         if ops.zoneout is not None:
             d_prev = add(d_prev, d_kept)
         # A row that is over passes its gradient on, and has none of its own.
         d_state = where(active, d_prev, d_state)
         new = prev
-        rounded = ()
-        for g in tl.static_range(G):
-            rounded = rounded + (tl.where(active & tile.unit_mask, dh_gates[g], 0.0).to(DTYPE),)
-        if PLAN.exchanged:
-            sync.publish(channel, rounded, step + 2, T + 1, SLOT=SLOT, BLOCK_K=PLAN.block_k)
+        rounded = given
 
         # While the others catch up: write what only later launches read.
-        exists = tile.mask
-        if offsets_ptr is not None:
-            exists = mask
         store_planes(dx_gates_ptr, dx_gates, rows, tile, active, exists, D=D, H=H)
         if dh_gates_ptr is not None:
-            store_planes(dh_gates_ptr, rounded, rows, tile, active, exists, D=D, H=H)
+            store_planes(dh_gates_ptr, dh_gates, rows, tile, active, exists, D=D, H=H)
         d_params = add(d_params, where(active, d_param, zeros(len(d_param), tl.float32, PLAN)))
         t += back
 
     (product,) = recurrent_matmul(
-        rounded, channel, weights, w_ptr, tile, T + 1,
-        G=G, H=H, PRECISION=PRECISION, PLAN=PLAN,
+        rounded, channel, weights[0], matrices[0], tile, last,
+        STAGE=stage_at(STAGES, 0), STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
     )  # fmt: skip
     d_state, d_reset_state = pass_back(product, d_state, h_mask, begins, d_reset_state)
 
-    store_states(d_state_ptrs, d_state, tile)
-    store_states(d_reset_state_ptrs, d_reset_state, tile)
+    store_states(d_state_ptrs, d_state, h_tile, tile)
+    store_states(d_reset_state_ptrs, d_reset_state, h_tile, tile)
     batch_tile = first_b // PLAN.block_b + tl.program_id(1)
     for i in tl.static_range(len(d_param_ptrs)):
         offs = (batch_tile * D + tile.direction) * H + tile.units

@@ -1,21 +1,32 @@
 """The forward time loop, for every cell.
 
-    for t:  h_gates = h_{t-1} @ W_hh^T + b_hh
-            state_t, saved_t = CELL(x_gates_t, h_gates, state_{t-1}, params)
+    for t:  values = state_{t-1}
+            for each stage of the cell:
+                received = values[0] @ W^T + b
+                values, saved_t = STAGE(x_gates_t, received, values, params)
+            state_t = values
 
 One launch runs the whole sequence. A program owns BLOCK_H units of BLOCK_B elements of the batch
-in one direction: it keeps their states and their rows of the recurrent weights in registers from
-the first step to the last. Where one program owns all units (schedule single_block), nothing
-else is needed. Otherwise the programs of one batch tile and direction hand each other their h in
-every step, through a ring in global memory (`sync`). Step 1 of the exchange publishes h_0, so that
-the loop reads every h_{t-1} from the same place.
+in one lane: it keeps their states and their rows of the weights in registers from the first step
+to the last. Where one program owns all units (schedule single_block), nothing else is needed.
+Otherwise the programs of one batch tile and lane hand each other what they multiply, before every
+stage, through a ring in global memory (`sync`). With n stages, stage s of time step t receives what
+was published as step n * t + s + 1. Step 1 publishes h_0, so that the loop reads every h_{t-1} from
+the same place.
 """
 
 import triton
 import triton.language as tl
 
 from fusedrnn.kernels import sync
-from fusedrnn.kernels.matmul import load_weights, recurrent_matmul, slot_size
+from fusedrnn.kernels.matmul import (
+    load_weights,
+    matrices_of,
+    planes_of,
+    recurrent_matmul,
+    slot_size,
+    stage_at,
+)
 from fusedrnn.kernels.state_ops import (
     load_begins,
     load_h_mask,
@@ -31,7 +42,7 @@ from fusedrnn.kernels.tiles import (
     load_planes,
     load_states,
     load_vectors,
-    of_direction,
+    narrowed,
     program_tile,
     row_of,
     store_planes,
@@ -41,43 +52,79 @@ from fusedrnn.kernels.tiles import (
 
 
 @triton.jit
-def publish_h(channel, h, tile, step, last, PLAN: tl.constexpr):
-    """Publishes h as this program's part of `step`. Rows beyond the batch are exchanged too, and
-    units beyond H, as zeros."""
-    rounded = tl.where(tile.unit_mask, h, 0.0).to(channel.ring.dtype.element_ty)
-    sync.publish(channel, (rounded,), step, last, SLOT=slot_size(1, PLAN), BLOCK_K=PLAN.block_k)
+def to_multiply(values, h_mask, like, STAGE: tl.constexpr):
+    """What the stage multiplies, in the dtype of the pointer `like`."""
+    x = values[0]
+    if STAGE.gates > 0:  # a projection's factor is not masked
+        x = masked(x, h_mask)
+    return x.to(like.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_b", "first_d", "stride_t", "stride_b"])
+@triton.jit
+def publish_tile(channel, x, tile, step, last, STAGES: tl.constexpr, PLAN: tl.constexpr):
+    """Publishes x as this program's part of `step`. Rows beyond the batch are exchanged too, and
+    units that there are not, as zeros."""
+    x = tl.where(tile.unit_mask, x, 0.0).to(channel.ring.dtype.element_ty)
+    sync.publish(channel, (x,), step, last, SLOT=slot_size(STAGES, PLAN), BLOCK_K=PLAN.block_k)
+
+
+@triton.jit
+def run_stage(
+    x_gates, factor, values, bias, params, channel, weights, w_ptr, tile, step,
+    BODY: tl.constexpr, STAGE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    """One stage: its product, and its body; x_gates, bias and params are those of all stages."""
+    FIRST: tl.constexpr = STAGE.first_gate
+    LAST: tl.constexpr = STAGE.first_gate + STAGE.gates
+    received = recurrent_matmul(
+        (factor,), channel, weights, w_ptr, tile, step,
+        STAGE=STAGE, STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
+    )  # fmt: skip
+    if len(bias) > 0 and STAGE.gates > 0:
+        received = add(received, bias[FIRST:LAST])
+    own = params[STAGE.first_param : STAGE.first_param + STAGE.params]
+    return BODY(as_float32(x_gates[FIRST:LAST]), received, values, own)
+
+
+@triton.jit(do_not_specialize=["T", "B", "first_b", "first_lane", "stride_t", "stride_b"])
 def scan_forward_kernel(
     x_gates_ptr,  # [N, D, G, H]
-    w_ptrs,  # D x [G, H, pitch]: gate, unit, unit of the previous step
+    w_ptrs,  # of each stage, of D directions, as `matrices_of` takes them
     b_hh_ptrs,  # D x [G, H], or None
-    param_ptrs,  # P x D x [H]
-    state_ptrs,  # S x [D, B, H]
-    output_ptr,  # [N, D, H]
-    final_ptrs,  # S x [D, B, H]
+    param_ptrs,  # of each parameter, of D directions [H]
+    state_ptrs,  # h [D, B, P], S - 1 others [D, B, H]
+    output_ptr,  # [N, D, P]
+    final_ptrs,  # as state_ptrs
     saved_ptr,  # [N, D, K, H], or None
+    published_ptr,  # [N, D, stages - 1, H]: what all stages but the first multiply; or None
     states_ptr,  # [N, D, S - 1, H], or None
     offsets_ptr,  # [T], or None
     lengths_ptr,  # [B], or None
     ops,  # `StateOps`
     exchange,  # `sync.Exchange`, or None where one program owns all units
-    T, B, first_b, first_d, stride_t, stride_b,  # strides in rows
-    CELL: tl.constexpr,
-    G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, PLAN: tl.constexpr,
+    bodies,  # of the stages
+    T, B, first_b, first_lane, stride_t, stride_b,  # strides in rows
+    STAGES: tl.constexpr,  # `StageSizes` of each
+    G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
+    COUNT: tl.constexpr = len(STAGES)
     # Loaded once: weights, bias, parameters, states, what they start over from, what multiplies h.
-    tile = program_tile(T, B, first_b, first_d, lengths_ptr, H=H, PLAN=PLAN)
-    w_ptr = of_direction(w_ptrs, tile)
-    weights = load_weights(w_ptr, tile, G=G, H=H, PLAN=PLAN)
+    tile = program_tile(T, B, first_b, first_lane, lengths_ptr, H=H, HEADS=HEADS, PLAN=PLAN)
+    h_tile = narrowed(tile, B, WIDTH=P, H=H)
+    matrices = ()
+    weights = ()
+    for s in tl.static_range(COUNT):
+        matrices = matrices + (matrices_of(w_ptrs[s], tile, STAGE=stage_at(STAGES, s)),)
+        weights = weights + (load_weights(matrices[s], tile, STAGE=stage_at(STAGES, s), PLAN=PLAN),)
     bias = ()
     if b_hh_ptrs is not None:
         bias = load_vectors(b_hh_ptrs, tile, PLANES=G, H=H)
     params = load_params(param_ptrs, tile, H=H)
-    state = load_states(state_ptrs, tile)
-    reset_state = load_states(ops.reset_state, tile)
-    h_mask = load_h_mask(ops, tile)
+    state = load_states(state_ptrs, h_tile, tile)
+    reset_state = load_states(ops.reset_state, h_tile, tile)
+    h_mask = load_h_mask(ops, h_tile)
 
     t = tile.direction * (T - 1)
     if ops.reset is not None:
@@ -85,9 +132,12 @@ def scan_forward_kernel(
         first = load_begins(ops, rows, tile.batch_mask, tile, D=D)
         state = start_over(state, reset_state, first)
     channel = None
+    last = T * COUNT + 1
     if PLAN.exchanged:
-        channel = sync.connect(exchange, tile.units, PLANES=1, BLOCK_K=PLAN.block_k)
-        publish_h(channel, masked(state[0], h_mask), tile, 1, T + 1, PLAN=PLAN)
+        channel = sync.connect(
+            exchange, tile.head_units, PLANES=planes_of(STAGES), BLOCK_K=PLAN.block_k
+        )
+        publish_tile(channel, masked(state[0], h_mask), h_tile, 1, last, STAGES=STAGES, PLAN=PLAN)
 
     for step in range(T):
         rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
@@ -95,8 +145,10 @@ def scan_forward_kernel(
         if lengths_ptr is not None:
             active = tile.batch_mask & (t < tile.length)
         exists = tile.mask
+        h_exists = h_tile.mask
         if offsets_ptr is not None:
             exists = tile.mask & active
+            h_exists = h_tile.mask & active
 
         # What the cell needs is asked for before anything is waited for. Not in the step before:
         # what goes round the loop is packed, and so waited for, at its end.
@@ -107,16 +159,24 @@ def scan_forward_kernel(
             next_rows = row_of(t_next, tile, offsets_ptr, stride_t, stride_b)
             begins = load_begins(ops, next_rows, ahead, tile, D=D)
 
-        # h_gates = h_{t-1} @ W_hh^T + b_hh
-        h = (masked(state[0], h_mask).to(w_ptr.dtype.element_ty),)
-        h_gates = recurrent_matmul(
-            h, channel, weights, w_ptr, tile, step + 1,
-            G=G, H=H, PRECISION=PRECISION, PLAN=PLAN,
-        )  # fmt: skip
-        if b_hh_ptrs is not None:
-            h_gates = add(h_gates, bias)
-
-        new, saved = CELL(as_float32(x_gates), h_gates, state, params)
+        exchanged = step * COUNT + 1  # the step of the exchange that is received next
+        new = state
+        saved = ()
+        published = ()
+        for s in tl.static_range(COUNT):
+            factor = to_multiply(new, h_mask, matrices[s], STAGE=stage_at(STAGES, s))
+            if s > 0:
+                published = published + (factor,)
+                if PLAN.exchanged:
+                    publish_tile(
+                        channel, factor, tile, exchanged + s, last, STAGES=STAGES, PLAN=PLAN
+                    )
+            new, more = run_stage(
+                x_gates, factor, new, bias, params, channel, weights[s], matrices[s], tile,
+                exchanged + s, BODY=bodies[s], STAGE=stage_at(STAGES, s), STAGES=STAGES,
+                PRECISION=PRECISION, PLAN=PLAN,
+            )  # fmt: skip
+            saved = saved + more
         if ops.zoneout is not None:
             shares = load_shares(ops, rows, tile, exists, D=D, S=len(state), H=H)
             new = zoneout(shares, state, new)
@@ -128,16 +188,19 @@ def scan_forward_kernel(
         if ops.reset is not None:
             state = start_over(new, reset_state, begins)
         if PLAN.exchanged:
-            publish_h(channel, masked(state[0], h_mask), tile, step + 2, T + 1, PLAN=PLAN)
+            h = masked(state[0], h_mask)
+            publish_tile(channel, h, h_tile, exchanged + COUNT, last, STAGES=STAGES, PLAN=PLAN)
 
         # While the others catch up: write what only later launches read.
-        store_planes(output_ptr, (new[0],), rows, tile, active, exists, D=D, H=H)
+        store_planes(output_ptr, (new[0],), rows, h_tile, active, h_exists, D=D, H=P)
         if saved_ptr is not None:
             store_planes(saved_ptr, saved, rows, tile, active, exists, D=D, H=H)
+        if published_ptr is not None:
+            store_planes(published_ptr, published, rows, tile, active, exists, D=D, H=H)
         if states_ptr is not None:
             store_planes(states_ptr, new[1:], rows, tile, active, exists, D=D, H=H)
         t += 1 - 2 * tile.direction
 
-    store_states(final_ptrs, state, tile)
+    store_states(final_ptrs, state, h_tile, tile)
     if PLAN.exchanged:
         sync.report(channel)

@@ -18,7 +18,7 @@ class StateOps(NamedTuple):
         reset: [N, D] int8, not 0 where a state starts over before the step, in the direction's
             own order of time.
         reset_state: what it starts from: S tensors [D, B, H], or () for zeros.
-        h_mask: [D, B, H], multiplies h before the recurrent product.
+        h_mask: [D, B, H], multiplies what W_hh multiplies.
         zoneout: [N, D, S, H] int8, 1 where a unit keeps its state; or [S] float32, the share of
             its previous value that every state keeps.
         clip: bound of the gradient of every h_t.
@@ -51,17 +51,17 @@ def start_over(state, reset_state, begins):
 
 
 @triton.jit
-def load_h_mask(ops, tile):
+def load_h_mask(ops, h_tile):
     """(one tile,), or () where h is not masked."""
     h_mask = ()
     if ops.h_mask is not None:
-        h_mask = load_states((ops.h_mask,), tile)
+        h_mask = load_states((ops.h_mask,), h_tile, h_tile)
     return h_mask
 
 
 @triton.jit
 def masked(x, h_mask):
-    """h before the recurrent product, or the gradient behind it."""
+    """What W_hh multiplies, or the gradient behind the product."""
     for i in tl.static_range(len(h_mask)):
         x *= h_mask[i]
     return x

@@ -1,7 +1,7 @@
 """How the programs of one launch hand each other what they compute.
 
-Programs of one *group* (one batch tile, one direction) exchange a tile of `h` (forward) or of
-the gates' gradients (backward) at every step; groups never wait for each other. A time loop
+Programs of one *group* (one batch tile, one lane) exchange a tile of `h` (forward) or of the gates'
+gradients (backward) at every step; groups never wait for each other. A time loop of one stage
 spells a step like this:
 
     channel = sync.connect(exchange, ...)
@@ -14,19 +14,21 @@ spells a step like this:
         ...                                          # whatever nobody waits for
     sync.report(channel)
 
-Steps count from 1. User data is never polled in place, where it could look like anything: h_0
-goes through `publish` as all else does.
+Steps count from 1; a time step of n stages is n steps of the exchange. User data is never polled in
+place, where it could look like anything: h_0 goes through `publish` as all else does.
 
 The value is the flag. A slot holds -0.0, the *sentinel*, until a value has been stored there, and
 every thread polls the elements that it needs itself, each of which is read and written at once; no
 fence, no counter and no barrier lies between a store and the product that waits for it. A value of
 -0.0 is published as 0.0; NaN is a value like others.
 
-The ring has 2 * LAP slots. When a program publishes step s, all have read step s - LAP (each has
-published s - 1, for which it needed s - 2), and it puts -0.0 back into its part of that slot. That
-these reach everybody before the slot is polled again is what the one fence of a lap is for: in
-every LAP-th step all programs add to a counter with release, and every thread reads it with
-acquire until all have.
+The ring has 2 * LAP slots. When a program publishes step s, all have read step s - LAP, and it puts
+-0.0 back into its part of that slot. (It has read s - 1, which each had published after it read
+s - 2. A stage that receives fewer units waits only for their owners; then this holds for one of the
+few steps before, since some stage of every cell receives all units.) That these reach everybody
+before the slot is polled again is what the one fence of a lap is for: in every LAP-th step all
+programs add to a counter with release, and every thread reads it with acquire until all have. A
+slot serves the same stage in every lap: LAP is a multiple of the number of stages.
 
 What this rests on: elements of 16 or 32 bits are coherent, relaxed loads and stores of them are not
 torn, and a store does not overtake the loads that its value was computed from, or that a block
@@ -47,6 +49,7 @@ Rules for the caller:
 The data go round in 16 bytes a lane, see `fragments`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +95,7 @@ class Channel(NamedTuple):
     signal: Any
     error: Any
     spin_limit: Any
-    stored: Any  # offsets of the program's tile in a slot, of its first plane
+    stored: Any  # offsets of the first plane of the program's tile: in a slot of each stage
     loaded: Any  # `fragments.vectors`: [lanes, LENGTH]
     anchor: Any  # see `load`
 
@@ -100,13 +103,16 @@ class Channel(NamedTuple):
 @triton.jit
 def connect(exchange, units, PLANES: tl.constexpr, BLOCK_K: tl.constexpr):
     """The channel of a program that publishes `units`, [1, BLOCK_H]; a group is a batch tile of a
-    direction."""
+    lane. PLANES: a tuple, of how many tiles are published for each stage."""
     WIDE: tl.constexpr = exchange.ring.dtype.element_ty.primitive_bitwidth == 32
     group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     ring = exchange.ring + group.to(tl.int64) * exchange.ring_stride
     signal = exchange.signal + group * exchange.signal_stride
     rows = tl.arange(0, ROWS)[:, None]
-    stored = offset_in_slot(rows, units, BLOCK_K=BLOCK_K, PLANES=PLANES, WIDE=WIDE)
+    stored = ()
+    for stage in tl.static_range(len(PLANES)):
+        offs = offset_in_slot(rows, units, BLOCK_K=BLOCK_K, PLANES=PLANES[stage], WIDE=WIDE)
+        stored = stored + (offs,)
     loaded = vectors(SPLIT=BLOCK_K // ROWS, WIDE=WIDE)
     anchor = layout_of_loads(ring, loaded)
     return Channel(ring, signal, exchange.error, exchange.spin_limit, stored, loaded, anchor)
@@ -119,13 +125,15 @@ def slot(step):
 
 
 @triton.jit
-def publish(channel, planes, step, last, SLOT: tl.constexpr, BLOCK_K: tl.constexpr):
+def publish(
+    channel, planes, step, last, SLOT: tl.constexpr, BLOCK_K: tl.constexpr, STAGE: tl.constexpr = 0
+):  # fmt: skip
     """Stores this program's tiles, in the dtype that is exchanged, as its part of `step`.
 
-    last: the last step of the launch. SLOT: elements of a slot.
+    last: the last step of the launch. SLOT: elements of a slot. STAGE: for which it is.
     """
     for plane in tl.static_range(len(planes)):
-        offs = channel.stored + plane * (ROWS * BLOCK_K)
+        offs = channel.stored[STAGE] + plane * (ROWS * BLOCK_K)
         _publish(channel.ring, SLOT, offs, planes[plane], step, last)
     arrive(channel, step)
 
@@ -346,7 +354,7 @@ def report(channel):
 
 
 def workspace(
-    *, groups: int, programs: int, steps: int, chunks: int, planes: int,
+    *, groups: int, programs: int, steps: int, chunks: int, planes: Sequence[int],
     block_b: int, block_h: int, block_k: int,
     dtype: torch.dtype, device: torch.device | str, error: torch.Tensor | None = None,
 ) -> Exchange:  # fmt: skip
@@ -356,7 +364,8 @@ def workspace(
         groups: batch tiles times directions.
         programs: programs of each group, of block_h units each.
         steps: steps that are published, counted from 1.
-        chunks, planes, block_b, block_k: of a slot, see `fragments.offset_in_slot`.
+        planes: that steps 1, 2, ... publish, again and again: one number for each stage of a cell.
+        chunks, block_b, block_k: of a slot, see `fragments.offset_in_slot`.
         error: [1] int32, zero, to use as the error word; by default one on the device.
     Raises:
         ValueError: a dtype or size that cannot be had.
@@ -366,17 +375,20 @@ def workspace(
     if steps * programs >= 2**31:
         raise ValueError(f"steps * programs must stay below 2**31, got {steps} * {programs}")
     slots = min(steps + 1, 2 * LAP.value)
-    blocks = (groups, slots, block_b // 16, chunks, planes, block_k // 16)
-    elements = (2, 8, 4, 4) if dtype == torch.float32 else (8, 4, 8)
-    ring = torch.full((*blocks, *elements), -0.0, dtype=dtype, device=device)
+    slot_size = block_b * max(planes) * chunks * block_k
+    ring = torch.full((groups, slots, slot_size), -0.0, dtype=dtype, device=device)
     # Units of the last chunk that nobody owns are 0 from the beginning.
     block, rest = divmod(programs * block_h - (chunks - 1) * block_k, 16)
-    last = ring[:, :, :, -1]
-    if rest:  # 8 units: half of a block
-        half = (slice(1, 2),) if dtype == torch.float32 else (slice(None), slice(2, 4))
-        last[(slice(None),) * 4 + (block, *half)] = 0.0
-    last[:, :, :, :, block + (rest > 0) :] = 0.0
-    ring = ring.view(groups, slots, -1)
+    elements = (2, 8, 4, 4) if dtype == torch.float32 else (8, 4, 8)
+    for i, count in enumerate(planes):
+        first = (i + 1) % len(planes)  # step 1 lies in slot 1
+        part = ring[:, first :: len(planes), : block_b * count * chunks * block_k]
+        blocks = (block_b // 16, chunks, count, block_k // 16)
+        last = part.unflatten(-1, (*blocks, *elements))[:, :, :, -1]
+        if rest:  # 8 units: half of a block
+            half = (slice(1, 2),) if dtype == torch.float32 else (slice(None), slice(2, 4))
+            last[(slice(None),) * 4 + (block, *half)] = 0.0
+        last[:, :, :, :, block + (rest > 0) :] = 0.0
     signal = torch.zeros((groups, _SIGNAL), dtype=torch.int32, device=device)
     if error is None:
         error = torch.zeros(1, dtype=torch.int32, device=device)

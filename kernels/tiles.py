@@ -17,42 +17,68 @@ import triton.language as tl
 
 
 class Tile(NamedTuple):
-    """The part of a layer that one program computes, at every step."""
+    """The part of a layer that one program computes, at every step.
+
+    A *lane* is a head of a direction: lanes have weights and a group of programs of their own.
+    """
 
     direction: Any
-    first_unit: Any
-    units: Any  # [1, BLOCK_H]
+    head: Any
+    first_unit: Any  # of the head
+    head_units: Any  # [1, BLOCK_H], of the head
+    units: Any  # [1, BLOCK_H], of all heads
     batch: Any  # [BLOCK_B]
     length: Any  # [BLOCK_B, 1]: steps of each row
-    unit_mask: Any  # [1, BLOCK_H]: below H
+    unit_mask: Any  # [1, BLOCK_H]: units that there are
     batch_mask: Any  # [BLOCK_B, 1]: below B
     mask: Any  # of both
     state_offsets: Any  # [BLOCK_B, BLOCK_H], into [D, B, H]
 
 
 @triton.jit
-def program_tile(T, B, first_b, first_d, lengths_ptr, H: tl.constexpr, PLAN: tl.constexpr):
-    """The tile of this program. The launch covers the batch and the directions from `first_b` and
-    `first_d` on; lengths_ptr: [B], or None."""
-    direction = first_d + tl.program_id(2)
+def program_tile(
+    T, B, first_b, first_lane, lengths_ptr,
+    H: tl.constexpr, HEADS: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """The tile of this program. The launch covers the batch and the lanes from `first_b` and
+    `first_lane` on; lengths_ptr: [B], or None."""
+    lane = first_lane + tl.program_id(2)
+    direction = lane // HEADS
+    head = lane % HEADS
     first_unit = tl.program_id(0) * PLAN.block_h
-    units = first_unit + tl.arange(0, PLAN.block_h)
+    head_units = first_unit + tl.arange(0, PLAN.block_h)
     if PLAN.exchanged:
-        units = hide_contiguity(units)
-    units = units[None, :]
+        head_units = hide_contiguity(head_units)
+    head_units = head_units[None, :]
+    units = head * (H // HEADS) + head_units
     batch = first_b + tl.program_id(1) * PLAN.block_b + tl.arange(0, PLAN.block_b)
     # A tile in any case: of a tile and a comparison of scalars, Triton 3.9's interpreter makes no
     # mask.
     length = T + tl.zeros_like(batch)[:, None]
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + batch, mask=batch < B, other=0).to(tl.int32)[:, None]
-    unit_mask = units < H
+    unit_mask = head_units < H // HEADS
     batch_mask = (batch < B)[:, None]
     state_offsets = (direction * tl.cast(B, tl.int64) + batch[:, None]) * H + units
     mask = batch_mask & unit_mask
     return Tile(
-        direction, first_unit, units, batch, length, unit_mask, batch_mask, mask, state_offsets
-    )
+        direction, head, first_unit, head_units, units, batch, length, unit_mask, batch_mask, mask,
+        state_offsets,
+    )  # fmt: skip
+
+
+@triton.jit
+def narrowed(tile, B, WIDTH: tl.constexpr, H: tl.constexpr):
+    """The tile, of a layer whose H units are projected to WIDTH."""
+    if WIDTH != H:
+        unit_mask = tile.head_units < WIDTH
+        mask = tile.batch_mask & unit_mask
+        rows = tile.direction * tl.cast(B, tl.int64) + tile.batch[:, None]
+        tile = Tile(
+            tile.direction, tile.head, tile.first_unit, tile.head_units, tile.units, tile.batch,
+            tile.length, unit_mask, tile.batch_mask, mask, rows * WIDTH + tile.units,
+        )  # fmt: skip
+    return tile
 
 
 @triton.jit
@@ -129,21 +155,24 @@ def load_params(param_ptrs, tile, H: tl.constexpr):
 
 
 @triton.jit
-def load_states(ptrs, tile):
-    """A tile of each [D, B, H] in float32, 0 where masked."""
+def load_states(ptrs, h_tile, tile):
+    """A tile of each state, h of [D, B, P] and the others of [D, B, H], in float32, 0 where
+    masked."""
     states = ()
     for i in tl.static_range(len(ptrs)):
-        state = tl.load(ptrs[i] + tile.state_offsets, mask=tile.mask, other=0.0)
+        part = h_tile if i == 0 else tile
+        state = tl.load(ptrs[i] + part.state_offsets, mask=part.mask, other=0.0)
         states = states + (state.to(tl.float32),)
     return states
 
 
 @triton.jit
-def store_states(ptrs, states, tile):
-    """Stores a tile into each [D, B, H], rounded to its dtype."""
+def store_states(ptrs, states, h_tile, tile):
+    """Stores a tile into each state, as `load_states` has them, rounded to its dtype."""
     for i in tl.static_range(len(ptrs)):
+        part = h_tile if i == 0 else tile
         rounded = states[i].to(ptrs[i].dtype.element_ty)
-        tl.store(ptrs[i] + tile.state_offsets, rounded, mask=tile.mask)
+        tl.store(ptrs[i] + part.state_offsets, rounded, mask=part.mask)
 
 
 @triton.jit

@@ -53,18 +53,19 @@ def cache_file() -> Path:
 
 
 def step_times(
-    cell: Cell, pass_: str, dtype: torch.dtype, *, H: int, D: int,
+    cell: Cell, pass_: str, dtype: torch.dtype, *, H: int, D: int, P: int = 0,
     device: torch.device, properties: Device, input_precision: str,
     passes: tuple[Callable[..., Any], Callable[..., Any]], measure: Measure | None = None,
 ) -> dict[Plan, float] | None:  # fmt: skip
     """Microseconds of a step for every candidate plan, from the file or measured now.
 
-    `passes` are `launch.scan_forward` and `launch.scan_backward`, which call this. None while a
-    CUDA graph is captured and nothing is known yet: nothing can be timed then.
+    H, P and D (lanes) are those of `plan_scan`. `passes` are `launch.scan_forward` and
+    `launch.scan_backward`, which call this. None while a CUDA graph is captured and nothing is
+    known yet: nothing can be timed then.
     """
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     key = "|".join(
-        map(str, (name, triton.__version__, cell.name, pass_, dtype, H, D, input_precision))
+        map(str, (name, triton.__version__, cell.name, pass_, dtype, H, P, D, input_precision))
     )
     remembered = _remembered.setdefault(str(cache_file()), {})
     if key in remembered:
@@ -75,11 +76,11 @@ def step_times(
             return None
         if measure is None:
             measure = functools.partial(
-                _measure, passes, cell, pass_, dtype, H, D, device, properties, input_precision
+                _measure, passes, cell, pass_, dtype, H, P, D, device, properties, input_precision
             )
         times = []
-        for plan in candidates(cell, pass_, dtype, H, properties, input_precision):
-            if _directions_at_once(plan, H, D, properties) == 0:
+        for plan in candidates(cell, pass_, dtype, H, properties, input_precision, P):
+            if _lanes_at_once(plan, H, D, properties) == 0:
                 continue
             try:
                 times.append([asdict(plan), measure(plan)])
@@ -110,8 +111,8 @@ def _write(known: dict) -> None:
     os.replace(partial, path)  # whole or not at all, whoever else writes
 
 
-def _directions_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
-    """How many of D directions of one batch tile run in one launch, all programs together."""
+def _lanes_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
+    """How many of D lanes of one batch tile run in one launch, all programs together."""
     if not plan.exchanged:
         return D
     room = properties.multiprocessors * plan.programs_per_sm
@@ -119,30 +120,35 @@ def _directions_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
 
 
 def _measure(
-    passes, cell, pass_, dtype, H, D, device, properties, input_precision, plan, *, steps=STEPS
+    passes, cell, pass_, dtype, H, P, D, device, properties, input_precision, plan, *, steps=STEPS
 ) -> float:
     """Microseconds of a step: the best of some runs of one batch tile, in one launch."""
     scan_forward, scan_backward = passes
     B, G = plan.block_b, len(cell.gates)
-    D = _directions_at_once(plan, H, D, properties)
+    lanes = _lanes_at_once(plan, H, D, properties)
+    D, heads = (lanes, 1) if lanes <= 2 else (1, lanes)
+    projected, P, H = P > 0, P or H, H * heads
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     rows = Rows(steps, B, B, 1)
-    w_hh = draw(G * H, H) / H**0.5
-    weights = Weights(w_hh, w_hh, None, draw(G * H), None, tuple(draw(H) for _ in cell.params))
-    state = tuple(draw(D, B, H) for _ in cell.states)
+    w_hh = draw(G * H, P) / P**0.5 if heads == 1 else draw(heads, G * P, P) / P**0.5
+    w_hr = draw(P, H) / H**0.5 if projected else None
+    params = tuple(draw(H) for _ in cell.params)
+    weights = Weights(w_hh, w_hh, None, draw(G * H), w_hr, params)
+    widths = (P if heads == 1 else H, *(H for _ in cell.states[1:]))
+    state = tuple(draw(D, B, width) for width in widths)
     x_gates = draw(steps * B, D, G, H)
-    layer = {"rows": rows, "save": "gates", "input_precision": input_precision}
+    layer = {"rows": rows, "save": "gates", "input_precision": input_precision, "heads": heads}
 
     def forward(plan):
         return scan_forward(cell, x_gates, [weights] * D, state, **layer, plan=plan)
 
     run = functools.partial(forward, plan)
     if pass_ == "backward":
-        output, _final, saved, states = forward(None)
+        output, _final, saved, states, _published = forward(None)
         run = functools.partial(
             scan_backward, cell, output, state, [weights] * D, state, output, states, saved,
             **layer, plan=plan,

@@ -12,35 +12,49 @@ def sigmoid(x):
     return 1.0 / (1.0 + np.exp(-x))
 
 
-def lstm_step(x, h, state, params):
+# step(x, product, state, params): x [gates, H] from the input; product(h) [gates, H], what the
+# recurrent weights and their biases make of h.
+
+
+def lstm_step(x, product, state, params):
     """Gers et al. 2000, eqs. 1-6: input, forget and output gate, cell."""
-    _, cell = state
-    a_input, a_forget, a_cell, a_output = x + h
+    h, cell = state
+    a_input, a_forget, a_cell, a_output = x + product(h)
     cell = sigmoid(a_forget) * cell + sigmoid(a_input) * np.tanh(a_cell)
     return sigmoid(a_output) * np.tanh(cell), cell
 
 
-def gru_step(x, h, state, params):
+def gru_step(x, product, state, params):
     """Cho et al. 2014, eqs. 5-8, with the reset gate after the recurrent product."""
     (previous,) = state
+    h = product(previous)
     reset, update = sigmoid(x[0] + h[0]), sigmoid(x[1] + h[1])
     candidate = np.tanh(x[2] + reset * h[2])
     return (update * previous + (1.0 - update) * candidate,)
 
 
-def tanh_step(x, h, state, params):
+def gru_reset_before_step(x, product, state, params):
+    """Cho et al. 2014, eqs. 5-8."""
+    (previous,) = state
+    reset, update, _ = sigmoid(x + product(previous))
+    candidate = np.tanh(x[2] + product(reset * previous)[2])
+    return (update * previous + (1.0 - update) * candidate,)
+
+
+def tanh_step(x, product, state, params):
     """Elman 1990."""
-    return (np.tanh(x[0] + h[0]),)
+    return (np.tanh(x[0] + product(state[0])[0]),)
 
 
-def relu_step(x, h, state, params):
+def relu_step(x, product, state, params):
     """Le, Jaitly & Hinton 2015."""
-    return (np.maximum(x[0] + h[0], 0.0),)
+    return (np.maximum(x[0] + product(state[0])[0], 0.0),)
 
 
 STEPS = {
     "lstm": (4, lstm_step),
     "gru": (3, gru_step),
+    "gru_reset_before": (3, gru_reset_before_step),
     "rnn_tanh": (1, tanh_step),
     "rnn_relu": (1, relu_step),
 }
@@ -52,16 +66,25 @@ def sequence(cell, x, state, w, reverse=False):
     Args:
         x: [T, I].
         state: S arrays [H] (the first [P] with a projection).
-        w: a namespace with w_ih, w_hh, b_ih, b_hh, w_hr (the last three or None) and params.
+        w: a namespace with w_ih, w_hh ([heads, gates * H / heads, H / heads] with heads), b_ih,
+            b_hh, w_hr (the last three or None) and params.
     Returns:
         outputs [T, H], the final states.
     """
     gates, step = STEPS[cell]
     outputs = [None] * len(x)
+
+    def product(h):
+        if w.w_hh.ndim == 2:
+            sums = (w.w_hh @ h).reshape(gates, -1)
+        else:
+            parts = [own @ part for own, part in zip(w.w_hh, np.split(h, len(w.w_hh)), strict=True)]
+            sums = np.concatenate([part.reshape(gates, -1) for part in parts], axis=1)
+        return sums if w.b_hh is None else sums + w.b_hh.reshape(gates, -1)
+
     for t in range(len(x) - 1, -1, -1) if reverse else range(len(x)):
         from_input = w.w_ih @ x[t] + (0 if w.b_ih is None else w.b_ih)
-        from_state = w.w_hh @ state[0] + (0 if w.b_hh is None else w.b_hh)
-        state = step(from_input.reshape(gates, -1), from_state.reshape(gates, -1), state, w.params)
+        state = step(from_input.reshape(gates, -1), product, state, w.params)
         if w.w_hr is not None:
             state = (w.w_hr @ state[0], *state[1:])
         outputs[t] = state[0]

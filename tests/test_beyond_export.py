@@ -1,5 +1,6 @@
 """ONNX with the standard operators, torch.export with dynamic shapes, AOTInductor."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,10 @@ CASES = {
     "GRU": lambda: fusedrnn.GRU(I, H, 2, bidirectional=True, batch_first=True),
     "RNN": lambda: fusedrnn.RNN(I, H, bidirectional=True, nonlinearity="relu"),
     "GRU without bias": lambda: fusedrnn.GRU(I, H, bias=False),
+    "GRU, reset before": lambda: fusedrnn.Recurrent(
+        "gru_reset_before", I, H, 2, bidirectional=True
+    ),
+    "LSTM by its cell": lambda: fusedrnn.Recurrent("lstm", I, H),
 }
 
 
@@ -76,7 +81,7 @@ def test_onnx(name, tmp_path):
     shapes = {"input": {0: BATCH, 1: TIME} if swap else {0: TIME, 1: BATCH}}
     graph, run = exported(module, (x,), shapes, str(tmp_path / "model.onnx"))
     operators = [node.op_type for node in graph.node]
-    assert operators.count(name[:4].strip()) == module.num_layers
+    assert operators.count(re.match("[A-Z]+", name)[0]) == module.num_layers
     assert not {node.domain for node in graph.node} - {""}  # standard operators only
     assert "Gather" not in operators  # the weights are stored in ONNX's order
     for shape in ((T, B, I), (9, 3, I), (1, 1, I)):
@@ -84,9 +89,9 @@ def test_onnx(name, tmp_path):
         assert_same(run(x), module(x))
 
 
-@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU])
-def test_onnx_with_lengths(cls, tmp_path):
-    model = WithLengths(cls(I, H, bidirectional=True)).eval()
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+def test_onnx_with_lengths(cell, tmp_path):
+    model = WithLengths(fusedrnn.Recurrent(cell, I, H, bidirectional=True)).eval()
     args = (torch.randn(T, B, I), torch.tensor([4, 2]))
     shapes = {"x": {0: TIME, 1: BATCH}, "lengths": {0: BATCH}}
     _, run = exported(model, args, shapes, str(tmp_path / "model.onnx"))
@@ -128,9 +133,10 @@ def test_onnx_with_a_state(tmp_path):
     [
         (fusedrnn.LSTM(I, H, proj_size=2), {}, "no operator for projections"),
         (fusedrnn.GRU(I, H, zoneout=0.1), {}, "regularisers inside the loop"),
+        (fusedrnn.GRU(I, H, num_heads=H), {}, "no operator for heads"),
         (fusedrnn.GRU(I, H), {"reset": torch.zeros(T, B, dtype=torch.bool)}, "for resets"),
     ],
-    ids=["projection", "zoneout", "reset"],
+    ids=["projection", "zoneout", "heads", "reset"],
 )
 def test_what_onnx_has_not(module, call, message, tmp_path):
     pytest.importorskip("onnxscript")

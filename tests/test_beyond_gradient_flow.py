@@ -205,7 +205,7 @@ def test_plots(name):
 @pytest.mark.parametrize("function", [sensitivity, lambda m, x: state_gradients(m, x, torch.sum)])
 def test_misuse(function):
     x = torch.randn(T, B, I)
-    with pytest.raises(TypeError, match="module: expected an LSTM, GRU or RNN of fusedrnn, got"):
+    with pytest.raises(TypeError, match="module: expected an LSTM, GRU, RNN or Recurrent of"):
         function(torch.nn.GRU(I, H), x)
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 2]))
     with pytest.raises(TypeError, match="input: expected a padded tensor, got PackedSequence"):

@@ -22,6 +22,8 @@ MODULES = {
     "gru": lambda: fusedrnn.GRU(3, 4, num_layers=2, batch_first=True),
     "rnn_tanh": lambda: fusedrnn.RNN(3, 4, bidirectional=True),
     "rnn_relu": lambda: fusedrnn.RNN(3, 4, nonlinearity="relu"),
+    "heads": lambda: fusedrnn.GRU(3, 4, num_heads=2),
+    "reset_before": lambda: fusedrnn.Recurrent("gru_reset_before", 3, 4, bidirectional=True),
     "lstm_cell": lambda: fusedrnn.LSTMCell(3, 4),
     "gru_cell": lambda: fusedrnn.GRUCell(3, 4),
 }

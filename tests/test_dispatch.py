@@ -17,7 +17,7 @@ from calls import call_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
-from fusedrnn import dispatch, stack
+from fusedrnn import cells, dispatch, stack
 from fusedrnn.backends import aten, reference, triton
 
 KINDS = ("LSTM", "GRU", "RNN")
@@ -291,7 +291,6 @@ def test_a_forced_backend_is_never_left_in_silence(monkeypatch):
 CUDA = {"device": "cuda"}
 TRITON_REFUSES = [
     ({"dtype": torch.float64}, "not torch.float64", "aten"),
-    ({"proj_size": 2}, r"proj_size=2", "aten"),
     ({"B": 0}, "B=0", "aten"),
     ({"transformed": True}, "torch.func", "reference"),
     ({"device": "mps"}, "not on mps", "aten"),
@@ -317,7 +316,7 @@ def test_a_gpu_falls_back_and_says_so_once(
 
 def test_a_gpu_gets_the_fused_kernels(monkeypatch, caplog, imaginary_gpu):
     monkeypatch.setattr(triton, "MISSING", None)
-    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    for cell in cells.REGISTRY:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             call = call_of(cell, **CUDA, dtype=dtype)
             assert dispatch.select(call) == "triton"
@@ -329,7 +328,7 @@ def test_a_hidden_size_that_a_compiler_has_as_a_symbol(monkeypatch):
     from fusedrnn import kernels
 
     monkeypatch.setattr(triton, "MISSING", None)
-    monkeypatch.setattr(kernels, "refusal", lambda cell, dtype, H, D, device: None)
+    monkeypatch.setattr(kernels, "refusal", lambda cell, dtype, H, D, device, P: None)
 
     gpu = call_of(**CUDA)
 

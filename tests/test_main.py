@@ -58,10 +58,20 @@ def test_json(capsys):
     assert cpu["triton"]["reason"]
 
 
-def test_every_cell_of_torch_is_checked():
-    assert set(selfcheck.MODULES) == {name for name, c in cells.REGISTRY.items() if c.aten}
-    for name, make in selfcheck.MODULES.items():
-        assert make(1, 1).mode.lower() == name
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_every_cell_that_the_backend_has_is_checked(backend, monkeypatch):
+    ran, run = set(), selfcheck._run
+
+    def noted(cell, device, backend, dtype):
+        ran.add((cell, backend))
+        return run(cell, device, backend, dtype)
+
+    monkeypatch.setattr(selfcheck, "_run", noted)
+    result = selfcheck.check("cpu", backend)
+    has = {name for name, cell in cells.REGISTRY.items() if backend == "reference" or cell.aten}
+    assert {name for name, on in ran if on == backend} >= has
+    lacking = set(cells.REGISTRY) - has
+    assert all(f"without {name}: torch has no {name}" in result.reason for name in lacking)
 
 
 def wrong_forward(original):

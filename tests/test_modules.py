@@ -76,9 +76,9 @@ def test_state_dict_both_ways(kind):
 
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
 def test_only_lstm_has_projections(kind):
-    with pytest.raises(ValueError, match="proj_size: only LSTM"):
+    with pytest.raises(ValueError, match="proj_size: expected 0, since only lstm"):
         getattr(fusedrnn, kind)(3, 5, proj_size=2)
-    with pytest.raises(ValueError, match="proj_size: only LSTM"):
+    with pytest.raises(ValueError, match="proj_size: expected 0, since only lstm"):
         getattr(fusedrnn, kind)(*POSITIONAL[kind][:-3], 2)
 
 

@@ -163,6 +163,22 @@ def test_what_onnx_lacks_is_said_by_a_plain_export_too(tmp_path):
     assert "ONNX has no operator for regularisers inside the loop" in messages(error.value)
 
 
+def test_a_cell_that_torch_lacks_names_the_way_to_export_it(tmp_path):
+    model = fusedrnn.Recurrent("gru_reset_before", I, H).eval()
+    with pytest.raises(torch.onnx.OnnxExporterError) as error:
+        export(model, (torch.randn(T, B, I),), str(tmp_path / "m.onnx"), True)
+    assert "a cell that torch lacks" in messages(error.value)
+
+
+@pytest.mark.parametrize("heads", [1, H])
+def test_tracing_unrolls_a_cell_that_torch_lacks_and_heads(heads, tmp_path):
+    model = fusedrnn.Recurrent("gru_reset_before", I, H, num_heads=heads).eval()
+    x, path = torch.randn(T, B, I), str(tmp_path / "m.onnx")
+    export(model, (x,), path, False)
+    for found, expected in zip(run(path, x), model(x), strict=True):
+        torch.testing.assert_close(found, expected.detach(), **VALUES32)
+
+
 def test_tracing_unrolls_what_onnx_lacks_whatever_backend_is_forced(tmp_path):
     model = fusedrnn.GRU(I, H, zoneout=0.1, backend="triton").eval()
     x, path = torch.randn(T, B, I), str(tmp_path / "m.onnx")

@@ -61,6 +61,11 @@ def test_fix_does_not_forget_regularizers():
         ModuleValidator.fix(model)
 
 
+def test_fix_does_not_forget_heads():
+    with pytest.raises(ValueError, match="GRU: Opacus' module has no heads, got num_heads=2"):
+        ModuleValidator.fix(Classifier(fusedrnn.GRU(3, 6, num_heads=2)))
+
+
 def test_it_does_not_matter_what_was_imported_first():
     code = """
         import fusedrnn, sys

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bodies import assert_backward_is_the_derivative_of_forward
 from calls import call_of
 
 from bench import report
@@ -36,6 +37,7 @@ ROWS = {
     "float64": [{"dtype": torch.float64}],
     "several layers, both directions": [{"num_layers": 2, "bidirectional": True}],
     "`proj_size`": [{"proj_size": 4}],
+    "`num_heads`": [{"num_heads": 2}],
     "`PackedSequence`": [{"packed": True}],
     "`lengths=` of padded input, on any device": [{"lengths": True}],
     "`torch.func` transforms, forward-mode AD": [{"transformed": True}],
@@ -89,28 +91,10 @@ def test_snippet_runs(number, monkeypatch, tmp_path):
         exec(compile(SNIPPETS[number], module.__name__, "exec"), vars(module))
         for cell in cells.REGISTRY.values():
             if cell.name not in before:
-                check_cell(cell)
+                assert_backward_is_the_derivative_of_forward(cell, 1.0)
     finally:
         cells.REGISTRY.clear()
         cells.REGISTRY.update(before)
-
-
-def check_cell(cell):
-    """The backward body of a cell in README against autograd through its forward body."""
-    units = 7
-
-    def draw(count):
-        return tuple(torch.randn(units, dtype=torch.float64) for _ in range(count))
-
-    x, h, state = (draw(len(n)) for n in (cell.gates, cell.gates, cell.states))
-    leaves = [t.requires_grad_() for t in (*x, *h, *state)]
-    new, saved = cell.forward(x, h, state, ())
-    d_state = draw(len(cell.states))
-    expected = torch.autograd.grad(new, leaves, d_state)
-    dx, dh, d_prev, d_params = cell.backward(d_state, saved, state, new, ())
-    assert d_params == ()
-    for ours, theirs in zip((*dx, *dh, *d_prev), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_every_path_exists():

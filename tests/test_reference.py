@@ -22,11 +22,12 @@ def double(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def make_weights(cell, *, bias=True, projection=False, features=I):
+def make_weights(cell, *, bias=True, projection=False, heads=1):
     G, width = len(cell.gates), P if projection else H
+    recurrent = (G * H, width) if heads == 1 else (heads, G * H // heads, H // heads)
     return Weights(
-        double(G * H, features) / 2,
-        double(G * H, width) / 2,
+        double(G * H, I) / 2,
+        double(*recurrent) / 2,
         double(G * H) / 2 if bias else None,
         double(G * H) / 2 if bias else None,
         double(P, H) if projection else None,
@@ -47,8 +48,9 @@ def as_numpy(weights):
     return SimpleNamespace(**arrays, params=tuple(p.detach().numpy() for p in weights.params))
 
 
-def check_against_numpy(cell, D, *, bias=True, projection=False, lengths=None, reset=None):
-    directions = [make_weights(cell, bias=bias, projection=projection) for _ in range(D)]
+def check_against_numpy(cell, D, *, lengths=None, reset=None, projection=False, **weights):
+    cell = cells.get(cell.name, projected=projection)
+    directions = [make_weights(cell, projection=projection, **weights) for _ in range(D)]
     state = make_state(cell, D, projection=projection)
     input = double(T, B, I)
     output, final, _ = reference.layer(cell, input, state, directions, lengths=lengths, reset=reset)
@@ -87,23 +89,30 @@ def test_reset_is_splitting_the_sequence(cell, D):
     check_against_numpy(cell, D, reset=reset)
 
 
-# A cell that mixes h_{t-1} itself into h_t cannot have an h of another width.
-@pytest.mark.parametrize("cell", ["lstm", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("cell", [c for c in cells.REGISTRY.values() if c.projects], ids=NAME)
 @pytest.mark.parametrize("D", [1, 2])
 def test_projection(cell, D):
-    check_against_numpy(cells.get(cell), D, projection=True)
+    check_against_numpy(cell, D, projection=True)
+
+
+@every_cell
+@pytest.mark.parametrize("heads", [2, 3, 6])
+def test_heads(cell, heads):
+    check_against_numpy(cell, 2, heads=heads)
+    check_against_numpy(cell, 1, heads=heads, bias=False, lengths=torch.tensor([3, 5, 0, 1]))
 
 
 @every_cell
 @pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize("case", ["plain", "lengths", "reset"])
+@pytest.mark.parametrize("case", ["plain", "lengths", "reset", "heads"])
 def test_gradients_once_and_twice(cell, D, case):
     """Every input: the sequence, the initial states, all parameters."""
     if cell.name == "rnn_relu":
         torch.manual_seed(3)  # no unit of this draw lies within a difference step of the kink
     T, B, I, H = 2, 2, 1, 2
     G = len(cell.gates)
-    shapes = [(G * H, I), (G * H, H), (G * H,), (G * H,)] + [(H,)] * len(cell.params)
+    recurrent = (2, G, 1) if case == "heads" else (G * H, H)
+    shapes = [(G * H, I), recurrent, (G * H,), (G * H,)] + [(H,)] * len(cell.params)
     leaves = [double(T, B, I), *(double(D, B, H) for _ in cell.states)]
     leaves += [double(*shape) for _ in range(D) for shape in shapes]
     S, per_direction = len(cell.states), len(shapes)

@@ -5,12 +5,15 @@ Where a comment silences pyright, the line is a mistake that pyright must report
 nothing needs is an error too.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from typing_extensions import assert_type
 
 import fusedrnn
+import fusedrnn.cells
 from fusedrnn.types import Backend, Save
 
 Pair = tuple[Tensor, Tensor]
@@ -44,6 +47,12 @@ def modules() -> None:
     packed = pack_sequence([x[:, 0], x[:2, 1]])
     assert_type(lstm(packed), tuple[PackedSequence, Pair])
     assert_type(gru(packed), tuple[PackedSequence, Tensor])
+    assert_type(fusedrnn.GRU(4, 6, num_heads=2)(x), Pair)
+    own = fusedrnn.Recurrent("gru_reset_before", 4, 6, num_heads=2)
+    assert_type(own(x), tuple[Tensor, Any])  # which state a cell has, its name does not tell
+    told: fusedrnn.Recurrent[Tensor] = fusedrnn.Recurrent(fusedrnn.cells.get("gru"), 4, 6)
+    assert_type(told(x), Pair)
+    assert_type(told.stream()(x), Tensor)
     assert_type(fusedrnn.LSTMCell(4, 6)(x[0]), Pair)
     assert_type(fusedrnn.GRUCell(4, 6)(x[0], torch.zeros(3, 6)), Tensor)
     assert_type(fusedrnn.RNNCell(4, 6, nonlinearity="relu")(x[0]), Tensor)
@@ -98,6 +107,9 @@ def mistakes() -> None:
     fusedrnn.LSTM(4, 6, backend="gpu")  # pyright: ignore[reportArgumentType]
     fusedrnn.GRU(4, 6, save="all")  # pyright: ignore[reportArgumentType]
     fusedrnn.GRU(4, 6, proj_size=2)  # pyright: ignore[reportArgumentType]
+    fusedrnn.GRU(4, 6, num_heads="two")  # pyright: ignore[reportArgumentType]
+    fusedrnn.Recurrent(4, 6)  # pyright: ignore[reportCallIssue]
+    fusedrnn.Recurrent("rnn_relu", 4, 6, nonlinearity="relu")  # pyright: ignore[reportCallIssue]
     fusedrnn.GRU(4, 6, forget_bias=1.0)  # pyright: ignore[reportCallIssue]
     fusedrnn.RNN(4, 6, nonlinearity="sin")  # pyright: ignore[reportArgumentType]
     fusedrnn.RNNCell(4, 6, nonlinearity="sin")  # pyright: ignore[reportArgumentType]

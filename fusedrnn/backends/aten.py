@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,8 +30,8 @@ from fusedrnn.call import (
 def refuses(call: Call) -> str | None:
     """Why torch's operators cannot run the call, or None."""
     cell = call.spec.cell
-    if cells.get(cell).aten is None:
-        return f"torch has no {cell}"
+    if lacking := lacks(call.spec):
+        return lacking
     features = [LOOP_FEATURES[name] for name in call.loop_features if name in LOOP_FEATURES]
     if features:
         return f"torch's kernels do not have {' and '.join(features)}"
@@ -47,6 +47,33 @@ def refuses(call: Call) -> str | None:
         if failure:
             return f"torch's LSTM fails under autocast to {call.dtype} on this processor: {failure}"
     return None
+
+
+def lacks(spec: Spec) -> str | None:
+    """What torch does not have of such a stack, or None."""
+    if cells.get(spec.cell).aten is None:
+        return f"torch has no {spec.cell}"
+    return "torch's operators have no heads" if spec.num_heads > 1 else None
+
+
+def output_dtypes(
+    spec: Spec, input: Tensor, state: Sequence[Tensor], masks: Masks
+) -> list[torch.dtype]:
+    """The dtypes of the final states (the output has that of h) that torch's operators give.
+
+    Without autocast, the input's. With it, oneDNN's LSTM and the plain RNN compute in the low
+    precision; other loops mix it with the state, and so keep a wider state's dtype.
+    """
+    if not spec.autocast:
+        return [input.dtype] * len(state)
+    low = getattr(torch, spec.autocast)
+    mixed = [torch.promote_types(low, s.dtype) for s in state]
+    if spec.cell == "gru":
+        return mixed
+    padded = masks.lengths is masks.batch_sizes is None
+    if spec.cell == "lstm" and (spec.proj_size or not padded):
+        return [low if spec.proj_size else mixed[1], mixed[1]]
+    return [low] * len(state)
 
 
 def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import cells, packing
+from fusedrnn import packing
+from fusedrnn.backends import stages
 from fusedrnn.call import (
     Call,
     Masks,
     Operands,
     Spec,
     Weights,
+    cell_of,
     masked_input,
     one_layer,
     split_weights,
@@ -63,7 +65,7 @@ def run(
         if zoneout is not None and zoneout.dim() > 1:
             zoneout = by_time(spec, zoneout, masks)
         output, final, layer_steps = layer(
-            cells.get(spec.cell), by_time(spec, masked_input(spec, input, noise), masks),
+            cell_of(spec), by_time(spec, masked_input(spec, input, noise), masks),
             here.state, split_weights(one, here.weights), lengths=lengths, reset=reset,
             reset_state=here.reset_state, h_mask=noise.h, zoneout=zoneout, clip=spec.clip,
             given=given,
@@ -96,6 +98,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def weights_in(dtype: torch.dtype, weights: Weights) -> Weights:
+    """The weights, cast."""
+    *matrices, params = weights
+    cast = [None if t is None else t.to(dtype) for t in matrices]
+    return Weights(*cast, tuple([p.to(dtype) for p in params]))  # type: ignore[arg-type]
+
+
 def active_rows(lengths: Tensor, T: int) -> Tensor:
     """[T, B] bool: whether time step t exists in row b, from lengths [B]."""
     return torch.arange(T, device=lengths.device)[:, None] < lengths[None, :]
@@ -118,8 +127,9 @@ def scan(
 ) -> tuple[Tensor, tuple[Tensor, ...], Steps]:
     """One layer in one direction.
 
-        h_gates_t = h_{t-1} @ w_hh^T + b_hh
-        state_t = cell(input_t @ w_ih^T + b_ih, h_gates_t, state_{t-1})
+        for each stage of the cell:
+            received_t = values[0] @ W^T + b         values: the states at first
+            values = stage(x_gates_t, received_t, values)
 
     Args:
         input: [T, B, I].
@@ -129,7 +139,7 @@ def scan(
             row therefore starts at its own end. The input must be finite there, too.
         reset: [T, B] bool; where True, the state is set to `reset_state` (S tensors [B, H]), or
             to 0, before the step.
-        h_mask: [B, H], multiplies h_{t-1} before the recurrent product.
+        h_mask: [B, H], multiplies what weight_hh multiplies.
         zoneout: bool [T, B, S, H]: where True a unit keeps its previous state; or [S] floats,
             the part of its previous state that it keeps.
         clip: bound of the gradient of each h_t, from its output and the next step together;
@@ -139,17 +149,15 @@ def scan(
     Returns:
         output [T, B, H]; the S final states; the S states of every step, as computed for all rows,
         in order of time.
-    Numerics: gates and states are float32 (float64 for float64); h is rounded to the input's
-        dtype at every step, since that is how it is stored.
+    Numerics: gates and states are float32 (float64 for float64); what is multiplied is rounded to
+        the input's dtype, h at every step, since that is how it is stored.
     """
     dtype = input.dtype
     wide = compute_dtype(dtype)
-    w_hh = weights.w_hh.to(wide)
-    b_hh = None if weights.b_hh is None else weights.b_hh.to(wide)
-    w_hr = None if weights.w_hr is None else weights.w_hr.to(wide)
-    params = tuple(p.to(wide) for p in weights.params)
-    b_ih = None if weights.b_ih is None else weights.b_ih.to(wide)
-    x_gates_tbg = F.linear(input.to(wide), weights.w_ih.to(wide), b_ih)
+    wide_weights = weights_in(wide, weights)
+    of_stages = stages.stage_weights(cell, wide_weights)
+    params = stages.shared_out(cell, "params", wide_weights.params)
+    x_gates_tbg = F.linear(input.to(wide), wide_weights.w_ih, wide_weights.b_ih)
     G = len(cell.gates)
 
     state = tuple(s.to(wide) for s in state)
@@ -158,7 +166,7 @@ def scan(
     h_mask = None if h_mask is None else h_mask.to(wide)
     steps = range(input.shape[0])
     outputs: list[Tensor] = []
-    states: Steps = []
+    all_states: Steps = []
     for t in reversed(steps) if reverse else steps:
         if reset is not None:
             started = reset[t][:, None]
@@ -170,17 +178,18 @@ def scan(
             # by a gradient of 0, and 0 * inf is NaN.
             here = active[t][:, None]
             state = tuple(torch.where(here, s, torch.zeros_like(s)) for s in state)
-        h_prev = state[0] if h_mask is None else state[0] * h_mask
-        x_gates = x_gates_tbg[t].chunk(G, dim=-1)
-        h_gates = F.linear(h_prev, w_hh, b_hh).chunk(G, dim=-1)
-        (h, *others), _saved = cell.forward(x_gates, h_gates, state, params)
-        if w_hr is not None:
-            h = F.linear(h, w_hr)
-        new = (h, *others)
+        x_gates = stages.shared_out(cell, "gates", x_gates_tbg[t].chunk(G, dim=-1))
+        new = state
+        for s, stage in enumerate(cell.stages):
+            h = new[0] if s == 0 else new[0].to(dtype).to(wide)
+            if h_mask is not None and stage.gates:
+                h = h * h_mask
+            received = stages.product(h, *of_stages[s], stage.products)
+            new, _saved = stage.forward(x_gates[s], received, new, params[s])
         if zoneout is not None:
             new = _zone_out(zoneout, t, state, new)
         new = (new[0].to(dtype).to(wide) if given is None else given[t].to(wide), *new[1:])
-        states.append(new)
+        all_states.append(new)
         if clip:
             new = (cast(Tensor, ClipGradient.apply(new[0], clip)), *new[1:])
         if here is None:
@@ -191,8 +200,8 @@ def scan(
         state = new
     if reverse:
         outputs.reverse()
-        states.reverse()
-    return torch.stack(outputs).to(dtype), tuple(s.to(dtype) for s in state), states
+        all_states.reverse()
+    return torch.stack(outputs).to(dtype), tuple(s.to(dtype) for s in state), all_states
 
 
 def _zone_out(zoneout: Tensor, t: int, prev, new) -> tuple[Tensor, ...]:

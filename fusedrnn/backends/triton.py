@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import cells, packing
+from fusedrnn.backends import stages
 from fusedrnn.backends.reference import joined
 from fusedrnn.call import (
     STATES_COMPILED,
@@ -26,10 +27,13 @@ from fusedrnn.call import (
     Operands,
     Spec,
     Weights,
+    cell_of,
     directions,
     masked_input,
     split_weights,
+    widths,
 )
+from fusedrnn.cells import Cell
 
 OLDEST_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,26 +87,27 @@ def refuses(call: Call) -> str | None:
         return f"the kernels compute float32, bfloat16 and float16, not {call.dtype}"
     if device == "cpu" and call.dtype not in INTERPRETED_DTYPES:
         return f"Triton's interpreter computes {call.dtype} wrongly"
-    if call.spec.proj_size:
-        return f"projections are not fused (proj_size={call.spec.proj_size})"
     if "states" in call.loop_features and torch.compiler.is_compiling():
         return STATES_COMPILED
     if call.B == 0 or call.T == 0:
         return f"there is nothing to launch (T={call.T}, B={call.B})"
     if device == "cuda":
-        H = operator.index(call.spec.hidden_size)  # a number, where torch.compile has a symbol
-        index = call.device.index or 0
-        return _no_plan(call.spec.cell, call.dtype, H, directions(call.spec), index)
+        spec, index = call.spec, call.device.index or 0
+        # Numbers, where torch.compile has symbols.
+        heads = operator.index(spec.num_heads)
+        H, P = operator.index(spec.hidden_size) // heads, operator.index(spec.proj_size)
+        return _no_plan(spec.cell, call.dtype, H, P, directions(spec) * heads, index)
     return None
 
 
-def _no_plan(cell: str, dtype: torch.dtype, H: int, D: int, index: int) -> str | None:
+def _no_plan(cell: str, dtype: torch.dtype, H: int, P: int, D: int, index: int) -> str | None:
     """Why the kernels cannot run such a layer on that CUDA device, or None."""
     if torch.version.hip:
         return "the waits of the kernels are not proven on AMD GPUs"
     from fusedrnn.kernels import refusal
 
-    return refusal(cells.get(cell), dtype, H, D, torch.device("cuda", index))
+    device = torch.device("cuda", index)
+    return refusal(cells.get(cell, projected=P > 0), dtype, H, D, device, P)
 
 
 # As torch.compiler.assume_constant_result, see `aten.lstm_autocast_failure`.
@@ -121,12 +126,12 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
     """[output, *final states, *what `backward` needs, as `kept_shapes` lists it]."""
     import fusedrnn.kernels as kernels
 
-    cell, input = cells.get(spec.cell), operands.input
+    cell, input, heads = cell_of(spec), operands.input, spec.num_heads
     rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
     reset, precision = _reset_flags(spec, masks, rows), fp32_precision()
-    G, D, H = len(cell.gates), directions(spec), spec.hidden_size
-    plan = kernels.plan_for(cell, "forward", input, rows.B, H, D, precision)
-    shape = (*input.shape[:-1], D * H)
+    G, D, H, P = len(cell.gates), directions(spec), spec.hidden_size, widths(spec)[0]
+    plan = kernels.plan_for(cell, "forward", input, rows.B, H, D, precision, P=P, heads=heads)
+    shape = (*input.shape[:-1], D * P)
     finals, kept = [], []
     for index, (here, weights) in enumerate(_layers(spec, operands)):
         noise, save = masks.of_layer(index), _save_of(spec, index)
@@ -135,7 +140,7 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
         input = masked_input(spec, input, noise)
         with matmul_precision(input, precision):
             x_gates = _input_gates(input.reshape(-1, input.shape[-1]), weights, G)
-        output, final, saved, states = kernels.scan_forward(
+        output, final, *saved = kernels.scan_forward(
             cell,
             x_gates,
             weights,
@@ -143,12 +148,13 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
             rows=rows,
             save=save,
             input_precision=precision,
+            heads=heads,
             state_ops=_state_ops(spec, here, noise, reset, x_gates.shape[0]),
             plan=plan,
         )
         input = output.view(shape)
         finals.append(final)
-        kept += [t for t in (saved, states) if t is not None]
+        kept += [t for t in saved if t is not None]
     return [input, *joined(finals), *kept]
 
 
@@ -165,17 +171,22 @@ def _layers(spec: Spec, operands: Operands) -> Iterator[tuple[Operands, list[Wei
 
 def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
     """Of each layer, the shapes of what `forward` keeps for `backward`: the output of the layer
-    below, what the cell saved, and its states but h, as far as there are such."""
-    cell, D, H = cells.get(spec.cell), directions(spec), spec.hidden_size
+    below, what the cell saved, its states but h, and what its stages but the first multiplied, as
+    far as there are such."""
+    cell, D, H = cell_of(spec), directions(spec), spec.hidden_size
     N = input.numel() // input.shape[-1]
     shapes = []
     for index in range(spec.num_layers):
         save = _save_of(spec, index)
-        layer: list[tuple[int, ...]] = [(*input.shape[:-1], D * H)] if index and save else []
+        layer: list[tuple[int, ...]] = (
+            [(*input.shape[:-1], D * widths(spec)[0])] if index and save else []
+        )
         if save == "gates" and cell.saved:
             layer.append((N, D, len(cell.saved), H))
         if save and len(cell.states) > 1:
             layer.append((N, D, len(cell.states) - 1, H))
+        if save == "gates" and len(cell.stages) > 1:
+            layer.append((N, D, len(cell.stages) - 1, H))
         shapes.append(layer)
     return shapes
 
@@ -235,40 +246,52 @@ def _layer_backward(
     """The gradients of one layer: of its input, its states, its weights."""
     import fusedrnn.kernels as kernels
 
-    cell, precision = cells.get(spec.cell), fp32_precision()
-    G, D, H = len(cell.gates), len(weights), spec.hidden_size
+    cell, precision, heads = cell_of(spec), fp32_precision(), spec.num_heads
+    D, P = len(weights), widths(spec)[0]
     input = operands.input
     input_ni = input.reshape(-1, input.shape[-1])
-    output_ndh = output.reshape(-1, D, H)
+    output_ndh = output.reshape(-1, D, P)
     state_ops = _state_ops(spec, operands, noise, reset, input_ni.shape[0])
-    h_prev = packing.previous_h(output_ndh, operands.state[0], rows)
-    if reset is not None:
-        h_prev = packing.started_over(h_prev, reset, operands.reset_state[:1], rows)
-    if noise.h is not None:
-        h_prev *= packing.by_row(noise.h, rows, h_prev.shape[0])
+    gates = spec.save == "gates"
+    saved = kept.pop(0) if gates and cell.saved else None
+    states = kept.pop(0) if len(cell.states) > 1 else None
+    recompute = not gates and (bool(cell.saved) or noise.zoneout is not None)
+    # The states that each step began from: h, and the others where a stage is computed again.
+    stored = [output_ndh]
+    if recompute and len(cell.stages) > 1 and states is not None:
+        stored += states.unbind(2)
+    prev = [_previous(s, operands, index, rows, reset) for index, s in enumerate(stored)]
+    over = None
     if rows.lengths is not None and rows.offsets is None:
         # The gradients of steps that do not exist are 0, but 0 * inf is NaN in the products.
         over = packing.rows_over(rows, rows.lengths)
         input_ni = input_ni.masked_fill(over[:, None], 0)
-        h_prev.masked_fill_(over[:, None, None], 0)
-    values = None
+        prev = [p.masked_fill_(over[:, None, None], 0) for p in prev]
+    h_mask = None if noise.h is None else packing.by_row(noise.h, rows, input_ni.shape[0])
     with matmul_precision(input, precision):
-        if spec.save == "gates":
-            values = kept.pop(0) if cell.saved else None
-        elif cell.saved or noise.zoneout is not None:
-            values = (_input_gates(input_ni, weights, G), _recurrent_gates(h_prev, weights, G))
-        dx_gates, dh_gates, d_state, d_params = kernels.scan_backward(
+        values = saved
+        if recompute:
+            x_gates = _input_gates(input_ni, weights, len(cell.gates))
+            h_gates, factors = _recurrent_gates(cell, x_gates, prev, weights, h_mask)
+            values = (x_gates, h_gates)
+        else:
+            stacked = [prev[0] if h_mask is None else prev[0] * h_mask]
+            if len(cell.stages) > 1:
+                stacked += kept.pop(0).unbind(2)
+            factors = [[factor[:, d] for factor in stacked] for d in range(D)]
+        dx_gates, dh_gates, d_state, d_params, d_projected = kernels.scan_backward(
             cell,
-            d_output.reshape(-1, D, H),
+            d_output.reshape(-1, D, P),
             d_final,
             weights,
             operands.state,
             output_ndh,
-            kept.pop(0) if len(cell.states) > 1 else None,
+            states,
             values,
             rows=rows,
             save=spec.save,
             input_precision=precision,
+            heads=heads,
             state_ops=state_ops,
         )
         d_input = input.new_empty([0])
@@ -276,17 +299,29 @@ def _layer_backward(
             d_input = (dx_gates.flatten(1) @ _joined_weights(weights)[0]).view(input.shape)
         gradients: list[Tensor] = []
         for d, w in enumerate(weights):
-            dx, dh = dx_gates[:, d].flatten(1), dh_gates[:, d].flatten(1)
-            gradients += [dx.T @ input_ni, dh.T @ h_prev[:, d]]
+            dx = dx_gates[:, d].flatten(1)
+            d_w_hh = stages.d_weight_hh(cell, dh_gates[:, d], factors[d], heads)
+            gradients += [dx.T @ input_ni, d_w_hh]
             if spec.bias:
                 # Summed in float32: N is large, and a low-precision sum would stop growing.
+                dh = dh_gates[:, d].flatten(1)
                 d_b_ih = dx.sum(0, dtype=torch.float32).to(dx.dtype)
                 d_b_hh = d_b_ih if cell.additive else dh.sum(0, dtype=torch.float32).to(dh.dtype)
                 gradients += [d_b_ih, d_b_hh.clone()]
+            if d_projected is not None:
+                gradients.append(d_projected[:, d].T @ factors[d][-1])
             gradients += [
                 p[d].to(q.dtype, copy=True) for p, q in zip(d_params, w.params, strict=True)
             ]
     return d_input, d_state, gradients
+
+
+def _previous(stored: Tensor, operands: Operands, s: int, rows, reset: Tensor | None) -> Tensor:
+    """[N, D, *]: the state s that each step began from, from what is stored of all steps."""
+    prev = packing.previous_h(stored, operands.state[s], rows)
+    if reset is not None:
+        prev = packing.started_over(prev, reset, operands.reset_state[s : s + 1], rows)
+    return prev
 
 
 def _reset_flags(spec: Spec, masks: Masks, rows: packing.Rows) -> Tensor | None:
@@ -325,11 +360,33 @@ def _joined_weights(weights: list[Weights]) -> tuple[Tensor, Tensor | None]:
     return torch.cat([w.w_ih for w in weights]), torch.cat(biases) if biases else None
 
 
-def _recurrent_gates(h_prev_ndh: Tensor, weights: list[Weights], G: int) -> Tensor:
-    """h_gates [N, D, G, H] of all time steps at once, from the h before each of them."""
-    linear = torch.nn.functional.linear
-    gates = [linear(h_prev_ndh[:, d], w.w_hh, w.b_hh) for d, w in enumerate(weights)]
-    return torch.stack(gates, dim=1).unflatten(-1, (G, -1))
+def _recurrent_gates(
+    cell: Cell, x_gates: Tensor, prev: list[Tensor], weights: list[Weights], h_mask: Tensor | None
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """h_gates [N, D, G, H] of all time steps at once, from the states before each of them; and of
+    each direction what every stage multiplied, [N, K]."""
+    h_gates, factors = [], []
+    for d, w in enumerate(weights):
+        several = len(cell.stages) > 1
+        x = stages.shared_out(cell, "gates", x_gates[:, d].float().unbind(1) if several else ())
+        params = stages.shared_out(cell, "params", [p.float() for p in w.params])
+        matrices = stages.stage_weights(cell, w)
+        values, gates, own = tuple([p[:, d] for p in prev]), [], []
+        for s, stage in enumerate(cell.stages):
+            factor = values[0].to(x_gates.dtype)
+            if h_mask is not None and stage.gates:
+                factor = factor * h_mask[:, d]
+            own.append(factor)
+            if not stage.gates:  # a projection: h was stored
+                break
+            received = stages.product(factor, *matrices[s], stage.products)
+            gates += received
+            if s + 1 < len(cell.stages):
+                sums, wide = ([t.float() for t in part] for part in (received, values))
+                values, _saved = stage.forward(x[s], tuple(sums), tuple(wide), params[s])
+        h_gates.append(torch.stack(gates, dim=1))
+        factors.append(own)
+    return torch.stack(h_gates, dim=1), factors
 
 
 def matmul_precision(input: Tensor, precision: str) -> AbstractContextManager[None]:

@@ -1,6 +1,19 @@
 """Recurrent cells: one file each, equations only."""
 
-from fusedrnn.cells import gru, lstm, rnn
-from fusedrnn.cells._cell import REGISTRY, Cell, get, register
+from fusedrnn.cells import gru, gru_reset_before, lstm, rnn
+from fusedrnn.cells._cell import REGISTRY, Cell, Linear, Onnx, Projection, Stage, get, register
 
-__all__ = ["REGISTRY", "Cell", "get", "gru", "lstm", "register", "rnn"]
+__all__ = [
+    "REGISTRY",
+    "Cell",
+    "Linear",
+    "Onnx",
+    "Projection",
+    "Stage",
+    "get",
+    "gru",
+    "gru_reset_before",
+    "lstm",
+    "register",
+    "rnn",
+]

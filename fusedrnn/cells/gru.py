@@ -7,7 +7,7 @@ Source: Cho et al. 2014, arXiv:1406.1078, in the form that multiplies r into the
 product (bias included) instead of into h_{t-1}; gate order as torch.nn.GRU.
 """
 
-from fusedrnn.cells._cell import Cell, register
+from fusedrnn.cells._cell import Cell, Linear, Onnx, Stage, register
 from fusedrnn.cells.vocabulary import sigmoid, tanh
 
 
@@ -35,13 +35,18 @@ def _backward(d_state, saved, prev, new, params):
 GRU = register(
     Cell(
         name="gru",
-        gates=("r", "z", "n"),
         states=("h",),
-        saved=("r", "z", "n", "h_n"),
-        forward=_forward,
-        backward=_backward,
-        additive=False,
+        stages=(
+            Stage(
+                Linear(("r", "z", "n")),
+                _forward,
+                _backward,
+                additive=False,
+                saved=("r", "z", "n", "h_n"),
+            ),
+        ),
         aten="gru",
+        onnx=Onnx("GRU", ("z", "r", "n"), linear_before_reset=True),
         source="arXiv:1406.1078",
     )
 )

@@ -7,7 +7,7 @@ Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, with the 
 Gers, Schmidhuber & Cummins 2000, doi:10.1162/089976600300015015; gate order as torch.nn.LSTM.
 """
 
-from fusedrnn.cells._cell import Cell, register
+from fusedrnn.cells._cell import Cell, Linear, Onnx, Stage, register
 from fusedrnn.cells.vocabulary import sigmoid, tanh, zeros_like
 
 
@@ -42,13 +42,19 @@ def _backward(d_state, saved, prev, new, params):
 LSTM = register(
     Cell(
         name="lstm",
-        gates=("i", "f", "g", "o"),
         states=("h", "c"),
-        saved=("i", "f", "g", "o"),
-        forward=_forward,
-        backward=_backward,
-        additive=True,
+        stages=(
+            Stage(
+                Linear(("i", "f", "g", "o")),
+                _forward,
+                _backward,
+                additive=True,
+                saved=("i", "f", "g", "o"),
+            ),
+        ),
+        projects=True,
         aten="lstm",
+        onnx=Onnx("LSTM", ("i", "o", "f", "g")),
         source="doi:10.1162/neco.1997.9.8.1735",
     )
 )

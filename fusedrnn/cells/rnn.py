@@ -6,7 +6,7 @@ Source: Elman 1990, doi:10.1207/s15516709cog1402_1; relu: Le, Jaitly & Hinton 20
 arXiv:1504.00941.
 """
 
-from fusedrnn.cells._cell import Cell, register
+from fusedrnn.cells._cell import Cell, Linear, Onnx, Stage, register
 from fusedrnn.cells.vocabulary import relu, tanh, where, zeros_like
 
 
@@ -35,13 +35,10 @@ def _backward_relu(d_state, saved, prev, new, params):
 RNN_TANH = register(
     Cell(
         name="rnn_tanh",
-        gates=("h",),
         states=("h",),
-        saved=(),
-        forward=_forward_tanh,
-        backward=_backward_tanh,
-        additive=True,
+        stages=(Stage(Linear(("h",)), _forward_tanh, _backward_tanh, additive=True),),
         aten="rnn_tanh",
+        onnx=Onnx("RNN", ("h",)),
         source="doi:10.1207/s15516709cog1402_1",
     )
 )
@@ -49,13 +46,10 @@ RNN_TANH = register(
 RNN_RELU = register(
     Cell(
         name="rnn_relu",
-        gates=("h",),
         states=("h",),
-        saved=(),
-        forward=_forward_relu,
-        backward=_backward_relu,
-        additive=True,
+        stages=(Stage(Linear(("h",)), _forward_relu, _backward_relu, additive=True),),
         aten="rnn_relu",
+        onnx=Onnx("RNN", ("h",), activations=("Relu",)),
         source="arXiv:1504.00941",
     )
 )

@@ -1,9 +1,9 @@
 import pytest
-import torch
 
 from bench import shapes
 from bench.backends import WHAT
 from bench.shapes import Shape
+from fusedrnn import modules
 from fusedrnn.cells import REGISTRY
 
 
@@ -116,10 +116,8 @@ def test_the_workloads_of_real_projects_are_measured_under_their_names():
     ],
 )
 def test_a_workload_has_as_many_parameters_as_its_project(name, parameters):
-    from bench.backends import CLASSES
-
     (shape,) = [s for s in shapes.workloads() if s.name == name]
-    module = getattr(torch.nn, CLASSES[shape.cell])(
+    module = modules.torch_class(shape.cell)(
         shape.I, shape.H, shape.layers, bidirectional=shape.bidirectional, device="meta"
     )
     assert sum(p.numel() for p in module.parameters()) == parameters

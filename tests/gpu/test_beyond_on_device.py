@@ -21,6 +21,17 @@ def test_inside_the_loop(module, option, batch_first, rows, H):
         assert_as_the_reference(module, option, batch_first, rows, device=DEVICE, H=H)
 
 
+@pytest.mark.parametrize("H", [18, 300, 768])
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [("reset before", "all"), ("heads", "all"), ("projected", "all but zoneout")],
+)
+@pytest.mark.parametrize(("batch_first", "rows"), [(False, "all"), (True, "lengths")])
+def test_stages_and_heads(batch_first, rows, module, option, H):
+    with precision(tf32=False):
+        assert_as_the_reference(module, option, batch_first, rows, device=DEVICE, H=H)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_step_and_stream_equal_one_long_pass(module):
     rnn = getattr(fusedrnn, module)(8, 64, num_layers=2, device=DEVICE).eval()

@@ -59,6 +59,16 @@ OPTIONS = {
 
 @pytest.mark.parametrize("rows", ["all", "packed", "lengths"])
 @pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("H", "P"), [(33, 7), (512, 128), (1024, 320)])
+def test_projection(H, P, precision, save, rows):
+    options = {"proj_size": P, "bidirectional": True}
+    where = {"T": 33, "B": 16, "I": 64, "H": H, **PRECISIONS[precision]}
+    assert_as_good_as_torch(Case("LSTM", save=save, rows=rows, options=options, **where), "cuda")
+
+
+@pytest.mark.parametrize("rows", ["all", "packed", "lengths"])
+@pytest.mark.parametrize("save", ["gates", "states"])
 @pytest.mark.parametrize("H", [64, 300, 768])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("module", MODULES)

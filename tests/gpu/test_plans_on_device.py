@@ -33,7 +33,7 @@ def launchable(which: str, case: Case, device: torch.device) -> list[Plan]:
             groups = properties.multiprocessors * plan.programs_per_sm // owners
             if groups == 0:
                 continue
-            plan = replace(plan, batch_per_launch=groups * plan.block_b, directions_per_launch=1)
+            plan = replace(plan, batch_per_launch=groups * plan.block_b, lanes_per_launch=1)
         plans.append(plan)
     return plans
 

@@ -7,13 +7,6 @@ import json
 import sys
 
 from bench import aot
-from fusedrnn.cells import REGISTRY
-from fusedrnn.kernels.plan import plan_scan
 
-for target, cell, which, dtype, precision, H, B in json.loads(sys.argv[1]):
-    plan = plan_scan(
-        REGISTRY[cell], which, aot.DTYPES[dtype], B=B, H=H, D=1,
-        device=aot.TARGETS[target], input_precision=precision,
-    )  # fmt: skip
-    job = aot.Job(target, cell, which, "gates", dtype, precision, H, plan, plain=True)
-    print(json.dumps(aot.run_job(job)), flush=True)
+for layer in json.loads(sys.argv[1]):
+    print(json.dumps(aot.run_job(aot.planned(*layer))), flush=True)

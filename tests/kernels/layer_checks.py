@@ -96,7 +96,8 @@ def run(case: Case, module: nn.Module, dtype: torch.dtype, device: str) -> dict[
     L = case.options.get("num_layers", 1)
     D = 2 if case.options.get("bidirectional") else 1
     input = draw(*((case.B, case.T) if batch_first else (case.T, case.B)), case.I)
-    states = [draw(L * D, case.B, case.H) for _ in range(2 if case.module == "LSTM" else 1)]
+    widths = [case.options.get("proj_size", case.H), case.H]
+    states = [draw(L * D, case.B, w) for w in widths[: 2 if case.module == "LSTM" else 1]]
     leaves = [t.requires_grad_() for t in (input, *states)]
     hx = tuple(states) if len(states) == 2 else states[0]
     lengths = lengths_of(case)

@@ -159,7 +159,12 @@ SLOTS = (
     Mutant(
         "the ring is not filled",
         (Race, WrongResult),
-        (Change("torch.full((*blocks, *elements), -0.0", "torch.full((*blocks, *elements), 0.0"),),
+        (
+            Change(
+                "torch.full((groups, slots, slot_size), -0.0",
+                "torch.zeros((groups, slots, slot_size)",
+            ),
+        ),
         always=True,
     ),
     Mutant(
@@ -255,7 +260,7 @@ TIME_OUTS = (
 # Mistakes of a caller, made in roundtrip.py.
 _PUBLISH = "sync.publish(channel, (h,), t + 2, T + 1, SLOT=SLOT"
 _ARRIVALS = "sync.arrivals(t + 1, "
-_HALF = "channel._replace(stored=channel.stored // 2 * 2)"
+_HALF = "channel._replace(stored=(channel.stored[0] // 2 * 2,) + channel.stored[1:])"
 CALLER = (
     Mutant(
         "waits for the lap after a poll that needs it",
@@ -304,34 +309,101 @@ MATMUL = (
         always=True,
     ),
 )
-_FORWARD_PUBLISH = "publish_h(channel, masked(state[0], h_mask), tile, step + 2, T + 1, PLAN=PLAN)"
+_LAST = "    last = T * COUNT + 1\n"
 FORWARD = (
     Mutant(
         "forward publishes less than is polled",
         (Race, Deadlock),
-        kernel=(Change(_FORWARD_PUBLISH, f"channel = {_HALF}\n            {_FORWARD_PUBLISH}"),),
+        kernel=(Change("sync.publish(channel, (x,)", f"sync.publish({_HALF}, (x,)"),),
         always=True,
     ),
     Mutant(
         "forward does not take the last steps back",
         (Race,),
-        kernel=(Change(_FORWARD_PUBLISH, _FORWARD_PUBLISH.replace("T + 1", "T - 1")),),
+        kernel=(Change(_LAST, _LAST.replace("+ 1", "- 1")),),
         always=True,
     ),
 )
+_STAGE_BEFORE = "channel, given, exchanged + (COUNT - s), last"
 BACKWARD = (
     Mutant(
         "backward publishes less than is polled",
         (Deadlock,),
-        kernel=(Change("channel, rounded, step + 2,", "channel, rounded[1:], step + 2,"),),
+        kernel=(Change(_STAGE_BEFORE, _STAGE_BEFORE.replace("given", "given[1:]")),),
         always=True,
     ),
     Mutant(
         "backward does not take the last step back",
         (Race,),
-        kernel=(Change("rounded, step + 2, T + 1,", "rounded, step + 2, T,"),),
+        kernel=(Change(_LAST, _LAST.replace(" + 1", "")),),
         always=True,
     ),
 )
+
+# Mistakes between the stages of a cell.
+_FACTOR = "channel, factor, tile, exchanged + s, last"
+_RECEIVED = "tile,\n                exchanged + s, BODY"
+_PASSED = "exchanged + (COUNT - 1 - s),"
+STAGES = {
+    "scan_forward": (
+        Mutant(
+            "a stage publishes nothing",
+            (Deadlock,),
+            kernel=(
+                Change(
+                    "if PLAN.exchanged:\n                    publish_tile(",
+                    "if not PLAN.exchanged:\n                    publish_tile(",
+                ),
+            ),
+            always=True,
+        ),
+        Mutant(
+            "a stage publishes as the one before",
+            (Race, Deadlock),
+            kernel=(Change(_FACTOR, _FACTOR.replace("+ s", "")),),
+            always=True,
+        ),
+        Mutant(
+            "a stage receives what was published for the one before",
+            (Race, WrongResult),
+            kernel=(Change(_RECEIVED, _RECEIVED.replace("+ s", "")),),
+            always=True,
+        ),
+        Mutant(
+            "a stage publishes its values without a product's",
+            (WrongResult,),
+            kernel=(Change("factor = to_multiply(new,", "factor = to_multiply(state,"),),
+            always=True,
+        ),
+    ),
+    "scan_backward": (
+        Mutant(
+            "a stage's planes lie as those of another",
+            (Race, Deadlock),
+            kernel=(Change("BLOCK_K=PLAN.block_k, STAGE=s,", "BLOCK_K=PLAN.block_k, STAGE=0,"),),
+            always=True,
+        ),
+        Mutant(
+            "a stage passes back what another was given",
+            (Race, Deadlock, WrongResult),
+            kernel=(Change(_PASSED, "exchanged,"),),
+            always=True,
+        ),
+        Mutant(
+            "a stage's product passes nothing back",
+            (WrongResult,),
+            kernel=(Change("(d_values[0] + product,)", "(d_values[0],)"),),
+            always=True,
+        ),
+    ),
+    "launch": (
+        Mutant(
+            "the ring is laid out for the stages in another order",
+            (Race, Deadlock),
+            kernel=(Change("(stages[0], *stages[:0:-1])", "stages[::-1]"),),
+            always=True,
+        ),
+    ),
+}
 
 SYNC = (*ARRIVALS, *SLOTS, *POLLS)

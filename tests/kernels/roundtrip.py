@@ -15,6 +15,12 @@ import triton.language as tl
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.fragments import BLOCK, ROWS, lhs_operand
 
+
+@triton.constexpr_function
+def one_plane():
+    return (1,)
+
+
 BLOCK_H, SPLIT, AHEAD = 8, 8, 8
 
 
@@ -43,7 +49,7 @@ def exchange_kernel(
     batch = tl.program_id(1) * ROWS + rows
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     own_mask = (batch < B) & (units < H)
-    channel = sync.connect(exchange, units, PLANES=1, BLOCK_K=BLOCK_K)
+    channel = sync.connect(exchange, units, PLANES=one_plane(), BLOCK_K=BLOCK_K)
 
     # Rows beyond the batch are exchanged too, and units beyond H, as zeros.
     h0 = tl.load(h0_ptr + batch * H + units, mask=own_mask, other=0.0)
@@ -104,7 +110,7 @@ def exchange(
         programs=programs,
         steps=T + 1,
         chunks=chunks,
-        planes=1,
+        planes=(1,),
         block_b=16,
         block_h=BLOCK_H,
         block_k=16 * split,

@@ -4,10 +4,21 @@ The noise is drawn before the time loop, so backends on one device see the same 
 same seed. `tests/kernels/test_state_ops.py` runs them in the interpreter, `tests/gpu` on a device.
 """
 
+from functools import partial
+
 import torch
 
 import fusedrnn
+from fusedrnn import cells
 
+MODULES = {
+    "LSTM": fusedrnn.LSTM,
+    "GRU": fusedrnn.GRU,
+    "RNN": fusedrnn.RNN,
+    "projected": partial(fusedrnn.LSTM, proj_size=5),
+    "reset before": partial(fusedrnn.Recurrent, "gru_reset_before"),
+    "heads": partial(fusedrnn.LSTM, num_heads=3),
+}
 T, B, I, H = 6, 3, 5, 17
 OPTIONS = {
     "reset": {},
@@ -17,6 +28,7 @@ OPTIONS = {
     "expected_zoneout": {"zoneout": 0.3},
     "clip": {"clip_gradient": 0.05},
     "all": {"recurrent_dropout": 0.4, "zoneout": 0.3, "clip_gradient": 0.2},
+    "all but zoneout": {"recurrent_dropout": 0.4, "clip_gradient": 0.2},  # for projections
 }
 
 
@@ -30,18 +42,19 @@ def run(module, option, backend, dtype, batch_first, rows, device="cpu", H=H):
 
     torch.manual_seed(4)
     rnn = (
-        getattr(fusedrnn, module)(
+        MODULES[module](
             I, H, bidirectional=True, batch_first=batch_first, backend=backend, **OPTIONS[option]
         )
         .to(dtype)
         .to(device)
     )
     rnn.train(option != "expected_zoneout")
-    S = 2 if module == "LSTM" else 1
+    S = len(cells.get(rnn.mode.lower()).states)
+    widths = [rnn.proj_size or H, H][:S]
     input = draw(*((B, T) if batch_first else (T, B)), I).requires_grad_()
-    states = [draw(2, B, H).requires_grad_() for _ in range(S)]
-    fresh = [draw(2, 1, H).requires_grad_() for _ in range(S)]
-    resets = option in ("reset", "reset_state", "all")
+    states = [draw(2, B, width).requires_grad_() for width in widths]
+    fresh = [draw(2, 1, width).requires_grad_() for width in widths]
+    resets = option in ("reset", "reset_state", "all", "all but zoneout")
     arguments = {}
     if rows == "lengths":
         arguments["lengths"] = torch.tensor([T, 2, 4], device=device)
@@ -75,6 +88,7 @@ CASES = [
     for option in OPTIONS
     for batch_first, rows in ((False, "all"), (True, "lengths"), (False, "packed"))
     if not (rows == "packed" and option in ("reset", "reset_state", "all"))
+    and option != "all but zoneout"
 ]
 
 

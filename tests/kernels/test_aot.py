@@ -21,7 +21,7 @@ from fusedrnn.kernels.plan import PASSES
 
 ROOT = Path(__file__).parents[2]
 
-# Target, cell, pass, dtype, precision, H, B. Every schedule, cell, dtype and pass once at least.
+# Target, cell, pass, dtype, precision, H, B, P, heads. Every schedule, cell, dtype and pass once.
 SAMPLE = [
     ("sm_90", "lstm", "forward", "fp16", "tf32", 768, 16),
     ("sm_90", "lstm", "backward", "fp16", "tf32", 768, 16),
@@ -33,6 +33,9 @@ SAMPLE = [
     ("sm_90", "rnn_relu", "forward", "fp32", "ieee", 64, 16),
     ("sm_90", "lstm", "backward", "fp32", "ieee", 512, 64),
     ("sm_80", "lstm", "forward", "bf16", "tf32", 300, 20),
+    ("sm_90", "gru_reset_before", "forward", "bf16", "tf32", 512, 64),
+    ("sm_90", "lstm", "backward", "bf16", "tf32", 1024, 16, 320),  # a projection
+    ("sm_90", "gru", "forward", "fp32", "tf32", 512, 16, 0, 4),  # heads
 ]
 
 
@@ -92,7 +95,8 @@ MUTANTS = (
             ("    where,\n)", "    where,\n    zeros,\n)"),
             (
                 "    for step in range(T):\n",
-                "    x_next = zeros(G, w_ptr.dtype.element_ty, PLAN)\n    for step in range(T):\n",
+                "    x_next = zeros(G, x_gates_ptr.dtype.element_ty, PLAN)\n"
+                "    for step in range(T):\n",
             ),
             (f"        x_gates = {X_GATES}\n", "        x_gates = x_next\n"),
             (
@@ -212,9 +216,9 @@ def test_the_suite_has_every_kind():
 def row(job, B):
     return {
         "target": job.target, "cell": job.cell, "which": job.which, "dtype": job.dtype,
-        "precision": job.precision, "H": job.H, "B": B, "registers": 200, "spill": 0,
-        "wavefronts": 1100,
-        "ideal_wavefronts": 1000, "programs": 48, "launches": 2, "predicted_us": 2.5,
+        "precision": job.precision, "H": job.H, "P": job.P, "heads": job.heads, "B": B,
+        "registers": 200, "spill": 0, "wavefronts": 1100, "ideal_wavefronts": 1000,
+        "programs": 48, "launches": 2, "predicted_us": 2.5,
         "low_us": 2.0, "high_us": 3.0, "faults": ["bank conflicts: 9"] * (job.target == "sm_80"),
         "plan": {"schedule": job.plan.schedule, "block_b": 16, "block_h": 8},
     }  # fmt: skip
@@ -227,7 +231,7 @@ def test_a_page():
     assert f"Kernels: {aot.fingerprint()}" in lines
     assert len(lines) < 70
     assert any(line.startswith("| sm_90 |") and "| 1.10 | 1.25 | 0 |" in line for line in lines)
-    for named in aot.NAMED:
+    for named in (*aot.NAMED, *aot.STAGED):
         assert sum(line.startswith(f"| {named.name} |") for line in lines) == 2
     assert any("sm_80: bank conflicts" in line for line in lines)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 import triton.language as tl
 from loops import forward_and_backward
-from races import Detector
+from races import Detector, Race
 from scan_cases import Case
-from scheduler import cooperative
+from scheduler import Deadlock, cooperative
 
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch, sync
@@ -20,12 +22,19 @@ CASES = {  # and how many interleavings of each
         Case(REGISTRY["lstm"], T=4, B=3, H=20, D=2, lengths=(4, 2, 1), layout="packed"),
         2,
     ),
+    "reset before, ragged": (
+        Case(REGISTRY["gru_reset_before"], T=3, B=2, H=20, D=1, lengths=(2, 3)),
+        3,
+    ),
+    # The first stage waits only for those who own a part of h: nobody else need have come so far.
+    "projection": (Case(REGISTRY["lstm"], T=4, B=2, H=20, P=5, D=1), 2),
+    "heads": (Case(REGISTRY["gru"], T=3, B=2, H=40, heads=2, D=1), 2),
 }
 
 
-@pytest.fixture(autouse=True)
-def short_laps(monkeypatch):
-    monkeypatch.setattr(sync, "LAP", tl.constexpr(2))
+@pytest.fixture
+def lap(monkeypatch):
+    return lambda steps: monkeypatch.setattr(sync, "LAP", tl.constexpr(steps))
 
 
 def run(case: Case, seed: int | None) -> list[torch.Tensor]:
@@ -35,16 +44,26 @@ def run(case: Case, seed: int | None) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_interleavings_agree(name):
+def test_interleavings_agree(name, lap):
     case, seeds = CASES[name]
+    lap(4 if case.P else 2)
     first = run(case, 0)
     for seed in range(1, seeds):
         for a, b in zip(first, run(case, seed), strict=True):
             assert torch.equal(a, b), f"seed {seed}"
 
 
-def test_timeout_and_the_call_after_it(monkeypatch):
+def test_a_lap_of_two_steps_is_too_short_for_a_projection(lap):
+    """What the ring of real laps rests on: all have read what was exchanged a few steps ago."""
+    lap(2)
+    case, _ = CASES["projection"]
+    with pytest.raises((Race, Deadlock)):
+        deque((run(case, seed) for seed in range(12)), maxlen=0)
+
+
+def test_timeout_and_the_call_after_it(monkeypatch, lap):
     """Programs that run one after the other never meet: as on a GPU that cannot hold them all."""
+    lap(2)
     case, _ = CASES["rnn"]
     right = run(case, 0)
     outputs = []

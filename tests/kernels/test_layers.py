@@ -1,5 +1,8 @@
 """Whole modules through the interpreted kernels: every option that the modules offer."""
 
+import itertools
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,13 @@ OPTIONS = {
 @pytest.mark.parametrize("module", MODULES)
 def test_options(module, options, save, rows):
     assert_as_good_as_torch(Case(module, options=options, save=save, rows=rows), "cpu")
+
+
+@pytest.mark.parametrize("rows", ["all", "packed", "lengths"])
+@pytest.mark.parametrize("save", ["gates", "states"])
+def test_projection(save, rows):
+    options = {"proj_size": 3, "num_layers": 2, "bidirectional": True}
+    assert_as_good_as_torch(Case("LSTM", options=options, save=save, rows=rows), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -151,28 +161,37 @@ def test_nothing_is_saved_without_gradients():
         torch.testing.assert_close(rnn(input)[0], build_equal(rnn, input))
 
 
+COUNTED = {
+    **{name: getattr(fusedrnn, name) for name in MODULES},
+    "GRU, reset before": partial(fusedrnn.Recurrent, "gru_reset_before"),
+    "LSTM, projected to P": partial(fusedrnn.LSTM, proj_size=3),
+}
+
+
 @pytest.mark.parametrize("save", ["gates", "states"])
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", COUNTED)
 def test_numbers_kept_between_the_passes(module, save):
     """The table in kernels/README.md."""
     lines = (Path(__file__).parents[2] / "kernels" / "README.md").read_text().splitlines()
     (row,) = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {module} |")]
-    expected = int(row[1 + (save == "states")].removesuffix(" H"))
-    T, B, H = 6, 5, 7
-    rnn = getattr(fusedrnn, module)(5, H, bidirectional=True, backend="triton", save=save)
+    T, B, H, P = 6, 5, 7, 3
+    of_h, of_p = re.fullmatch(r"(\d)? ?H( \+ P)?", row[1 + (save == "states")]).groups()
+    expected = int(of_h or 1) * H + (P if of_p else 0)
+    rnn = COUNTED[module](5, H, bidirectional=True, backend="triton", save=save)
     input = torch.randn(T, B, 5, requires_grad=True)
     others = {t.data_ptr() for t in (input, *rnn.parameters())}
     kept = {}
 
     def note(tensor):
-        if tensor.data_ptr() not in others and tensor.shape[-2:] != (B, H):  # no initial states
+        initial = tensor.shape[-2:] in ((B, H), (B, P))
+        if tensor.data_ptr() not in others and not initial:
             kept[tensor.data_ptr()] = tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = rnn(input)
     del output
-    assert sum(kept.values()) == expected * T * B * 2 * H
+    assert sum(kept.values()) == expected * T * B * 2
 
 
 def build_equal(rnn, input):
@@ -197,17 +216,27 @@ def test_double_backward_and_compile():
         torch.testing.assert_close(compiled(torch.ones(T, 2, 5))[0], rnn(torch.ones(T, 2, 5))[0])
 
 
-@pytest.mark.parametrize("trained_from", [0, 1])
-@pytest.mark.parametrize("save", ["gates", "states"])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_opcheck(cell, save, trained_from):
+@pytest.mark.parametrize(
+    ("cell", "save", "trained_from", "sizes"),
+    [
+        *(("lstm", save, first, {}) for save in ("gates", "states") for first in (0, 1)),
+        ("gru", "gates", 0, {}),
+        ("gru", "states", 1, {}),
+        ("rnn_tanh", "gates", 1, {}),
+        ("gru_reset_before", "gates", 0, {}),
+        ("lstm", "states", 0, {"proj_size": 3}),
+        ("gru", "gates", 1, {"num_heads": 7}),
+    ],
+)
+def test_opcheck(cell, save, trained_from, sizes):
     """Of two layers in two directions, with dropout between them."""
     spec = Spec(cell, 5, 7, 2, dropout=0.5, bidirectional=True, backend="triton", save=save)
-    spec = spec._replace(trained_from=trained_from)
-    state = [torch.randn(4, 3, 7) for _ in widths(spec)]
+    spec = spec._replace(trained_from=trained_from, **sizes)
+    state = [torch.randn(4, 3, width) for width in widths(spec)]
     weights = [torch.randn(shape) for shape in weight_shapes(spec)]
     operands = [torch.randn(4, 3, 5), *state, *weights]
-    masks = Masks(layers=(LayerMasks(), LayerMasks(dropout=torch.rand(4, 3, 14) < 0.5))).flat()
+    between = torch.rand(4, 3, 2 * widths(spec)[0]) < 0.5
+    masks = Masks(layers=(LayerMasks(), LayerMasks(dropout=between))).flat()
     torch.library.opcheck(torch.ops.fusedrnn.stack, (operands, masks, *spec))
     output, *rest = torch.ops.fusedrnn.stack(operands, masks, *spec)
     final, kept = rest[: len(state)], rest[len(state) :]
@@ -215,18 +244,21 @@ def test_opcheck(cell, save, trained_from):
     torch.library.opcheck(torch.ops.fusedrnn.stack_backward, arguments)
 
 
-@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
-@pytest.mark.parametrize("save", ["gates", "states"])
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    ("module", "save", "value"),
+    [
+        *itertools.product(MODULES, ("gates", "states"), (float("-inf"), float("nan"))),
+        ("GRU, reset before", "states", float("nan")),
+        ("LSTM, projected to P", "gates", float("nan")),
+    ],
+)
 def test_padding_reaches_nothing(module, save, value):
     """As tests/test_beyond_lengths.py, for the kernels: input, upstream gradient, and the state of
     a row without steps."""
-    options = {"num_layers": 2, "bidirectional": True}
-    case = Case(module, T=5, options=options)
-    rnn = build(case, fusedrnn, torch.float32, "cpu", backend="triton", save=save)
+    rnn = COUNTED[module](5, 7, 2, bidirectional=True, backend="triton", save=save)
     lengths = torch.tensor([2, 5, 0])
     over = torch.arange(5)[:, None] >= lengths
-    states = [torch.randn(4, 3, 7) for _ in range(2 if module == "LSTM" else 1)]
+    states = [torch.randn(4, 3, width) for width in widths(rnn._spec())]
 
     def run(filling):
         input = torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(1))
@@ -235,7 +267,7 @@ def test_padding_reaches_nothing(module, save, value):
         for s in hx:
             s[:, 2] = filling
         leaves = [t.requires_grad_() for t in (input, *hx)]
-        output, _ = rnn(input, tuple(hx) if module == "LSTM" else hx[0], lengths=lengths)
+        output, _ = rnn(input, tuple(hx) if len(hx) > 1 else hx[0], lengths=lengths)
         cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
         cotangent[over] = filling
         return [output, *torch.autograd.grad(output, [*leaves, *rnn.parameters()], cotangent)]

@@ -88,10 +88,8 @@ def test_every_plan_fits(capability, multiprocessors):
         assert 1 <= plan.prefetch <= plan.chunks, told
         # No launch has more programs than run at the same time, and each launch does something.
         assert plan.batch_per_launch % plan.block_b == 0, told
-        assert 1 <= plan.directions_per_launch <= D, told
-        grid = (
-            owners * plan.directions_per_launch * -(-min(B, plan.batch_per_launch) // plan.block_b)
-        )
+        assert 1 <= plan.lanes_per_launch <= D, told
+        grid = owners * plan.lanes_per_launch * -(-min(B, plan.batch_per_launch) // plan.block_b)
         assert grid <= multiprocessors * plan.programs_per_sm, told
         # Of two programs on a multiprocessor, each has half of its 65,536 registers.
         assert plan.programs_per_sm * plan.num_warps * 32 * 256 <= 65536, told
@@ -115,7 +113,7 @@ def test_a_measurement_is_believed_instead_of_the_estimate():
         plan = plan_scan(
             LSTM, "forward", torch.bfloat16, B=1, H=512, D=1, device=H200, step_times=times
         )
-        assert replace(plan, batch_per_launch=None, directions_per_launch=None) == fastest
+        assert replace(plan, batch_per_launch=None, lanes_per_launch=None) == fastest
 
 
 def test_the_cheapest_candidate_is_chosen():
@@ -167,7 +165,7 @@ def test_batch_decides_between_few_kernels():
         replace(
             plan_scan(LSTM, "forward", torch.bfloat16, B=B, H=512, D=1, device=H200),
             batch_per_launch=None,
-            directions_per_launch=None,
+            lanes_per_launch=None,
         )
         for B in range(1, 2000)
     }
@@ -185,9 +183,9 @@ def test_units_beyond_16_for_each_multiprocessor():
 
 def test_two_directions_share_a_launch_where_they_fit():
     one = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=512, D=2, device=H200)
-    assert one.directions_per_launch == 2
+    assert one.lanes_per_launch == 2
     two = plan_scan(LSTM, "forward", torch.bfloat16, B=16, H=1500, D=2, device=H200)
-    assert two.directions_per_launch == 1
+    assert two.lanes_per_launch == 1
 
 
 def test_interpreter_runs_everything_resident():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import triton.language as tl
 from exchange import expected
 from loops import forward_and_backward
-from mutants import BACKWARD, CALLER, FORWARD, MATMUL, SYNC, Mutant, WrongResult
+from mutants import BACKWARD, CALLER, FORWARD, MATMUL, STAGES, SYNC, Mutant, WrongResult
 from mutation import mutated
 from races import Detector, Race
 from scan_cases import Case
@@ -91,26 +92,28 @@ def test_mistakes_of_a_caller(mutant, lap, tmp_path):
 
 
 CASE = Case(REGISTRY["rnn_tanh"], T=7, B=2, H=20, D=1)
+STAGED = Case(REGISTRY["gru_reset_before"], T=4, B=2, H=20, D=1)
 
 
-@pytest.fixture(scope="module")
-def answers():
+@functools.cache
+def answers(case: Case):
     with cooperative(0):
-        return forward_and_backward(CASE)
+        return forward_and_backward(case)
 
 
 @pytest.fixture
-def compare(answers, monkeypatch):
+def compare(monkeypatch):
     """Runs the loops, with little patience, and raises WrongResult."""
-    monkeypatch.setattr(sync, "spin_limit", lambda device: 300)
 
-    def run():
+    def run(case: Case = CASE):
         for (name, ours), (_, right) in zip(
-            forward_and_backward(CASE).named(), answers.named(), strict=True
+            forward_and_backward(case).named(), right_answers[case].named(), strict=True
         ):
             if not torch.allclose(ours, right, atol=1e-6):
                 raise WrongResult(name)
 
+    right_answers = {case: answers(case) for case in (CASE, STAGED)}
+    monkeypatch.setattr(sync, "spin_limit", lambda device: 300)
     yield run
     launch._error_word(torch.device("cpu")).zero_()  # a mutant may have been stopped half-way
 
@@ -124,17 +127,30 @@ def test_mistakes_in_sync_under_the_loops(mutant, broken_sync, compare):
 LOOPS = {"matmul": MATMUL, "scan_forward": FORWARD, "scan_backward": BACKWARD}
 
 
-@pytest.mark.parametrize(
-    ("name", "mutant"),
-    [pytest.param(name, m, id=str(m)) for name, mutants in LOOPS.items() for m in mutants],
-)
+def each(mutants):
+    return [pytest.param(name, m, id=str(m)) for name, found in mutants.items() for m in found]
+
+
+@pytest.mark.parametrize(("name", "mutant"), each(LOOPS))
 def test_mistakes_in_the_loops(name, mutant, compare, lap, tmp_path, monkeypatch):
+    put_in_place(name, mutant, lap, tmp_path, monkeypatch)
+    hunt(mutant, compare, ALWAYS_SEEDS[:1])
+
+
+@pytest.mark.parametrize(("name", "mutant"), each(STAGES))
+def test_mistakes_between_stages(name, mutant, compare, lap, tmp_path, monkeypatch):
+    put_in_place(name, mutant, lap, tmp_path, monkeypatch)
+    hunt(mutant, lambda: compare(STAGED), ALWAYS_SEEDS[:1])
+
+
+def put_in_place(name, mutant, lap, tmp_path, monkeypatch) -> None:
     lap(mutant.lap)
     module = mutated(SYNC_PATH.with_name(f"{name}.py"), tmp_path, *mutant.kernel)
-    if name == "matmul":
+    if name == "launch":
+        monkeypatch.setattr(launch, "_launch", module._launch)
+    elif name == "matmul":
         for loop in ("scan_forward", "scan_backward"):  # as the package calls its functions, too
             loop = importlib.import_module(f"fusedrnn.kernels.{loop}")
             monkeypatch.setattr(loop, "recurrent_matmul", module.recurrent_matmul)
     else:
         monkeypatch.setattr(launch, f"{name}_kernel", getattr(module, f"{name}_kernel"))
-    hunt(mutant, compare, ALWAYS_SEEDS[:1])

@@ -1,10 +1,12 @@
 """The two time loops against a float64 loop and against torch.nn, in the interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scan_cases import Case, assert_close, kernels, loop, problem
 
-from fusedrnn.cells import REGISTRY, Cell
+from fusedrnn.cells import REGISTRY, Cell, Linear, Stage
 from fusedrnn.cells.vocabulary import sigmoid, tanh
 
 CELLS = sorted(REGISTRY)
@@ -32,13 +34,17 @@ def peephole_backward(d_state, saved, prev, new, params):
 # A cell that the registry has not: it has parameters, and nothing in the loops knows it.
 PEEPHOLE = Cell(
     name="coupled_peephole",
-    gates=("i", "g"),
     states=("h", "c"),
-    saved=("i", "g"),
-    params=("w",),
-    forward=peephole_forward,
-    backward=peephole_backward,
-    additive=True,
+    stages=(
+        Stage(
+            Linear(("i", "g")),
+            peephole_forward,
+            peephole_backward,
+            additive=True,
+            saved=("i", "g"),
+            params=("w",),
+        ),
+    ),
 )
 
 
@@ -107,3 +113,24 @@ def test_saturated(cell):
 @pytest.mark.parametrize("save", ["gates", "states"])
 def test_parameters_have_gradients(save):
     check(Case(PEEPHOLE, T=3, B=20, lengths=(1, 2, 3, 3) * 5, save=save))
+
+
+STAGED = {
+    "projection": Case(REGISTRY["lstm"], P=5),
+    "projection, one unit": Case(REGISTRY["lstm"], H=2, P=1, D=1),
+    "projection, fp16": Case(REGISTRY["lstm"], P=12, dtype=torch.float16),
+    "reset before, one unit": Case(REGISTRY["gru_reset_before"], H=1, D=1),
+    "lstm, 2 heads": Case(REGISTRY["lstm"], H=18, heads=2),
+    "gru, 3 heads of 1": Case(REGISTRY["gru"], H=3, heads=3, D=1),
+    "gru, bf16": Case(REGISTRY["gru"], H=16, heads=4, dtype=torch.bfloat16),
+    "reset before, 2 heads": Case(REGISTRY["gru_reset_before"], H=10, heads=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("save", "layout"), [("gates", "time_first"), ("states", "batch_first"), ("gates", "packed")]
+)
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_and_heads(name, save, layout):
+    lengths = (4, 4, 3, 1, 1) if layout == "packed" else (2, 4, 1, 3, 4)
+    check(replace(STAGED[name], lengths=lengths, save=save, layout=layout))

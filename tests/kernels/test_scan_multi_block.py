@@ -63,5 +63,32 @@ def test_several_launches():
     """A grid for two rows of one direction, so four launches for three rows of two."""
     check(
         Case(REGISTRY["gru"], **RAGGED),
-        replace(MULTI_BLOCK, batch_per_launch=2, directions_per_launch=1),
+        replace(MULTI_BLOCK, batch_per_launch=2, lanes_per_launch=1),
     )
+
+
+ONE_CHUNK = replace(MULTI_BLOCK, chunks=1, resident=1)
+STAGED = {
+    "projection": (Case(REGISTRY["lstm"], P=5, **RAGGED), MULTI_BLOCK),
+    "projection, fp16": (Case(REGISTRY["lstm"], P=18, dtype=torch.float16, **EVEN), MULTI_BLOCK),
+    "projection, streamed": (
+        Case(REGISTRY["lstm"], P=5, **EVEN),
+        replace(MULTI_BLOCK, schedule="streamed", resident=1),
+    ),
+    "lstm, heads": (Case(REGISTRY["lstm"], heads=2, **RAGGED), ONE_CHUNK),
+    "gru, heads": (Case(REGISTRY["gru"], heads=2, **EVEN), ONE_CHUNK),
+    "heads in several launches": (
+        Case(REGISTRY["gru"], heads=2, T=2, B=2, H=20),
+        replace(ONE_CHUNK, lanes_per_launch=3),
+    ),
+    "reset before, heads": (Case(REGISTRY["gru_reset_before"], heads=2, **EVEN), ONE_CHUNK),
+    "reset before, streamed": (
+        Case(REGISTRY["gru_reset_before"], **EVEN),
+        replace(MULTI_BLOCK, schedule="streamed", resident=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_and_heads(name):
+    check(*STAGED[name])

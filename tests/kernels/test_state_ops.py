@@ -17,7 +17,19 @@ def test_as_the_reference(module, option, batch_first, rows):
     assert_as_the_reference(module, option, batch_first, rows)
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o != "expected_zoneout"])
+STAGED = {"projected": (17, "all but zoneout"), "reset before": (17, "all"), "heads": (18, "all")}
+
+
+@pytest.mark.parametrize(("batch_first", "rows"), [(False, "all"), (True, "lengths")])
+@pytest.mark.parametrize("module", STAGED)
+def test_stages_as_the_reference(module, batch_first, rows):
+    H, option = STAGED[module]
+    assert_as_the_reference(module, option, batch_first, rows, H=H)
+
+
+@pytest.mark.parametrize(
+    "option", [o for o in OPTIONS if o not in ("expected_zoneout", "all but zoneout")]
+)
 def test_the_option_matters(option):
     """What the comparison above would miss if neither backend did anything."""
     with_it = run("GRU", option, "triton", torch.float32, False, "all")
@@ -28,13 +40,13 @@ def test_the_option_matters(option):
     assert any(not torch.allclose(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("module", ["LSTM", "GRU"])
+@pytest.mark.parametrize("module", ["LSTM", "GRU", "reset before"])
 def test_spread_over_programs(module, monkeypatch):
     """What a program hands on is what the next step reads: already reset, already masked."""
     plan = Plan("multi_block", 16, 8, 16, chunks=2, resident=2, split_k=1, num_warps=1)
     expected = run(module, "all", "triton", torch.float32, True, "lengths")
     for module_of_plans in (kernels, launch):
-        monkeypatch.setattr(module_of_plans, "plan_for", lambda *arguments: plan)
+        monkeypatch.setattr(module_of_plans, "plan_for", lambda *_, **__: plan)
     with cooperative(3):
         spread = run(module, "all", "triton", torch.float32, True, "lengths")
     for ours, other in zip(spread, expected, strict=True):

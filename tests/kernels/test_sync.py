@@ -99,7 +99,7 @@ def relay_kernel(
     at = other + tl.arange(0, LENGTH)[None, :]
     ring, signal, error, _, _, spin_limit = exchange
     anchor = sync.layout_of_loads(ring, at)
-    channel = sync.Channel(ring, signal, error, spin_limit, own, at, anchor)
+    channel = sync.Channel(ring, signal, error, spin_limit, (own,), at, anchor)
     sync.publish(channel, (tl.load(x_ptr + own),), 1, 1, SLOT=2 * N, BLOCK_K=0)
     slot_ptr = ring + sync.slot(1) * 2 * N
     WARPS: tl.constexpr = N // LENGTH // 32
@@ -126,7 +126,7 @@ def test_every_bit_pattern_arrives(dtype, pairwise):
             programs=2,
             steps=1,
             chunks=1,
-            planes=1,
+            planes=(1,),
             block_b=16,
             block_h=len(x) // 32,
             block_k=len(x) // 16,
@@ -244,7 +244,7 @@ SIZES = {
     "programs": 5,
     "steps": 7,
     "chunks": 2,
-    "planes": 3,
+    "planes": (3,),
     "block_b": 16,
     "block_h": 8,
     "block_k": 32,

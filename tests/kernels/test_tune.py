@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fusedrnn.cells import REGISTRY
+from fusedrnn.cells import REGISTRY, get
 from fusedrnn.kernels import launch, tune
 from fusedrnn.kernels.plan import INTERPRETER, Device, Plan, candidates, plan_scan
 
@@ -92,7 +92,7 @@ def test_only_grids_that_fit_are_measured(H):
     seen = []
     times(lambda plan: float(not seen.append(plan)), H=H, D=2)
     found = candidates(LSTM, "forward", torch.bfloat16, H, H100, "tf32")
-    at_once = {plan: tune._directions_at_once(plan, H, 2, H100) for plan in found}
+    at_once = {plan: tune._lanes_at_once(plan, H, 2, H100) for plan in found}
     assert seen == [plan for plan in found if at_once[plan]]
     for plan in seen:
         grid = (-(-H // plan.block_h), 1, at_once[plan])
@@ -101,13 +101,16 @@ def test_only_grids_that_fit_are_measured(H):
 
 
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
-@pytest.mark.parametrize("cell", sorted(REGISTRY))
-def test_the_measurement_itself_runs(cell, pass_, monkeypatch):
+@pytest.mark.parametrize(
+    ("cell", "P", "lanes"),
+    [*((cell, 0, 2) for cell in sorted(REGISTRY)), ("lstm", 5, 1), ("gru", 0, 4)],
+)
+def test_the_measurement_itself_runs(cell, P, lanes, pass_, monkeypatch):
     monkeypatch.setattr(tune, "REPEATS", 1)
-    (plan,) = candidates(REGISTRY[cell], pass_, torch.float32, 16, INTERPRETER, "ieee")
-    cpu = torch.device("cpu")
+    whole, cpu = get(cell, projected=P > 0), torch.device("cpu")
+    (plan,) = candidates(whole, pass_, torch.float32, 16, INTERPRETER, "ieee", P)
     microseconds = tune._measure(
-        PASSES, REGISTRY[cell], pass_, torch.float32, 16, 2, cpu, INTERPRETER, "ieee", plan, steps=2
+        PASSES, whole, pass_, torch.float32, 16, P, lanes, cpu, INTERPRETER, "ieee", plan, steps=2
     )
     assert microseconds > 0
 

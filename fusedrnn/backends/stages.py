@@ -1,0 +1,75 @@
+"""What the stages of a cell share out among them, and their products in torch's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrnn.call import Weights
+from fusedrnn.cells import Cell, Projection
+
+
+def shared_out(cell: Cell, attribute: str, parts: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """`parts`, one for each of the cell's "gates", "saved" or "params", by stage."""
+    shares, first = [], 0
+    for stage in cell.stages:
+        count = len(getattr(stage, attribute))
+        shares.append(tuple(parts[first : first + count]))
+        first += count
+    return shares
+
+
+def stage_weights(cell: Cell, weights: Weights) -> list[tuple[Tensor, Tensor | None]]:
+    """W and b of every stage's product: rows of weight_hh (in every head) and of bias_hh."""
+    if len(cell.stages) == 1:
+        return [(weights.w_hh, weights.b_hh)]
+    found, first = [], 0
+    for stage in cell.stages:
+        if isinstance(stage.receives, Projection):
+            assert weights.w_hr is not None
+            found.append((weights.w_hr, None))
+            continue
+        rows = weights.w_hh.shape[-2] // len(cell.gates)
+        part = weights.w_hh[..., first * rows : (first + len(stage.gates)) * rows, :]
+        bias = weights.b_hh
+        if bias is not None:
+            units = len(bias) // len(cell.gates)
+            bias = bias[first * units : (first + len(stage.gates)) * units]
+        found.append((part, bias))
+        first += len(stage.gates)
+    return found
+
+
+def product(h: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple[Tensor, ...]:
+    """The `count` sums [*, units] that a stage receives, of h [*, K] with W: [count * units, K], or
+    [heads, count * units / heads, K / heads], whose heads see their own part of h alone."""
+    if weight.dim() == 2:
+        return F.linear(h, weight, bias).chunk(count, dim=-1)
+    blocks = weight.unflatten(1, (count, -1))
+    sums = torch.einsum("...hk,hguk->...ghu", h.unflatten(-1, (len(weight), -1)), blocks)
+    sums = sums.flatten(-2)
+    if bias is not None:
+        sums = sums + bias.view(count, -1)
+    return sums.unbind(-2)
+
+
+def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: list[Tensor], heads: int) -> Tensor:
+    """The gradient of weight_hh, from that of all gates [N, G, H], and what the stages multiplied,
+    [N, K] each: one large product a stage."""
+    parts, first = [], 0
+    for stage, factor in zip(cell.stages, factors, strict=True):
+        if not stage.gates:
+            continue
+        d_gates = dh_gates[:, first : first + len(stage.gates)]
+        first += len(stage.gates)
+        if heads == 1:
+            parts.append(d_gates.flatten(1).T @ factor)
+            continue
+        d_gates = d_gates.unflatten(-1, (heads, -1)).permute(2, 1, 3, 0)  # head, gate, unit, N
+        factor = factor.unflatten(-1, (heads, -1)).transpose(0, 1)
+        parts.append(d_gates.flatten(1, 2) @ factor)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
