@@ -82,7 +82,7 @@ def width(H: int, P: int, heads: int) -> str:
 class Job:
     target: str
     cell: str
-    which: str
+    pass_: str
     save: str
     dtype: str
     precision: str
@@ -97,7 +97,7 @@ class Job:
         chunks = f"{p.resident}/{p.chunks}x{p.block_k}/{p.split_k} +{p.prefetch}"
         tile = f"{p.block_b}x{p.block_h} {chunks}"
         return " ".join(
-            [self.target, self.cell, self.which, self.save, self.dtype, self.precision]
+            [self.target, self.cell, self.pass_, self.save, self.dtype, self.precision]
             + [
                 width(self.H, self.P, self.heads),
                 p.schedule,
@@ -117,7 +117,7 @@ def arguments(job: Job) -> dict[str, Any]:
     D = 1 if job.plain else 2
     P = job.P or job.H
     recompute = job.save == "states" and K > 0
-    backward = job.which == "backward"
+    backward = job.pass_ == "backward"
     return {
         **dict.fromkeys(("x_gates_ptr", "output_ptr"), sequence),
         "w_ptrs": ((sequence,) * D,) * stages,
@@ -142,7 +142,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "d_reset_state_ptrs": (),
         "bodies": tuple(bind(s.backward if backward else s.forward) for s in cell.stages),
         "forward_bodies": tuple(bind(s.forward) for s in cell.stages if recompute),
-        "STAGES": stage_sizes(cell, job.which, job.H // job.heads, P // job.heads),
+        "STAGES": stage_sizes(cell, job.pass_, job.H // job.heads, P // job.heads),
         "KEPT": G if recompute else K,
         "G": G,
         "H": job.H,
@@ -157,7 +157,7 @@ def arguments(job: Job) -> dict[str, Any]:
 def trips(job: Job) -> int:
     """To L2 in a step: what the stages load together."""
     cell, plan, heads = get(job.cell, projected=job.P > 0), job.plan, job.heads
-    stages = stage_sizes(cell, job.which, job.H // heads, (job.P or job.H) // heads)
+    stages = stage_sizes(cell, job.pass_, job.H // heads, (job.P or job.H) // heads)
     chunks = [-(-stage.k // plan.block_k) for stage in stages]
     return sum(-(-count // plan.prefetch) for count in chunks)
 
@@ -170,7 +170,7 @@ def require_compiler() -> None:
 
 def compile_job(job: Job):
     """The compiled kernel."""
-    kernel = scan_forward_kernel if job.which == "forward" else scan_backward_kernel
+    kernel = scan_forward_kernel if job.pass_ == "forward" else scan_backward_kernel
     values = arguments(job)
     signature, constants, attributes = {}, {}, {}
     exchange = kernel.arg_names.index("exchange")
@@ -239,7 +239,7 @@ def faults(job: Job, ptx: str, sass: str, reading: Reading) -> list[str]:
         reading = replace(reading, early=())
     found = gate(reading, job.target)
     plan, device = job.plan, TARGETS[job.target]
-    most = min(device.shared_per_program, plan.shared_bytes(REGISTRY[job.cell], job.which))
+    most = min(device.shared_per_program, plan.shared_bytes(REGISTRY[job.cell], job.pass_))
     if reading.shared > most:
         found.append(f"shared memory {reading.shared} > {most}, planned or of the device")
     if not reading.products:
@@ -327,7 +327,7 @@ STAGED = (
 
 
 def planned(
-    target: str, cell: str, which: str, dtype: str, precision: str, H: int, B: int, P: int = 0,
+    target: str, cell: str, pass_: str, dtype: str, precision: str, H: int, B: int, P: int = 0,
     heads: int = 1,
 ) -> Job:  # fmt: skip
     """What the planner chooses for a layer.
@@ -336,22 +336,22 @@ def planned(
         ValueError: there is no plan.
     """
     plan = plan_scan(
-        get(cell, projected=P > 0), which, DTYPES[dtype], B=B, H=H // heads, P=P, D=heads,
+        get(cell, projected=P > 0), pass_, DTYPES[dtype], B=B, H=H // heads, P=P, D=heads,
         device=TARGETS[target], input_precision=precision,
     )  # fmt: skip
-    return Job(target, cell, which, "gates", dtype, precision, H, plan, True, P, heads)
+    return Job(target, cell, pass_, "gates", dtype, precision, H, plan, True, P, heads)
 
 
 def _of(
     target, cells, dtypes, hidden, precision="tf32", batches=BATCHES, plain=True, save="gates"
 ) -> Iterator[Job]:
     """A job for every plan of these."""
-    for cell, which, dtype, H, B in itertools.product(cells, PASSES, dtypes, hidden, batches):
+    for cell, pass_, dtype, H, B in itertools.product(cells, PASSES, dtypes, hidden, batches):
         try:
-            job = planned(target, cell, which, dtype, precision, H, B)
+            job = planned(target, cell, pass_, dtype, precision, H, B)
         except ValueError:  # test_plan.py says where that may happen
             continue
-        yield replace(job, plain=plain, save=save if which == "backward" else "gates")
+        yield replace(job, plain=plain, save=save if pass_ == "backward" else "gates")
 
 
 def jobs() -> list[tuple[Job, int | None]]:
@@ -375,11 +375,11 @@ def jobs() -> list[tuple[Job, int | None]]:
         for job in _of(MADE_FOR, [named.cell], [named.dtype], [named.H], batches=[named.B]):
             add(job, named.B)
     everything = {"plain": False, "save": "states"}
-    for named, which in itertools.product(STAGED, PASSES):
+    for named, pass_ in itertools.product(STAGED, PASSES):
         cell, dtype, H, B, P, heads = named
-        job = planned(MADE_FOR, cell, which, dtype, "tf32", H, B, P, heads)
+        job = planned(MADE_FOR, cell, pass_, dtype, "tf32", H, B, P, heads)
         add(job, B)
-        add(replace(job, plain=False, save="states" if which == "backward" else "gates"))
+        add(replace(job, plain=False, save="states" if pass_ == "backward" else "gates"))
     for cells, dtypes, hidden, options in (
         (["lstm"], ["bf16"], HIDDEN, {}), (["lstm"], ["fp32"], SOME, {}),
         (["gru"], ["bf16"], SOME, {}), (["gru", "rnn_tanh"], ["bf16"], FEW, {}),
@@ -393,7 +393,7 @@ def jobs() -> list[tuple[Job, int | None]]:
         if target != MADE_FOR:
             dtypes = ["bf16", "fp32"] if target in MOST_WAVEFRONTS else ["bf16"]
             for job in _of(target, ["lstm"], dtypes, (300, 1536)):
-                add(job, kind=(target, job.which, job.dtype, job.plan.schedule))
+                add(job, kind=(target, job.pass_, job.dtype, job.plan.schedule))
     return list(found.values())
 
 
@@ -454,12 +454,12 @@ def page(results: list[dict], version: str) -> str:
         "| layer | pass | schedule | tile | programs | launches | us | low | high |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    layers = {(*(r[field] for field in Named._fields), r["which"]): r for r in results if r["B"]}
-    for named, which in itertools.product((*NAMED, *STAGED), PASSES):
-        r = layers[(*named, which)]
+    layers = {(*(r[field] for field in Named._fields), r["pass_"]): r for r in results if r["B"]}
+    for named, pass_ in itertools.product((*NAMED, *STAGED), PASSES):
+        r = layers[(*named, pass_)]
         p = r["plan"]
         lines.append(
-            f"| {named.name} | {which} | {p['schedule']} | {p['block_b']} x {p['block_h']} "
+            f"| {named.name} | {pass_} | {p['schedule']} | {p['block_b']} x {p['block_h']} "
             f"| {r['programs']} | {r['launches']} | {r['predicted_us']:.2f} "
             f"| {r['low_us']:.2f} | {r['high_us']:.2f} |"
         )
@@ -490,19 +490,19 @@ Candidate = tuple[Named, str, Plan]
 def every_candidate(device: Device) -> list[Candidate]:
     """Layer, pass and plan, as it is placed on the device."""
     return [
-        (layer, which, fitting[0])
+        (layer, pass_, fitting[0])
         for layer in NAMED
-        for which in PASSES
+        for pass_ in PASSES
         for plan in candidates(
-            REGISTRY[layer.cell], which, DTYPES[layer.dtype], layer.H, device, "tf32"
+            REGISTRY[layer.cell], pass_, DTYPES[layer.dtype], layer.H, device, "tf32"
         )
         if (fitting := placed(plan, layer.H, 1, layer.B, device)) is not None
     ]
 
 
-def predicted_us(layer: Named, which: str, plan: Plan) -> float:
+def predicted_us(layer: Named, pass_: str, plan: Plan) -> float:
     """Of a step of the whole batch, by the meter."""
-    job = Job(MADE_FOR, layer.cell, which, "gates", layer.dtype, "tf32", layer.H, plan, plain=True)
+    job = Job(MADE_FOR, layer.cell, pass_, "gates", layer.dtype, "tf32", layer.H, plan, plain=True)
     return compile_and_read(job, layer.B, load_parameters())[1].predicted_us
 
 
@@ -514,18 +514,18 @@ def rank(timed: Iterable[tuple[Candidate, float | str]], device: Device) -> list
     """
     lines = ["| layer | pass | plan | estimated clocks | us |", "|---|---|---|---|---|"]
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for (layer, which, plan), us in timed:
+    for (layer, pass_, plan), us in timed:
         item = ITEM_SIZE[DTYPES[layer.dtype]]
         _, launches, programs = placed(plan, layer.H, 1, layer.B, device)
         clocks = launches * cycles(
-            plan, REGISTRY[layer.cell], which, item, layer.H, "tf32" if item == 4 else "16-bit",
+            plan, REGISTRY[layer.cell], pass_, item, layer.H, "tf32" if item == 4 else "16-bit",
             programs, device,
         )  # fmt: skip
         shown = us if isinstance(us, str) else f"{us:.2f}"
         at = f"{plan.schedule} {plan.block_h}/{plan.split_k}"
-        lines.append(f"| {layer.name} | {which} | {at} | {clocks:.0f} | {shown} |")
+        lines.append(f"| {layer.name} | {pass_} | {at} | {clocks:.0f} | {shown} |")
         if not isinstance(us, str):
-            found.setdefault((layer.name, which), []).append((clocks, us))
+            found.setdefault((layer.name, pass_), []).append((clocks, us))
     both = np.array([pair for group in found.values() for pair in group])
     if len(both) < 3:
         return lines

@@ -2,7 +2,7 @@
 and other projects.
 
 A `Problem` has weights, several sets of inputs, and the answer in float64. A backend is a function
-`build(name, problem, which, device) -> Runner`; `Runner.run(i)` computes input set i once. All do
+`build(name, problem, pass_, device) -> Runner`; `Runner.run(i)` computes input set i once. All do
 equal work: the input product included, gradients for the input and for every parameter, none of
 them accumulated. `refuses(name, shape, device)` says why one is left out.
 """
@@ -256,40 +256,40 @@ def _external_refuses(name: str, shape: Shape, device: Device) -> str | None:
     return None
 
 
-def build(name: str, problem: Problem, which: str, device: Device) -> Runner:
-    """The runner of a backend; `which` is forward, training or inference."""
+def build(name: str, problem: Problem, pass_: str, device: Device) -> Runner:
+    """The runner of a backend; `pass_` is forward, training or inference."""
     if name in GRAPHED:
-        return _graphed(build(GRAPHED[name], problem, which, device), problem, device)
+        return _graphed(build(GRAPHED[name], problem, pass_, device), problem, device)
     if name == "torch_nn":
         module = problem.torch_module()
-        return _runner(Stepwise(module) if problem.shape.resets else module, problem, which)
+        return _runner(Stepwise(module) if problem.shape.resets else module, problem, pass_)
     if name == "reference_compile":
         module = CompiledLoop(problem.module(), problem.shape.cell, device.compiles)
-        runner = _runner(module, problem, which)
+        runner = _runner(module, problem, pass_)
         return _graphed(runner, problem, device) if device.has_graphs else runner
     if name.startswith("flashrnn"):
         fused = "cuda_fused" if name == "flashrnn" else "cuda"
-        return _runner(FlashRNN(problem, fused), problem, which, named=False)
+        return _runner(FlashRNN(problem, fused), problem, pass_, named=False)
     if name == "haste":
-        return _runner(Haste(problem), problem, which, named=False)
+        return _runner(Haste(problem), problem, pass_, named=False)
     module = problem.module()
     forced, _, option = name.partition("_")
     if forced != "auto":
         module.backend = forced
     if option == "states":
         module.save = "states"
-    runner = _runner(module, problem, which)
+    runner = _runner(module, problem, pass_)
     runner.ran_on = forced
     if forced == "auto":
         given = problem.inputs[0]
-        with torch.set_grad_enabled(which != "inference"):
+        with torch.set_grad_enabled(pass_ != "inference"):
             runner.ran_on = explain(module, given.input, as_hx(given.hx), reset=given.reset).backend
     return runner
 
 
-def _runner(module: nn.Module, problem: Problem, which: str, named: bool = True) -> Runner:
+def _runner(module: nn.Module, problem: Problem, pass_: str, named: bool = True) -> Runner:
     """`named`: the parameters are those of torch.nn, and their gradients can be compared."""
-    module.train(which != "inference")
+    module.train(pass_ != "inference")
     parameters = list(module.parameters())
     names = state_names(problem.shape)
     given = [
@@ -315,10 +315,10 @@ def _runner(module: nn.Module, problem: Problem, which: str, named: bool = True)
         )
         return *results, *gradients
 
-    if which == "training":
+    if pass_ == "training":
         own = [name for name, _ in module.named_parameters()] if named else []
         names = (*names, *grad_names(own))
-    run = {"inference": inference, "forward": forward, "training": training}[which]
+    run = {"inference": inference, "forward": forward, "training": training}[pass_]
     return Runner(run, names)
 
 

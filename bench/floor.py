@@ -115,7 +115,7 @@ def launch_seconds(device: Device, count: int = 200) -> float:
     return device.best_seconds(device.graph(several)) / count
 
 
-def step_seconds(device: Device, layer: Named, which: str, plan: Plan, steps: int = STEPS) -> float:
+def step_seconds(device: Device, layer: Named, pass_: str, plan: Plan, steps: int = STEPS) -> float:
     """Seconds of a step of the time loop of one layer, without the products around it."""
     from fusedrnn.kernels.launch import check, scan_backward, scan_forward
 
@@ -131,7 +131,7 @@ def step_seconds(device: Device, layer: Named, which: str, plan: Plan, steps: in
 
     def call(n: int):
         x_gates, options = runs[n]
-        if which == "forward":
+        if pass_ == "forward":
             return scan_forward(cell, x_gates, weights, state, plan=plan, **options)
         output, _, saved, states, _ = kept[n]
         return scan_backward(
@@ -142,7 +142,7 @@ def step_seconds(device: Device, layer: Named, which: str, plan: Plan, steps: in
     for n in (steps, 2 * steps):
         rows = Rows(n, B, B, 1)
         runs[n] = (draw(n * B, 1, G, H), {"rows": rows, "save": "gates", "input_precision": "tf32"})
-        if which == "backward":
+        if pass_ == "backward":
             kept[n] = scan_forward(cell, runs[n][0], weights, state, **runs[n][1])
     call(steps)
     check(device.torch)  # a launch that timed out would be timed

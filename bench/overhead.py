@@ -53,10 +53,10 @@ def measure(repeats: int) -> list[dict]:
     launch.scan_forward_kernel = launch.scan_backward_kernel = Stub()
     rows, x = [], torch.randn(T, B, H)
     try:
-        for which in ("inference", "forward"):
+        for pass_ in ("inference", "forward"):
             for directions in (1, 2):
                 row = {
-                    "call": f"lstm float32 T={T} B={B} I={H} H={H}", "pass": which,
+                    "call": f"lstm float32 T={T} B={B} I={H} H={H}", "pass": pass_,
                     "directions": directions, "layers": LAYERS,
                     "triton_us": [], "aten_us": [], "torch_nn_us": [],
                 }  # fmt: skip
@@ -69,7 +69,7 @@ def measure(repeats: int) -> list[dict]:
                     }
                     modules["triton"].backend, modules["aten"].backend = "triton", "aten"
                     calls = {name: functools.partial(m, x) for name, m in modules.items()}
-                    with torch.set_grad_enabled(which == "forward"):
+                    with torch.set_grad_enabled(pass_ == "forward"):
                         best_us(calls, 3)
                         found = best_us(calls, repeats)
                     for name, value in found.items():

@@ -90,13 +90,13 @@ def summary(rows: list[dict]) -> list[str]:
     lines = head("", "pass", "points", "torch's own kernels", "geometric mean", "faster", "slower",
                  UNCLEAR, "slowest")  # fmt: skip
     for title, belongs in GROUPS:
-        for which in shapes.PASSES:
-            apart, same = split(r for r in rows if r["pass"] == which and belongs(of_row(r)))
+        for pass_ in shapes.PASSES:
+            apart, same = split(r for r in rows if r["pass"] == pass_ and belongs(of_row(r)))
             if apart:
                 mean = geometric_mean([r["ratio"] for r in apart] + [1.0] * len(same))
                 slowest = figure(min(apart, key=lambda r: r["ratio"]))
                 counts = (count(apart, said) for said in ("faster", "slower", UNCLEAR))
-                lines.append(line(title, PASS_NAMES[which], len(apart) + len(same), len(same),
+                lines.append(line(title, PASS_NAMES[pass_], len(apart) + len(same), len(same),
                                   f"**{mean:.2f}x**", *counts, slowest))  # fmt: skip
     return lines if len(lines) > 2 else ["Nothing but torch's own kernels ran."]
 
@@ -235,10 +235,10 @@ def planes(rows: list[dict]) -> dict[str, str]:
         if plain and in_grid(replace(s, T=shapes.PLANE_T)):
             found.setdefault((s.cell, s.dtype, row["pass"], s.T), {})[s.B, s.H] = row
     return {
-        f"map-{cell}-{dtype}-{which}-T{T}": heat_map(
-            f"speed-up, {cell} {dtype}, T={T}, {which}\nblue: faster, white: {UNCLEAR}", at
+        f"map-{cell}-{dtype}-{pass_}-T{T}": heat_map(
+            f"speed-up, {cell} {dtype}, T={T}, {pass_}\nblue: faster, white: {UNCLEAR}", at
         )
-        for (cell, dtype, which, T), at in sorted(found.items())
+        for (cell, dtype, pass_, T), at in sorted(found.items())
         if len(at) >= max(6, 0.6 * len({b for b, _ in at}) * len({h for _, h in at}))
     }
 
@@ -247,16 +247,16 @@ def cost_curves(rows: list[dict]) -> dict[str, str]:
     """Time of a call as T, B, H and layers grow, one dimension varied at a time."""
     index = {(of_row(r).key, r["pass"], r["backend"]): r["ms"] for r in rows if r["ms"]}
     drawn = {}
-    for (base, along), which in itertools.product(
+    for (base, along), pass_ in itertools.product(
         ((shapes.GPU_BASE, shapes.GPU_CURVES), (shapes.CPU_BASE, shapes.CPU_CURVES)),
         ("training", "inference"),
     ):
         drawing = Figure((0.5 + 2.6 * len(along), 3), layout="constrained")
-        drawing.suptitle(f"ms of a call, {PASS_NAMES[which]}; {describe(base)}", fontsize=9)
+        drawing.suptitle(f"ms of a call, {PASS_NAMES[pass_]}; {describe(base)}", fontsize=9)
         for axes, axis in zip(drawing.subplots(1, len(along)), along, strict=True):
             for backend, (name, colour) in SERIES.items():
                 of = {s.key: getattr(s, axis) for s in shapes.curve(base, axis, along[axis])}
-                at = [(x, index.get((key, which, backend))) for key, x in of.items()]
+                at = [(x, index.get((key, pass_, backend))) for key, x in of.items()]
                 at = [point for point in at if point[1]]
                 if len(at) > 2:  # torch.nn's is wide: both show where they coincide
                     width = 4 if backend == "torch_nn" else 1.5
@@ -266,7 +266,7 @@ def cost_curves(rows: list[dict]) -> dict[str, str]:
             axes.minorticks_off()
         if any(axes.lines for axes in drawing.axes):
             drawing.axes[0].legend(fontsize=7)
-            drawn[f"cost-{which}"] = svg(drawing)
+            drawn[f"cost-{pass_}"] = svg(drawing)
     return drawn
 
 

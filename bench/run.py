@@ -152,8 +152,8 @@ def newest_rows(runs: list[dict]) -> list[dict]:
     for run in runs:
         fresh: dict[tuple[str, str], dict[str, dict]] = {}
         for row in run["rows"]:
-            key, which, backend = row_key(row)
-            fresh.setdefault((key, which), {})[backend] = row
+            key, pass_, backend = row_key(row)
+            fresh.setdefault((key, pass_), {})[backend] = row
         merged |= fresh
     return [row for rows in merged.values() for row in rows.values()]
 
@@ -186,7 +186,7 @@ class BrokenDevice(RuntimeError):
 
 
 def measure(
-    point: Point, which: str, device: Device, effort: Effort, problems: dict[str, Problem]
+    point: Point, pass_: str, device: Device, effort: Effort, problems: dict[str, Problem]
 ) -> tuple[list[dict], dict[str, str]]:
     """The rows of a point in one pass, and why backends were left out.
 
@@ -215,13 +215,13 @@ def measure(
         why = backends.refuses(name, shape, device)
         if name == "triton" and "auto" in runners and runners["auto"].ran_on == "triton":
             why = why or "auto takes it already"
-        if name == "reference_compile" and which == "forward":
+        if name == "reference_compile" and pass_ == "forward":
             why = "its forward pass is timed in training and in inference; compiling takes long"
         if why is not None:
             left_out[name] = why
             continue
         rows[name] = row = {
-            **shape.fields(), "tier": point.tier, "pass": which, "backend": name,
+            **shape.fields(), "tier": point.tier, "pass": pass_, "backend": name,
             **dict.fromkeys(FIELDS),
         }  # fmt: skip
         try:
@@ -231,7 +231,7 @@ def measure(
                 )
             problem = problems[shape.key]
             start = time.perf_counter()
-            runner = backends.build(name, problem, which, device)
+            runner = backends.build(name, problem, pass_, device)
             results = runner.run(0)
             device.synchronize()
             row["first_call_s"] = round(time.perf_counter() - start, 4)
@@ -305,9 +305,9 @@ def first_call(point: Point, device_type: str = "cuda") -> str:
         device = pick_device(device_type)
         set_precision(point.shape.dtype)
         problem = Problem(point.shape, device.torch, sets=1, gradients=False)
-        for name, which in itertools.product(point.backends, point.passes):
+        for name, pass_ in itertools.product(point.backends, point.passes):
             if not backends.refuses(name, point.shape, device):
-                backends.build(name, problem, which, device).run(0)
+                backends.build(name, problem, pass_, device).run(0)
         device.synchronize()
     except Exception as failure:  # the run will meet it again, and record it in its row
         return f"{point.shape.key}: {describe(failure)}"
@@ -375,10 +375,10 @@ def run(
                 results["stopped"] = "the budget was spent"
                 break
             problems = {}
-            for which in point.passes:
-                if (point.shape.key, which) in done or now() - start > budget:
+            for pass_ in point.passes:
+                if (point.shape.key, pass_) in done or now() - start > budget:
                     continue
-                rows, left_out = measure(point, which, device, effort, problems)
+                rows, left_out = measure(point, pass_, device, effort, problems)
                 results["rows"] += rows
                 for name, why in left_out.items():
                     line = f"{name}: {why}"
@@ -466,7 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
     started, precompiled = time.monotonic(), None
     if cuda:
         done = {row_key(row)[:2] for row in before["rows"]} if before else set()
-        left = [p for p in points if any((p.shape.key, which) not in done for which in p.passes)]
+        left = [p for p in points if any((p.shape.key, pass_) not in done for pass_ in p.passes)]
         precompiled = ahead(first_call, first_calls(left), budget / 4)
         print(f"compiled ahead: {precompiled}", flush=True)
     # What lives until the end is not looked through by every collection of garbage.

@@ -139,7 +139,7 @@ def steps_in(shape: Shape) -> int:
     return sum(length_list(shape.lengths, shape.T, shape.B))
 
 
-def floor_ms(shape: Shape, which: str, limits: dict | None) -> float | None:
+def floor_ms(shape: Shape, pass_: str, limits: dict | None) -> float | None:
     """What a call takes at least by a machine's `limits` (bench/floor.py): one launch, and the
     longest of its matrix products at the full rate, of moving inputs, weights and outputs once,
     and of its time steps, layer after layer, at a round trip each. A backward pass has twice the
@@ -147,7 +147,7 @@ def floor_ms(shape: Shape, which: str, limits: dict | None) -> float | None:
     if not limits or shape.dtype not in limits["flops"]:
         return None
     D, G, H = shape.directions, shape.gates, shape.H
-    rows, passes = steps_in(shape), 2 if which == "training" else 1
+    rows, passes = steps_in(shape), 2 if pass_ == "training" else 1
     width = shape.I + (shape.layers - 1) * D * H + shape.layers * H
     flops = 2.0 * rows * D * G * H * width * (2 * passes - 1)
     moved = passes * (4 if "fp32" in shape.dtype else 2)

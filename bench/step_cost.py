@@ -557,15 +557,15 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
     jobs, H, B = [], options.hidden, options.batch
     try:
-        for which in [options.passes] if options.passes else PASSES:
+        for pass_ in [options.passes] if options.passes else PASSES:
             job = aot.planned(
-                options.target, options.cell, which, options.dtype, options.precision, H, B
+                options.target, options.cell, pass_, options.dtype, options.precision, H, B
             )
             plans = [job.plan]
             if options.every_plan:
                 device = aot.TARGETS[options.target]
                 every = candidates(
-                    REGISTRY[job.cell], which, aot.DTYPES[job.dtype], H, device, job.precision
+                    REGISTRY[job.cell], pass_, aot.DTYPES[job.dtype], H, device, job.precision
                 )
                 plans = [fit[0] for plan in every if (fit := placed(plan, H, 1, B, device))]
             jobs += [replace(job, plan=plan) for plan in plans]
@@ -575,7 +575,7 @@ def main(arguments: list[str] | None = None) -> int:
     assumed, rows, faults = load_parameters(capability=options.target), [], []
     for job in jobs:
         p, dtype = job.plan, job.precision if job.dtype == "fp32" else job.dtype
-        name = f"{job.cell}_{dtype}_{H}_{B}-{job.which}-" + (
+        name = f"{job.cell}_{dtype}_{H}_{B}-{job.pass_}-" + (
             f"{p.block_b}x{p.block_h}k{p.block_k}s{p.split_k}r{p.resident}a{p.prefetch}w{p.num_warps}"
         )
         _, reading = aot.compile_and_read(job, B, assumed)

@@ -5,7 +5,7 @@ from bench.run import FIELDS
 from bench.timing import STRETCHES
 
 
-def rows_of(shape, which="training", tier="planes", **times):
+def rows_of(shape, pass_="training", tier="planes", **times):
     """A row for each backend: of its milliseconds, alike in every call, of its samples in seconds,
     or (None) of a wrong result."""
     samples = {
@@ -14,7 +14,7 @@ def rows_of(shape, which="training", tier="planes", **times):
     }
     rows = []
     for backend, own in samples.items():
-        row = {**shape.fields(), "tier": tier, "pass": which, "backend": backend}
+        row = {**shape.fields(), "tier": tier, "pass": pass_, "backend": backend}
         row |= dict.fromkeys(FIELDS)
         row |= {"ran_on": "triton" if backend == "auto" else backend, "first_call_s": 0.5}
         if own is None:

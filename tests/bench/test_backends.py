@@ -22,15 +22,15 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.key)
-def test_everyone_computes_the_same(shape, which, gpu):
+def test_everyone_computes_the_same(shape, pass_, gpu):
     for n, name in enumerate(backends.WHAT):
         if backends.refuses(name, shape, gpu):
             assert name != "torch_nn"
             continue
-        problem = Problem(shape, "cpu", sets=2, gradients=which == "training")
-        runner = backends.build(name, problem, which, gpu)
+        problem = Problem(shape, "cpu", sets=2, gradients=pass_ == "training")
+        runner = backends.build(name, problem, pass_, gpu)
         results = runner.run(0)
         assert set(runner.names) == set(problem.answer())
         error, where = deviation(runner, results, problem.answer())

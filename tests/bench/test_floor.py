@@ -44,7 +44,7 @@ def test_what_fails_is_named_and_a_broken_device_ends_it(monkeypatch):
     for name, value in (("copy_rate", 4e12), ("l2_rate", 9e12), ("launch_seconds", 2e-6)):
         monkeypatch.setattr(floor, name, lambda *a, value=value: value)
     monkeypatch.setattr(floor, "matmul_rate", failing)
-    monkeypatch.setattr(floor, "step_seconds", lambda d, layer, which, plan: 1e-8 * layer.H)
+    monkeypatch.setattr(floor, "step_seconds", lambda d, layer, pass_, plan: 1e-8 * layer.H)
     monkeypatch.setattr("fusedrnn.kernels.launch.device_of", lambda device: GPU)
     limits = floor.measure(Clock())
     assert limits["failed"] == {"bf16": "RuntimeError: no such product"}
@@ -137,7 +137,7 @@ def test_both_measurements_extend_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(floor, "pick_device", lambda wanted: Clock())
     monkeypatch.setattr(floor, "measure", lambda device: {"flops": {}})
     monkeypatch.setattr(floor, "ahead", lambda function, items, seconds: {"planned": len(items)})
-    monkeypatch.setattr(floor, "step_seconds", lambda d, layer, which, plan: 1e-6 * plan.block_h)
+    monkeypatch.setattr(floor, "step_seconds", lambda d, layer, pass_, plan: 1e-6 * plan.block_h)
     monkeypatch.setattr("fusedrnn.kernels.launch.device_of", lambda device: GPU)
     assert floor.main(["--out", str(path)]) == 0
     assert floor.main(["--out", str(path), "--calibrate", "75"]) == 0

@@ -180,9 +180,9 @@ def by_backend(rows):
     return {row["backend"]: row for row in rows}
 
 
-@pytest.mark.parametrize("which", ["forward", "training", "inference"])
-def test_a_good_point(gpu, which):
-    rows, left_out = measure(POINT, which, gpu, Effort(), {})
+@pytest.mark.parametrize("pass_", ["forward", "training", "inference"])
+def test_a_good_point(gpu, pass_):
+    rows, left_out = measure(POINT, pass_, gpu, Effort(), {})
     assert not left_out
     rows = by_backend(rows)
     assert list(rows) == ["torch_nn", "auto", "reference"]
@@ -299,8 +299,8 @@ def test_a_point_is_drawn_and_answered_once(gpu, monkeypatch):
     problem = run.Problem
     monkeypatch.setattr(run, "Problem", lambda *a, **k: drawn.append(problem(*a, **k)) or drawn[-1])
     problems = {}
-    for which in ("forward", "training", "inference"):
-        rows, _ = measure(POINT, which, gpu, Effort(), problems)
+    for pass_ in ("forward", "training", "inference"):
+        rows, _ = measure(POINT, pass_, gpu, Effort(), problems)
         assert not [row["error"] for row in rows if row["error"]]
     assert len(drawn) == 1
     assert "d_input" in drawn[0].answer()

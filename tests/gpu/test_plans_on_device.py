@@ -23,11 +23,11 @@ def moved(p: Problem, device: str) -> Problem:
     )  # fmt: skip
 
 
-def launchable(which: str, case: Case, device: torch.device) -> list[Plan]:
+def launchable(pass_: str, case: Case, device: torch.device) -> list[Plan]:
     """The candidates whose grid fits the device, cut into launches that do."""
     properties = device_of(device)
     plans = []
-    for plan in candidates(case.cell, which, case.dtype, case.H, properties, "ieee"):
+    for plan in candidates(case.cell, pass_, case.dtype, case.H, properties, "ieee"):
         if plan.exchanged:
             owners = -(-case.H // plan.block_h)
             groups = properties.multiprocessors * plan.programs_per_sm // owners
@@ -62,7 +62,7 @@ def check(case: Case, pairs) -> None:
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_every_candidate(cell, dtype, H):
     case = Case(REGISTRY[cell], T=5, B=20, H=H, D=1, dtype=dtype)
-    forward, backward = (launchable(which, case, torch.device("cuda", 0)) for which in PASSES)
+    forward, backward = (launchable(pass_, case, torch.device("cuda", 0)) for pass_ in PASSES)
     assert forward
     assert backward
     count = max(len(forward), len(backward))
@@ -76,5 +76,5 @@ def test_every_candidate(cell, dtype, H):
 def test_many_laps(dtype):
     """Past the end of the ring, where the first slots are used again."""
     case = Case(REGISTRY["lstm"], T=2 * sync.LAP.value + 20, B=20, H=512, D=1, dtype=dtype)
-    plans = [launchable(which, case, torch.device("cuda", 0)) for which in PASSES]
+    plans = [launchable(pass_, case, torch.device("cuda", 0)) for pass_ in PASSES]
     check(case, [tuple(next(p for p in found if p.exchanged) for found in plans)])

@@ -204,8 +204,8 @@ def test_the_suite_has_every_kind():
     assert {job.target for job in jobs} == set(aot.TARGETS)
     made_for = [job for job in jobs if job.target == aot.MADE_FOR]
     for cell, hidden in (("lstm", aot.HIDDEN), ("gru", aot.SOME)):
-        for which in PASSES:
-            mine = [j for j in made_for if (j.cell, j.which, j.dtype) == (cell, which, "bf16")]
+        for pass_ in PASSES:
+            mine = [j for j in made_for if (j.cell, j.pass_, j.dtype) == (cell, pass_, "bf16")]
             assert {j.H for j in mine} >= set(hidden)
     assert {job.plan.schedule for job in made_for} == {"multi_block", "streamed"}
     assert len({job.key() for job in made_for}) == len(set(made_for))
@@ -215,7 +215,7 @@ def test_the_suite_has_every_kind():
 
 def row(job, B):
     return {
-        "target": job.target, "cell": job.cell, "which": job.which, "dtype": job.dtype,
+        "target": job.target, "cell": job.cell, "pass_": job.pass_, "dtype": job.dtype,
         "precision": job.precision, "H": job.H, "P": job.P, "heads": job.heads, "B": B,
         "registers": 200, "spill": 0, "wavefronts": 1100, "ideal_wavefronts": 1000,
         "programs": 48, "launches": 2, "predicted_us": 2.5,
