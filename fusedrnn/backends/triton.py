@@ -261,7 +261,6 @@ def _layer_backward(
     if recompute and len(cell.stages) > 1 and states is not None:
         stored += states.unbind(2)
     prev = [_previous(s, operands, index, rows, reset) for index, s in enumerate(stored)]
-    over = None
     if rows.lengths is not None and rows.offsets is None:
         # The gradients of steps that do not exist are 0, but 0 * inf is NaN in the products.
         over = packing.rows_over(rows, rows.lengths)
