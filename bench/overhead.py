@@ -2,9 +2,11 @@
 
     python -m bench.overhead --out FILE    into a results file, made or extended
 
-On a GPU this time passes before a launch, and is hidden only behind launches before it. Beside it
-is, for the same calls, `backend="aten"` and torch.nn itself, with what they compute. Each is the
-best of many calls on one thread, all taking turns: what else runs on a machine only adds.
+On a GPU this time passes before a launch, and is hidden only behind launches before it. The plan,
+and the memory through which programs exchange, are those of an H100; Triton's own part of a launch
+is left out. Beside it is, for the same calls, `backend="aten"` and torch.nn itself, with what they
+compute. Each is the best of many calls on one thread, all taking turns: what else runs on a machine
+only adds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from bench.run import begin, load, save
 from bench.timing import Device
 
 LAYERS = (1, 2, 4)
-T, B, H = 2, 2, 16
+PASSES = ("inference", "forward", "step")  # a step: forward and backward
+T, B, H = 2, 2, 64
 
 
 class Stub:
@@ -44,16 +47,24 @@ def best_us(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return best
 
 
+def step(module: torch.nn.Module, x: torch.Tensor) -> None:
+    """A training step without an optimizer."""
+    output = module(x)[0]
+    output.backward(torch.ones_like(output))
+
+
 def measure(repeats: int) -> list[dict]:
     """A row for each pass and number of directions; lists are by LAYERS."""
     import fusedrnn
+    from bench.aot import TARGETS
     from fusedrnn.kernels import launch
 
+    device_of, launch.device_of = launch.device_of, lambda device: TARGETS["sm_90"]
     kernels = launch.scan_forward_kernel, launch.scan_backward_kernel
     launch.scan_forward_kernel = launch.scan_backward_kernel = Stub()
     rows, x = [], torch.randn(T, B, H)
     try:
-        for pass_ in ("inference", "forward"):
+        for pass_ in PASSES:
             for directions in (1, 2):
                 row = {
                     "call": f"lstm float32 T={T} B={B} I={H} H={H}", "pass": pass_,
@@ -68,8 +79,9 @@ def measure(repeats: int) -> list[dict]:
                         "torch_nn": torch.nn.LSTM(H, H, **options),
                     }
                     modules["triton"].backend, modules["aten"].backend = "triton", "aten"
-                    calls = {name: functools.partial(m, x) for name, m in modules.items()}
-                    with torch.set_grad_enabled(pass_ == "forward"):
+                    call = step if pass_ == "step" else torch.nn.Module.__call__
+                    calls = {name: functools.partial(call, m, x) for name, m in modules.items()}
+                    with torch.set_grad_enabled(pass_ != "inference"):
                         best_us(calls, 3)
                         found = best_us(calls, repeats)
                     for name, value in found.items():
@@ -77,6 +89,7 @@ def measure(repeats: int) -> list[dict]:
                 rows.append(row)
     finally:
         launch.scan_forward_kernel, launch.scan_backward_kernel = kernels
+        launch.device_of = device_of
     return rows
 
 

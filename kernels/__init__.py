@@ -8,6 +8,10 @@ from fusedrnn.kernels.launch import (
     refusal,
     scan_backward,
     scan_forward,
+    workspaces,
 )
 
-__all__ = ["Rows", "StateOps", "check", "plan_for", "refusal", "scan_backward", "scan_forward"]
+__all__ = [
+    "Rows", "StateOps", "check", "plan_for", "refusal", "scan_backward", "scan_forward",
+    "workspaces",
+]  # fmt: skip

@@ -2,8 +2,12 @@
 
 import contextlib
 import functools
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.call import Weights
@@ -15,7 +19,6 @@ from fusedrnn.kernels.plan import (
     PASSES,
     Device,
     Plan,
-    StageSizes,
     plan_scan,
     stage_sizes,
 )
@@ -35,6 +38,7 @@ def scan_forward(
     cell: Cell, x_gates: Tensor, directions: list[Weights], state: tuple[Tensor, ...], *,
     rows: Rows, save: str | None, input_precision: str, heads: int = 1,
     state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None,
+    exchanges: Iterator[sync.Exchange] | None = None, final: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Runs a layer's time loop, all directions, in one launch.
 
@@ -49,6 +53,8 @@ def scan_forward(
         heads: of a direction, see `fusedrnn.call.Weights`.
         state_ops: resets, zoneout and the like.
         plan: tiling; by default the one that `plan_scan` makes for the device.
+        exchanges: of `workspaces`, for this plan; by default of this layer alone.
+        final: where the final states go, contiguous; by default to new tensors.
     Returns:
         output [N, D, P] (0 where a padded row is over), the S final states,
         saved [N, D, K, H], states [N, D, S - 1, H] and published [N, D, stages - 1, H] (what every
@@ -70,7 +76,8 @@ def scan_forward(
     if plan is None:
         plan = plan_for(cell, "forward", x_gates, rows.B, H, D, input_precision, P=P, heads=heads)
     output = x_gates.new_empty(N, D, P)
-    final = tuple([torch.empty_like(s) for s in state])
+    if final is None:
+        final = tuple([torch.empty_like(s) for s in state])
     saved = states = published = None
     if save == "gates" and cell.saved:
         saved = x_gates.new_empty(N, D, len(cell.saved), H)
@@ -80,13 +87,12 @@ def scan_forward(
         states = x_gates.new_empty(N, D, len(state) - 1, H)
     biases = tuple([w.b_hh.contiguous() for w in directions if w.b_hh is not None])
     _launch(
-        scan_forward_kernel, plan, rows, stage_sizes(cell, "forward", H // heads, P // heads),
+        scan_forward_kernel, cell, plan, rows, (D, H, P, heads), input_precision, exchanges,
         like=x_gates, x_gates_ptr=x_gates,
         w_ptrs=_matrices(cell, directions, heads, transposed=False), b_hh_ptrs=biases or None,
         param_ptrs=_params(directions), state_ptrs=state, output_ptr=output, final_ptrs=final,
         saved_ptr=saved, published_ptr=published, states_ptr=states, ops=state_ops,
-        bodies=tuple([bind(stage.forward) for stage in cell.stages]),
-        G=G, H=H, P=P, D=D, HEADS=heads, PRECISION=input_precision,
+        bodies=_bodies(cell, "forward"),
     )  # fmt: skip
     return output, final, saved, states, published
 
@@ -97,6 +103,7 @@ def scan_backward(
     saved_or_gates: Tensor | tuple[Tensor, Tensor] | None, *,
     rows: Rows, save: str, input_precision: str, heads: int = 1,
     state_ops: StateOps = NO_STATE_OPS, plan: Plan | None = None,
+    exchanges: Iterator[sync.Exchange] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:  # fmt: skip
     """Runs a layer's time loop backward, all directions, in one launch.
 
@@ -151,17 +158,16 @@ def scan_backward(
     )
     d_projected = torch.empty_like(output) if directions[0].w_hr is not None else None
     _launch(
-        scan_backward_kernel, plan, rows, stage_sizes(cell, "backward", H // heads, P // heads),
+        scan_backward_kernel, cell, plan, rows, (D, H, P, heads), input_precision, exchanges,
         like=d_output, d_output_ptr=d_output, d_final_ptrs=d_final,
         w_ptrs=_matrices(cell, directions, heads, transposed=True),
         param_ptrs=_params(directions), state_ptrs=state, output_ptr=output, states_ptr=states,
-        kept_ptrs=tuple(tensor for _, tensor in kept),
+        kept_ptrs=tuple([tensor for _, tensor in kept]),
         dx_gates_ptr=dx_gates, dh_gates_ptr=None if cell.additive else dh_gates,
         d_projected_ptr=d_projected, d_state_ptrs=d_state[:S], d_param_ptrs=d_params,
         d_reset_state_ptrs=d_state[S:], ops=state_ops,
-        forward_bodies=tuple([bind(stage.forward) for stage in cell.stages if recompute]),
-        bodies=tuple([bind(stage.backward) for stage in cell.stages]), KEPT=planes,
-        G=G, H=H, P=P, D=D, HEADS=heads, PRECISION=input_precision,
+        forward_bodies=_bodies(cell, "forward") if recompute else (),
+        bodies=_bodies(cell, "backward"), KEPT=planes,
     )  # fmt: skip
     return dx_gates, dh_gates, d_state, tuple(d.sum(0) for d in d_params), d_projected
 
@@ -176,84 +182,113 @@ def check(device: torch.device | str = "cuda") -> None:
     _raise_if_timed_out(_error_word(device))
 
 
+def workspaces(
+    cell: Cell, plan: Plan, pass_: str, rows: Rows, like: Tensor, *,
+    H: int, D: int, P: int, heads: int, layers: int,
+) -> Iterator[sync.Exchange]:  # fmt: skip
+    """What so many layers of one pass exchange through, for each of their launches in turn."""
+    if not plan.exchanged:
+        return iter(())
+    parts = _parts(plan, rows.B, H // heads, D * heads)
+    stages = stage_sizes(cell, pass_, H // heads, P // heads)
+    # What is published for each stage, in turn: backward, for the last one after the first.
+    turns = stages if pass_ == "forward" else (stages[0], *stages[:0:-1])
+    programs, *tiles_and_lanes = parts[0][0]
+    return sync.workspaces(
+        layers * len(parts), groups=math.prod(tiles_and_lanes), programs=programs,
+        planes=[stage.planes for stage in turns],
+        steps=rows.T * len(stages) + 1,  # h_0 is published too
+        chunks=plan.chunks, block_b=plan.block_b, block_h=plan.block_h, block_k=plan.block_k,
+        dtype=like.dtype, device=like.device, error=_error_word(like.device),
+    )  # fmt: skip
+
+
 def _launch(
-    kernel, plan: Plan, rows: Rows, stages: tuple[StageSizes, ...], *, like: Tensor, **arguments
-) -> None:
+    kernel, cell: Cell, plan: Plan, rows: Rows, sizes: tuple[int, int, int, int], precision: str,
+    exchanges: Iterator[sync.Exchange] | None, *, like: Tensor, **arguments,
+) -> None:  # fmt: skip
     """Launches `kernel`: once, or for one part of the batch and the lanes after the other.
 
     Args:
+        sizes: D, H, P and heads.
         like: a tensor of the sequence's dtype and device.
     """
-    device = like.device
-    lanes, H = arguments["D"] * arguments["HEADS"], arguments["H"] // arguments["HEADS"]
-    # What is published for each stage, in turn: backward, for the last one after the first.
-    turns = stages if kernel is scan_forward_kernel else (stages[0], *stages[:0:-1])
-    planes = [stage.planes for stage in turns]
+    device, (D, H, P, heads) = like.device, sizes
+    pass_ = "forward" if kernel is scan_forward_kernel else "backward"
     error = _error_word(device)
     _raise_if_timed_out(error)
-    step_b, step_lane = plan.batch_per_launch or max(rows.B, 1), plan.lanes_per_launch or lanes
+    constants = _constants(cell, plan, pass_, sizes, precision, device_of(device))
+    if exchanges is None:
+        exchanges = workspaces(cell, plan, pass_, rows, like, H=H, D=D, P=P, heads=heads, layers=1)
     # Triton launches on the current device and its stream, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for first_lane in range(0, lanes, step_lane):
-            for first_b in range(0, rows.B, step_b):
-                grid = (
-                    -(
-                        -H // plan.block_h
-                    ),  # not triton.cdiv, which binds its arguments at every call
-                    -(-min(step_b, rows.B - first_b) // plan.block_b),
-                    min(step_lane, lanes - first_lane),
-                )
-                exchange = None
-                if plan.exchanged:
-                    _check_grid(grid, plan, device)
-                    exchange = sync.workspace(
-                        groups=grid[1] * grid[2], programs=grid[0], planes=planes,
-                        steps=rows.T * len(stages) + 1,  # h_0 is published too
-                        chunks=plan.chunks, block_b=plan.block_b, block_h=plan.block_h,
-                        block_k=plan.block_k, dtype=like.dtype, device=device, error=error,
-                    )  # fmt: skip
-                compiled = kernel[grid](
-                    **arguments, exchange=exchange, offsets_ptr=rows.offsets,
-                    lengths_ptr=rows.lengths, T=rows.T, B=rows.B, first_b=first_b,
-                    first_lane=first_lane, stride_t=rows.stride_t, stride_b=rows.stride_b,
-                    STAGES=stages, PLAN=_of_kernel(plan),
-                    **plan.options(device_of(device)),
-                )  # fmt: skip
-                if plan.exchanged and compiled is not None:  # None: interpreted
-                    layout.check(compiled)
+        for grid, first_b, first_lane in _parts(plan, rows.B, H // heads, D * heads):
+            if plan.exchanged:
+                _check_grid(grid, plan, device)
+            compiled = kernel[grid](
+                **arguments, exchange=next(exchanges, None), offsets_ptr=rows.offsets,
+                lengths_ptr=rows.lengths, T=rows.T, B=rows.B, first_b=first_b,
+                first_lane=first_lane, stride_t=rows.stride_t, stride_b=rows.stride_b, **constants,
+            )  # fmt: skip
+            if plan.exchanged and compiled is not None:  # None: interpreted
+                layout.check(compiled)
     if device.type != "cuda":
         _raise_if_timed_out(error)
 
 
+@functools.lru_cache(maxsize=4096)
+def _parts(
+    plan: Plan, B: int, H: int, lanes: int
+) -> tuple[tuple[tuple[int, int, int], int, int], ...]:
+    """Of each launch, the grid, the first element of the batch, and the first lane; the first
+    launch is the largest."""
+    step_b, step_lane = plan.batch_per_launch or max(B, 1), plan.lanes_per_launch or lanes
+    owners = -(-H // plan.block_h)
+    return tuple(
+        ((owners, -(-min(step_b, B - b) // plan.block_b), min(step_lane, lanes - lane)), b, lane)
+        for lane in range(0, lanes, step_lane)
+        for b in range(0, B, step_b)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(
+    cell: Cell, plan: Plan, pass_: str, sizes: tuple[int, int, int, int], precision: str,
+    device: Device,
+) -> dict[str, Any]:  # fmt: skip
+    """What a kernel is compiled for, and the compiler's options."""
+    D, H, P, heads = sizes
+    return {
+        "STAGES": stage_sizes(cell, pass_, H // heads, P // heads), "G": len(cell.gates), "H": H,
+        "P": P, "D": D, "HEADS": heads, "PRECISION": precision, "PLAN": plan.of_kernel(),
+        **plan.options(device),
+    }  # fmt: skip
+
+
 @functools.cache
-def _of_kernel(plan: Plan) -> Plan:
-    return plan.of_kernel()
+def _bodies(cell: Cell, pass_: str) -> tuple[Any, ...]:
+    return tuple(bind(getattr(stage, pass_)) for stage in cell.stages)
 
 
 def _matrices(
     cell: Cell, directions: list[Weights], heads: int, *, transposed: bool
 ) -> tuple[tuple[Tensor, ...], ...]:
     """For each stage, what `matmul.matrices_of` takes of each direction."""
-    G = len(cell.gates)
-    linear = [w.w_hh.detach().reshape(heads, G, -1, w.w_hh.shape[-1]) for w in directions]
-    linear = _in_rows(linear, transposed)
-    projections = [w.w_hr.detach()[None, None] for w in directions if w.w_hr is not None]
-    projected = _in_rows(projections, transposed) if projections else ()
+    count = heads * len(cell.gates)
+    linear = tuple([_in_rows(w.w_hh, count, transposed) for w in directions])
+    projected = tuple([_in_rows(w.w_hr, 1, transposed) for w in directions if w.w_hr is not None])
     return tuple([linear if stage.gates else projected for stage in cell.stages])
 
 
-def _in_rows(matrices: list[Tensor], transposed: bool) -> tuple[Tensor, ...]:
-    """[heads, matrices, units, K], transposed if so: rows begin at multiples of 16 bytes, zeros
-    fill them up. A copy only where they are not so already."""
+def _in_rows(stacked: Tensor, count: int, transposed: bool) -> Tensor:
+    """`stacked`, `count` matrices [units, K] one under the other, each transposed if so, with rows
+    that begin at multiples of 16 bytes: a copy only where it is not so already."""
+    matrices = stacked
     if transposed:
-        matrices = [m.transpose(-1, -2) for m in matrices]
-    *shape, K = matrices[0].shape
-    if K % 8 == 0 and not transposed:
-        return tuple([m.contiguous() for m in matrices])
-    copies = matrices[0].new_zeros(len(matrices), *shape, -(-K // 8) * 8)
-    for copy, matrix in zip(copies, matrices, strict=True):
-        copy[..., :K] = matrix
-    return tuple(copies)
+        matrices = stacked.detach().reshape(count, -1, stacked.shape[-1]).mT
+    if matrices.shape[-1] % 8:
+        matrices = F.pad(matrices.detach(), (0, -matrices.shape[-1] % 8))
+    return matrices.contiguous()
 
 
 def _params(directions: list[Weights]) -> tuple[tuple[Tensor, ...], ...]:

@@ -49,7 +49,8 @@ Rules for the caller:
 The data go round in 16 bytes a lane, see `fragments`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -353,15 +354,20 @@ def report(channel):
 # --- on the host -------------------------------------------------------------------------------
 
 
-def workspace(
-    *, groups: int, programs: int, steps: int, chunks: int, planes: Sequence[int],
+# Memory that is filled at once for several launches: no more than stays in a GPU's L2 until then.
+_FILLED_BYTES = 1 << 24
+
+
+def workspaces(
+    launches: int, *, groups: int, programs: int, steps: int, chunks: int, planes: Sequence[int],
     block_b: int, block_h: int, block_k: int,
     dtype: torch.dtype, device: torch.device | str, error: torch.Tensor | None = None,
-) -> Exchange:  # fmt: skip
-    """Allocates and fills what one launch exchanges through.
+) -> Iterator[Exchange]:  # fmt: skip
+    """Allocates and fills what launches exchange through, one for each.
 
     Args:
-        groups: batch tiles times directions.
+        launches: how many follow each other; several small ones are filled together.
+        groups: batch tiles times lanes, at most.
         programs: programs of each group, of block_h units each.
         steps: steps that are published, counted from 1.
         planes: that steps 1, 2, ... publish, again and again: one number for each stage of a cell.
@@ -376,23 +382,46 @@ def workspace(
         raise ValueError(f"steps * programs must stay below 2**31, got {steps} * {programs}")
     slots = min(steps + 1, 2 * LAP.value)
     slot_size = block_b * max(planes) * chunks * block_k
-    ring = torch.full((groups, slots, slot_size), -0.0, dtype=dtype, device=device)
-    # Units of the last chunk that nobody owns are 0 from the beginning.
-    block, rest = divmod(programs * block_h - (chunks - 1) * block_k, 16)
-    elements = (2, 8, 4, 4) if dtype == torch.float32 else (8, 4, 8)
-    for i, count in enumerate(planes):
-        first = (i + 1) % len(planes)  # step 1 lies in slot 1
-        part = ring[:, first :: len(planes), : block_b * count * chunks * block_k]
-        blocks = (block_b // 16, chunks, count, block_k // 16)
-        last = part.unflatten(-1, (*blocks, *elements))[:, :, :, -1]
-        if rest:  # 8 units: half of a block
-            half = (slice(1, 2),) if dtype == torch.float32 else (slice(None), slice(2, 4))
-            last[(slice(None),) * 4 + (block, *half)] = 0.0
-        last[:, :, :, :, block + (rest > 0) :] = 0.0
-    signal = torch.zeros((groups, _SIGNAL), dtype=torch.int32, device=device)
+    empty = _without_owner(
+        slots, tuple(planes), programs, chunks, block_b, block_h, block_k, dtype == torch.float32
+    )
     if error is None:
         error = torch.zeros(1, dtype=torch.int32, device=device)
-    return Exchange(ring, signal, error, ring.stride(0), signal.stride(0), spin_limit(device))
+    limit = spin_limit(device)
+    at_once = max(1, _FILLED_BYTES // (groups * slots * slot_size * dtype.itemsize))
+    for first in range(0, launches, at_once):
+        count = min(at_once, launches - first)
+        ring = torch.full((count, groups, slots, slot_size), -0.0, dtype=dtype, device=device)
+        for size, stride, offset in empty:
+            size, stride = (count * groups, *size), (slots * slot_size, *stride)
+            ring.as_strided(size, stride, offset).zero_()
+        signal = torch.zeros((count, groups, _SIGNAL), dtype=torch.int32, device=device)
+        for own_ring, own_signal in zip(ring.unbind(), signal.unbind(), strict=True):
+            yield Exchange(own_ring, own_signal, error, slots * slot_size, _SIGNAL, limit)
+
+
+@functools.cache
+def _without_owner(
+    slots: int, planes: tuple[int, ...], programs: int, chunks: int, block_b: int, block_h: int,
+    block_k: int, wide: bool,
+) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:  # fmt: skip
+    """Sizes, strides and offsets of the parts of a group's ring whose units nobody owns, at the end
+    of the last chunk: they are 0 from the beginning."""
+    slot_size = block_b * max(planes) * chunks * block_k
+    ring = torch.empty((slots, slot_size), device="meta")
+    block, rest = divmod(programs * block_h - (chunks - 1) * block_k, 16)
+    elements = (2, 8, 4, 4) if wide else (8, 4, 8)
+    parts = []
+    for i, count in enumerate(planes):
+        first = (i + 1) % len(planes)  # step 1 lies in slot 1
+        part = ring[first :: len(planes), : block_b * count * chunks * block_k]
+        blocks = (block_b // 16, chunks, count, block_k // 16)
+        last = part.unflatten(-1, (*blocks, *elements))[:, :, -1]
+        if rest:  # 8 units: half of a block
+            half = (slice(1, 2),) if wide else (slice(None), slice(2, 4))
+            parts.append(last[(slice(None),) * 3 + (block, *half)])
+        parts.append(last[:, :, :, block + (rest > 0) :])
+    return [(p.shape, p.stride(), int(p.storage_offset())) for p in parts if p.numel()]
 
 
 def spin_limit(device: torch.device | str) -> int:

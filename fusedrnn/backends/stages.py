@@ -57,14 +57,16 @@ def product(h: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple
     return sums.unbind(-2)
 
 
-def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: list[Tensor], heads: int) -> Tensor:
+def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: Sequence[Tensor], heads: int) -> Tensor:
     """The gradient of weight_hh, from that of all gates [N, G, H], and what the stages multiplied,
     [N, K] each: one large product a stage."""
     parts, first = [], 0
     for stage, factor in zip(cell.stages, factors, strict=True):
         if not stage.gates:
             continue
-        d_gates = dh_gates[:, first : first + len(stage.gates)]
+        d_gates = dh_gates
+        if len(stage.gates) < len(cell.gates):
+            d_gates = dh_gates[:, first : first + len(stage.gates)]
         first += len(stage.gates)
         if heads == 1:
             parts.append(d_gates.flatten(1).T @ factor)

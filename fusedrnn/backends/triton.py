@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,44 +129,38 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
     cell, input, heads = cell_of(spec), operands.input, spec.num_heads
     rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
     reset, precision = _reset_flags(spec, masks, rows), fp32_precision()
-    G, D, H, P = len(cell.gates), directions(spec), spec.hidden_size, widths(spec)[0]
+    D, H, P, L = directions(spec), spec.hidden_size, widths(spec)[0], spec.num_layers
     plan = kernels.plan_for(cell, "forward", input, rows.B, H, D, precision, P=P, heads=heads)
-    shape = (*input.shape[:-1], D * P)
-    finals, kept = [], []
-    for index, (here, weights) in enumerate(_layers(spec, operands)):
+    exchanges = kernels.workspaces(
+        cell, plan, "forward", rows, input, H=H, D=D, P=P, heads=heads, layers=L
+    )
+    finals = tuple([s.new_empty(s.shape) for s in operands.state])
+    parts = [_by_layer(L, t) for t in (operands.state, operands.reset_state, finals)]
+    weights = split_weights(spec, operands.weights)
+    shape, kept = (*input.shape[:-1], D * P), []
+    for index, (state, reset_state, final) in enumerate(zip(*parts, strict=True)):
         noise, save = masks.of_layer(index), _save_of(spec, index)
+        of_layer = weights[index * D : (index + 1) * D]
         if index > 0 and save:
             kept.append(input)
         input = masked_input(spec, input, noise)
         with matmul_precision(input, precision):
-            x_gates = _input_gates(input.reshape(-1, input.shape[-1]), weights, G)
-        output, final, *saved = kernels.scan_forward(
-            cell,
-            x_gates,
-            weights,
-            here.state,
-            rows=rows,
-            save=save,
-            input_precision=precision,
-            heads=heads,
-            state_ops=_state_ops(spec, here, noise, reset, x_gates.shape[0]),
-            plan=plan,
-        )
+            x_gates = _input_gates(input.reshape(-1, input.shape[-1]), of_layer, len(cell.gates))
+        output, _, *saved = kernels.scan_forward(
+            cell, x_gates, of_layer, state, rows=rows, save=save, input_precision=precision,
+            heads=heads, state_ops=_state_ops(spec, reset_state, noise, reset, x_gates.shape[0]),
+            plan=plan, exchanges=exchanges, final=final,
+        )  # fmt: skip
         input = output.view(shape)
-        finals.append(final)
         kept += [t for t in saved if t is not None]
-    return [input, *joined(finals), *kept]
+    return [input, *finals, *kept]
 
 
-def _layers(spec: Spec, operands: Operands) -> Iterator[tuple[Operands, list[Weights]]]:
-    """The operands of every layer, and its weights by direction; the input is the stack's."""
-    D, weights = directions(spec), split_weights(spec, operands.weights)
-    for first in range(0, spec.num_layers * D, D):
-        state, reset_state = operands.state, operands.reset_state
-        if spec.num_layers > 1:
-            state = tuple([s[first : first + D] for s in state])
-            reset_state = tuple([s[first : first + D] for s in reset_state])
-        yield Operands(operands.input, state, reset_state, ()), weights[first : first + D]
+def _by_layer(L: int, states: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The states [L * D, *] of a stack, those of each layer [D, *]."""
+    if L == 1 or not states:
+        return [states] * L
+    return list(zip(*(s.view(L, -1, *s.shape[1:]).unbind() for s in states), strict=True))
 
 
 def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
@@ -211,23 +205,33 @@ def backward(
     Where that of the input is not wanted it is left empty: one large matrix product less. So are
     those of the layers below `spec.trained_from`, and then those of the states.
     """
-    D = directions(spec)
-    rows = packing.rows_of(operands.input, spec.batch_first, masks.lengths, masks.batch_sizes)
-    reset = _reset_flags(spec, masks, rows)
+    import fusedrnn.kernels as kernels
+
+    cell, input, heads = cell_of(spec), operands.input, spec.num_heads
+    rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
+    reset, precision = _reset_flags(spec, masks, rows), fp32_precision()
+    D, H, P, L = directions(spec), spec.hidden_size, widths(spec)[0], spec.num_layers
+    plan = kernels.plan_for(cell, "backward", input, rows.B, H, D, precision, P=P, heads=heads)
+    exchanges = kernels.workspaces(
+        cell, plan, "backward", rows, input, H=H, D=D, P=P, heads=heads, layers=L
+    )
+    states, reset_states = _by_layer(L, operands.state), _by_layer(L, operands.reset_state)
+    d_finals, weights = _by_layer(L, tuple(d_outputs[1:])), split_weights(spec, operands.weights)
     d_output, d_states, d_weights = d_outputs[0], [], []
-    layers = list(_layers(spec, operands))
-    shapes = kept_shapes(spec, operands.input)
-    for index in reversed(range(spec.trained_from, spec.num_layers)):
-        (here, weights), noise = layers[index], masks.of_layer(index)
-        first = len(kept) - len(shapes[index])
-        kept, layer_kept = kept[:first], kept[first:]
-        below = layer_kept.pop(0) if index > 0 else operands.input
-        d_final = tuple([d[index * D : (index + 1) * D] for d in d_outputs[1:]])
-        here = here._replace(input=masked_input(spec, below, noise))
+    for index, shapes in reversed(list(enumerate(kept_shapes(spec, input)))):
+        if index < spec.trained_from:
+            break
+        noise, first = masks.of_layer(index), len(kept) - len(shapes)
+        kept, of_layer = kept[:first], kept[first:]
+        below = of_layer.pop(0) if index > 0 else input
         wanted = index > spec.trained_from or (index == 0 and d_input_wanted)
+        layer = _Layer(
+            masked_input(spec, below, noise), states[index], reset_states[index],
+            weights[index * D : (index + 1) * D], noise, rows, reset, plan, exchanges,
+        )  # fmt: skip
         d_input, d_state, gradients = _layer_backward(
-            spec, here, weights, noise, rows, reset, d_output, d_final, output, layer_kept,
-            d_input_wanted=wanted,
+            spec, layer, d_output, d_finals[index], output, of_layer,
+            precision=precision, d_input_wanted=wanted,
         )  # fmt: skip
         output = below
         d_output = masked_input(spec, d_input, noise, backward=True) if wanted else d_input
@@ -240,18 +244,31 @@ def backward(
     return [d_output.new_empty([0]) for _ in range(below)] + d_weights
 
 
+class _Layer(NamedTuple):
+    """What the backward pass of a layer reads, besides gradients and what the forward pass kept."""
+
+    input: Tensor  # with the layer's masks
+    state: tuple[Tensor, ...]
+    reset_state: tuple[Tensor, ...]
+    weights: list[Weights]
+    noise: LayerMasks
+    rows: packing.Rows
+    reset: Tensor | None
+    plan: Any
+    exchanges: Iterator[Any]
+
+
 def _layer_backward(
-    spec, operands, weights, noise, rows, reset, d_output, d_final, output, kept, *, d_input_wanted
+    spec: Spec, layer: _Layer, d_output, d_final, output, kept, *, precision, d_input_wanted
 ):
     """The gradients of one layer: of its input, its states, its weights."""
     import fusedrnn.kernels as kernels
 
-    cell, precision, heads = cell_of(spec), fp32_precision(), spec.num_heads
-    D, P = len(weights), widths(spec)[0]
-    input = operands.input
+    cell, heads, P = cell_of(spec), spec.num_heads, widths(spec)[0]
+    input, weights, noise, rows = layer.input, layer.weights, layer.noise, layer.rows
+    D = len(weights)
     input_ni = input.reshape(-1, input.shape[-1])
     output_ndh = output.reshape(-1, D, P)
-    state_ops = _state_ops(spec, operands, noise, reset, input_ni.shape[0])
     gates = spec.save == "gates"
     saved = kept.pop(0) if gates and cell.saved else None
     states = kept.pop(0) if len(cell.states) > 1 else None
@@ -260,7 +277,7 @@ def _layer_backward(
     stored = [output_ndh]
     if recompute and len(cell.stages) > 1 and states is not None:
         stored += states.unbind(2)
-    prev = [_previous(s, operands, index, rows, reset) for index, s in enumerate(stored)]
+    prev = [_previous(s, layer, index) for index, s in enumerate(stored)]
     if rows.lengths is not None and rows.offsets is None:
         # The gradients of steps that do not exist are 0, but 0 * inf is NaN in the products.
         over = packing.rows_over(rows, rows.lengths)
@@ -277,33 +294,24 @@ def _layer_backward(
             stacked = [prev[0] if h_mask is None else prev[0] * h_mask]
             if len(cell.stages) > 1:
                 stacked += kept.pop(0).unbind(2)
-            factors = [[factor[:, d] for factor in stacked] for d in range(D)]
+            factors = list(zip(*(factor.unbind(1) for factor in stacked), strict=True))
         dx_gates, dh_gates, d_state, d_params, d_projected = kernels.scan_backward(
-            cell,
-            d_output.reshape(-1, D, P),
-            d_final,
-            weights,
-            operands.state,
-            output_ndh,
-            states,
-            values,
-            rows=rows,
-            save=spec.save,
-            input_precision=precision,
-            heads=heads,
-            state_ops=state_ops,
-        )
+            cell, d_output.reshape(-1, D, P), d_final, weights, layer.state, output_ndh, states,
+            values, rows=rows, save=str(spec.save), input_precision=precision, heads=heads,
+            state_ops=_state_ops(spec, layer.reset_state, noise, layer.reset, len(input_ni)),
+            plan=layer.plan, exchanges=layer.exchanges,
+        )  # fmt: skip
         d_input = input.new_empty([0])
         if d_input_wanted:
             d_input = (dx_gates.flatten(1) @ _joined_weights(weights)[0]).view(input.shape)
         gradients: list[Tensor] = []
-        for d, w in enumerate(weights):
-            dx = dx_gates[:, d].flatten(1)
-            d_w_hh = stages.d_weight_hh(cell, dh_gates[:, d], factors[d], heads)
+        both = zip(dx_gates.unbind(1), dh_gates.unbind(1), strict=True)
+        for d, (w, (dx, dh)) in enumerate(zip(weights, both, strict=True)):
+            d_w_hh = stages.d_weight_hh(cell, dh, factors[d], heads)
+            dx, dh = dx.flatten(1), dh.flatten(1)
             gradients += [dx.T @ input_ni, d_w_hh]
             if spec.bias:
                 # Summed in float32: N is large, and a low-precision sum would stop growing.
-                dh = dh_gates[:, d].flatten(1)
                 d_b_ih = dx.sum(0, dtype=torch.float32).to(dx.dtype)
                 d_b_hh = d_b_ih if cell.additive else dh.sum(0, dtype=torch.float32).to(dh.dtype)
                 gradients += [d_b_ih, d_b_hh.clone()]
@@ -315,11 +323,12 @@ def _layer_backward(
     return d_input, d_state, gradients
 
 
-def _previous(stored: Tensor, operands: Operands, s: int, rows, reset: Tensor | None) -> Tensor:
+def _previous(stored: Tensor, layer: _Layer, s: int) -> Tensor:
     """[N, D, *]: the state s that each step began from, from what is stored of all steps."""
-    prev = packing.previous_h(stored, operands.state[s], rows)
-    if reset is not None:
-        prev = packing.started_over(prev, reset, operands.reset_state[s : s + 1], rows)
+    prev = packing.previous_h(stored, layer.state[s], layer.rows)
+    if layer.reset is not None:
+        reset_state = layer.reset_state[s : s + 1]
+        prev = packing.started_over(prev, layer.reset, reset_state, layer.rows)
     return prev
 
 
@@ -329,14 +338,18 @@ def _reset_flags(spec: Spec, masks: Masks, rows: packing.Rows) -> Tensor | None:
     return packing.starts_by_row(masks.reset, rows, spec.batch_first, directions(spec))
 
 
-def _state_ops(spec, operands: Operands, noise: LayerMasks, reset: Tensor | None, N: int):
+def _state_ops(
+    spec: Spec, reset_state: tuple[Tensor, ...], noise: LayerMasks, reset: Tensor | None, N: int
+):
     """Resets, masks and zoneout as the kernels take them."""
     import fusedrnn.kernels as kernels
 
     zoneout = noise.zoneout
     if zoneout is not None and zoneout.dim() > 1:
-        zoneout = zoneout.reshape(N, directions(spec), len(operands.state), -1).view(torch.int8)
-    reset_state = tuple([s.contiguous() for s in operands.reset_state])
+        zoneout = zoneout.reshape(N, directions(spec), len(cell_of(spec).states), -1).view(
+            torch.int8
+        )
+    reset_state = tuple([s.contiguous() for s in reset_state])
     return kernels.StateOps(reset, reset_state, noise.h, zoneout, spec.clip or None)
 
 

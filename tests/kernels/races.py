@@ -166,8 +166,9 @@ class Detector:
         ]
         for region in self.regions:
             if region.polled:
-                ring = polled[region.base]
-                region.armed = ((ring == 0) & ring.signbit()).view(-1).numpy()
+                ring = polled[region.base]  # of one launch; those of others may lie beside it
+                ring = ring.new_empty(0).set_(ring.untyped_storage())
+                region.armed = ((ring == 0) & ring.signbit()).numpy()
         self.epoch = np.ones(n_programs, np.int32)
         self.seen = np.zeros((n_programs, n_programs), np.int32)
         self.done = np.zeros((n_programs, n_programs), np.int32)

@@ -105,7 +105,8 @@ def exchange(
     chunks = triton.cdiv(H, 16 * split)
     if pairwise is None:
         pairwise = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    space = sync.workspace(
+    [space] = sync.workspaces(
+        1,
         groups=groups,
         programs=programs,
         steps=T + 1,

@@ -10,7 +10,7 @@ same seed gives the same interleaving.
     with cooperative(seed=3, detector=Detector()):
         kernel[grid](...)
 
-Workspaces from `sync.workspace` made inside the block are declared to the detector by themselves.
+Workspaces from `sync.workspaces` made inside the block are declared to the detector by themselves.
 """
 
 from __future__ import annotations
@@ -187,20 +187,20 @@ class _Session:
         self.launch: _Launch | None = None
         self.program = 0
         self.failure: BaseException | None = None
-        self.allocate = sync.workspace
+        self.allocate = sync.workspaces
         self.load = BUILDER.create_masked_load
         self.store = BUILDER.create_masked_store
         self.rmw = BUILDER.create_atomic_rmw
         self.cas = BUILDER.create_atomic_cas
 
-    def workspace(self, **sizes: Any) -> sync.Exchange:
-        """A workspace that the detector knows."""
-        space = self.allocate(**sizes)
-        if self.detector is not None:
-            self.detector.error_word(space.error)
-            self.detector.error_word(space.signal[:, sync._GAVE_UP.value])
-            self.detector.polled(space.ring)
-        return space
+    def workspaces(self, launches: int, **sizes: Any) -> Iterator[sync.Exchange]:
+        """Workspaces that the detector knows."""
+        for space in self.allocate(launches, **sizes):
+            if self.detector is not None:
+                self.detector.error_word(space.error)
+                self.detector.error_word(space.signal[:, sync._GAVE_UP.value])
+                self.detector.polled(space.ring)
+            yield space
 
     # The grid.
 
@@ -363,14 +363,14 @@ def cooperative(
     interpreter.GridExecutor.__call__ = lambda executor, *args, **kwargs: session.execute(
         executor, *args, **kwargs
     )
-    sync.workspace = session.workspace
+    sync.workspaces = session.workspaces
     try:
         yield
     except interpreter.InterpreterError as error:
         # The interpreter wraps whatever a program raises; the cause says more.
         raise (session.failure or error) from None
     finally:
-        sync.workspace = session.allocate
+        sync.workspaces = session.allocate
         interpreter.GridExecutor.__call__ = _EXECUTE
         for name in hooks:
             delattr(BUILDER, name)

@@ -22,7 +22,7 @@ from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch, sync
 
 SYNC_PATH = Path(sync.__file__)
-FUNCTIONS = ("slot", "publish", "arrive", "arrivals", "load", "report", "workspace")
+FUNCTIONS = ("slot", "publish", "arrive", "arrivals", "load", "report", "workspaces")
 SEEDS = range(12)  # for a mistake that only some interleavings show
 ALWAYS_SEEDS = range(2)
 
@@ -147,7 +147,7 @@ def put_in_place(name, mutant, lap, tmp_path, monkeypatch) -> None:
     lap(mutant.lap)
     module = mutated(SYNC_PATH.with_name(f"{name}.py"), tmp_path, *mutant.kernel)
     if name == "launch":
-        monkeypatch.setattr(launch, "_launch", module._launch)
+        monkeypatch.setattr(launch, "workspaces", module.workspaces)
     elif name == "matmul":
         for loop in ("scan_forward", "scan_backward"):  # as the package calls its functions, too
             loop = importlib.import_module(f"fusedrnn.kernels.{loop}")

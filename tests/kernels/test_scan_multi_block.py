@@ -6,11 +6,15 @@ and what is computed is looked at.
 
 from dataclasses import replace
 
+import layer_checks
 import pytest
 import torch
+from layer_checks import assert_as_good_as_torch
+from races import Detector
 from scan_cases import Case, assert_close, kernels, loop, problem
 from scheduler import cooperative
 
+import fusedrnn
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels.plan import Plan
 
@@ -65,6 +69,14 @@ def test_several_launches():
         Case(REGISTRY["gru"], **RAGGED),
         replace(MULTI_BLOCK, batch_per_launch=2, lanes_per_launch=1),
     )
+
+
+def test_the_layers_of_a_stack_exchange_beside_each_other(monkeypatch):
+    """What they exchange through is one tensor, filled once."""
+    monkeypatch.setattr(fusedrnn.kernels, "plan_for", lambda *_, **__: MULTI_BLOCK)
+    options = {"num_layers": 3, "bidirectional": True}
+    with cooperative(1, detector=Detector()):
+        assert_as_good_as_torch(layer_checks.Case(T=2, B=2, H=20, options=options), "cpu")
 
 
 ONE_CHUNK = replace(MULTI_BLOCK, chunks=1, resident=1)

@@ -82,12 +82,12 @@ def test_a_deadlock_is_seen_or_spun_out():
 
 
 def test_nothing_stays_behind():
-    before = interpreter.GridExecutor.__call__, dict(vars(BUILDER)), roundtrip.sync.workspace
+    before = interpreter.GridExecutor.__call__, dict(vars(BUILDER)), roundtrip.sync.workspaces
     with cooperative(0):
         pass
     with pytest.raises(KeyError), cooperative(0):
         raise KeyError
-    after = interpreter.GridExecutor.__call__, dict(vars(BUILDER)), roundtrip.sync.workspace
+    after = interpreter.GridExecutor.__call__, dict(vars(BUILDER)), roundtrip.sync.workspaces
     assert {k: v for k, v in before[1].items() if "create" in k} == {}
     assert {k: v for k, v in after[1].items() if "create" in k} == {}
     assert before[0] is after[0]

@@ -121,7 +121,8 @@ def test_every_bit_pattern_arrives(dtype, pairwise):
     x = bits.view(dtype)
     output = torch.zeros_like(x)
     with cooperative(0, detector=Detector()):
-        space = sync.workspace(
+        [space] = sync.workspaces(
+            1,
             groups=1,
             programs=2,
             steps=1,
@@ -254,7 +255,7 @@ SIZES = {
 
 
 def test_workspace():
-    space = sync.workspace(**SIZES)
+    [space] = sync.workspaces(1, **SIZES)
     assert space.ring.shape == (3, 8, 16 * 3 * 2 * 32)
     assert space.ring.dtype == torch.float32
     assert space.ring_stride == space.ring[0].numel()
@@ -262,8 +263,23 @@ def test_workspace():
     assert space.signal_stride * 4 % 256 == 0  # the counter and the word beside it, in lines of 128
     assert not space.signal.any()
     assert not space.error.any()
-    many = sync.workspace(**{**SIZES, "steps": 1000})
+    [many] = sync.workspaces(1, **{**SIZES, "steps": 1000})
     assert many.ring.shape[1] == 2 * sync.LAP.value
+
+
+def test_launches_that_follow_each_other_share_only_what_is_filled_at_once(monkeypatch):
+    [alone] = sync.workspaces(1, **SIZES)
+    monkeypatch.setattr(sync, "_FILLED_BYTES", 2 * alone.ring.numel() * alone.ring.element_size())
+    spaces = list(sync.workspaces(3, **SIZES))
+    storages = [space.ring.untyped_storage().data_ptr() for space in spaces]
+    assert storages[0] == storages[1] != storages[2]
+    for space in spaces:
+        assert space.ring_stride == space.ring.stride(0)
+        assert torch.equal(space.ring.signbit(), alone.ring.signbit())
+        assert not space.ring.any()
+        assert not space.signal.any()
+        space.ring.fill_(1.0)
+        space.signal.fill_(1)
 
 
 @triton.jit
@@ -297,7 +313,8 @@ def own_kernel(
 )
 def test_units_without_an_owner_are_zero(programs, block_h, chunks, block_k, dtype):
     sizes = {"programs": programs, "block_h": block_h, "chunks": chunks, "block_k": block_k}
-    ring = sync.workspace(**{**SIZES, **sizes, "dtype": dtype}).ring
+    [space] = sync.workspaces(1, **{**SIZES, **sizes, "dtype": dtype})
+    ring = space.ring
     owned = torch.zeros(ring.shape[2], dtype=torch.int32)
     own_kernel[(programs,)](
         owned, PLANES=3, BLOCK_H=block_h, BLOCK_K=block_k, WIDE=dtype == torch.float32
@@ -309,7 +326,8 @@ def test_units_without_an_owner_are_zero(programs, block_h, chunks, block_k, dty
 
 def test_workspace_takes_the_error_word():
     error = torch.zeros(1, dtype=torch.int32)
-    assert sync.workspace(**SIZES, error=error).error is error
+    [space] = sync.workspaces(1, **SIZES, error=error)
+    assert space.error is error
 
 
 @pytest.mark.parametrize(
@@ -321,7 +339,7 @@ def test_workspace_takes_the_error_word():
 )
 def test_workspace_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        sync.workspace(**{**SIZES, **changes})
+        next(sync.workspaces(1, **{**SIZES, **changes}))
 
 
 def test_raise_if_timed_out():
