@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 from bench.machine_code import near, sass_step
 from bench.step_cost import MOST_WAVEFRONTS, Parameters, Reading, gate, load_parameters, read
 from bench.timing import ROOT
-from fusedrnn.cells import REGISTRY, get
+from fusedrnn.cells import REGISTRY, Mean, get
 from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import (
     ITEM_SIZE,
@@ -117,6 +117,7 @@ def arguments(job: Job) -> dict[str, Any]:
     D = 1 if job.plain else 2
     P = job.P or job.H
     recompute = job.save == "states" and K > 0
+    means = sum(s.products for s in cell.stages if isinstance(s.receives, Mean))
     backward = job.pass_ == "backward"
     return {
         **dict.fromkeys(("x_gates_ptr", "output_ptr"), sequence),
@@ -128,7 +129,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "param_ptrs": ((sequence,) * D,) * len(cell.params),
         "d_param_ptrs": ("*fp32",) * len(cell.params),
         "saved_ptr": sequence if K else None,
-        "published_ptr": sequence if stages > 1 else None,
+        "published_ptr": sequence if len(cell.weighted) > 1 else None,
         "states_ptr": sequence if S > 1 else None,
         "kept_ptrs": (sequence, sequence) if recompute else (sequence,) if K else (),
         "dh_gates_ptr": None if cell.additive else sequence,
@@ -143,7 +144,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "bodies": tuple(bind(s.backward if backward else s.forward) for s in cell.stages),
         "forward_bodies": tuple(bind(s.forward) for s in cell.stages if recompute),
         "STAGES": stage_sizes(cell, job.pass_, job.H // job.heads, P // job.heads),
-        "KEPT": G if recompute else K,
+        "KEPT": (G, G + means) if recompute else (K,),
         "G": G,
         "H": job.H,
         "P": P,

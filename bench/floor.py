@@ -133,7 +133,7 @@ def step_seconds(device: Device, layer: Named, pass_: str, plan: Plan, steps: in
         x_gates, options = runs[n]
         if pass_ == "forward":
             return scan_forward(cell, x_gates, weights, state, plan=plan, **options)
-        output, _, saved, states, _ = kept[n]
+        output, _, saved, _, states = kept[n]
         return scan_backward(
             cell, output, state, weights, state, output, states, saved, plan=plan, **options
         )

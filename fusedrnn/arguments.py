@@ -6,6 +6,7 @@ more what gets to them, since a module's parameters can be replaced.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,13 @@ def weight_shapes(spec: Spec) -> list[Shape]:
         shapes += [(spec.proj_size, spec.hidden_size)] if spec.proj_size else []
         shapes += [(spec.hidden_size,)] * len(cell.params)
     return shapes
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raises TypeError for what is no integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"{name}: expected an int, got {size!r}")
 
 
 def check_layers(cell: str, hidden_size: int, proj_size: int, num_heads: int) -> None:

@@ -6,6 +6,7 @@ cells. The modules of `fusedrnn.modules`, which own their weights, go to `fusedr
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import Any, Literal, TypedDict, overload
 
@@ -125,6 +126,11 @@ def recurrent(
     for option, value in layout.items():
         if not isinstance(value, bool):
             raise TypeError(f"{cell}: {option}: expected a bool, got {value!r}")
+    arguments.check_sizes(hidden_size=hidden_size, num_layers=num_layers, proj_size=proj_size)
+    if num_layers < 1:
+        raise ValueError(f"{cell}: num_layers: expected at least 1, got {num_layers}")
+    if not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
+        raise ValueError(f"{cell}: dropout: expected a probability, from 0 to 1, got {dropout!r}")
     if save not in SAVE:
         raise ValueError(f"save: expected one of {SAVE}, got {save!r}")
     arguments.check_layers(cell, hidden_size, proj_size, num_heads)

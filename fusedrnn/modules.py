@@ -148,6 +148,7 @@ class Recurrent(ScriptableSequence, Generic[State]):
             raise ValueError(f"cell: expected the one that is registered as {name!r}, got another")
         if save not in functional.SAVE:
             raise ValueError(f"save must be one of {functional.SAVE}, got {save!r}")
+        arguments.check_sizes(num_layers=num_layers, proj_size=proj_size)
         made = Regularizers(
             input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator
         )

@@ -250,10 +250,10 @@ def starts_by_row(reset: Tensor, rows: Rows, batch_first: bool, D: int) -> Tenso
 
 
 def started_over(
-    h_prev_ndh: Tensor, starts_nd: Tensor, fresh: tuple[Tensor, ...], rows: Rows
+    h_prev_ndh: Tensor, starts_nd: Tensor, reset_state: tuple[Tensor, ...], rows: Rows
 ) -> Tensor:
-    """`h_prev_ndh`, replaced by fresh[0] [D, B, H], or by 0, where a state started over."""
+    """`h_prev_ndh`, replaced by reset_state[0] [D, B, H], or by 0, where a state started over."""
     begins = (starts_nd != 0)[:, :, None]
-    if not fresh:
+    if not reset_state:
         return h_prev_ndh.masked_fill_(begins, 0)
-    return torch.where(begins, by_row(fresh[0], rows, h_prev_ndh.shape[0]), h_prev_ndh)
+    return torch.where(begins, by_row(reset_state[0], rows, h_prev_ndh.shape[0]), h_prev_ndh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from fusedrnn.regularizers import (
 )
 from fusedrnn.types import Lengths
 
+TracerWarning: type[Warning] = torch.jit.TracerWarning  # pyright: ignore[reportPrivateImportUsage]
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 ResetArgument = Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None
 
@@ -71,6 +73,9 @@ def run(given: Given) -> tuple[Any, ...]:
     call, operands, masks = gather(given)
     backend = "reference" if to_onnx else dispatch.select(call)
     spec, operands, masks = settle(call, backend, operands, masks, regularizers)
+    if backend == "reference" and is_tracing() and not torch.compiler.is_compiling():
+        told = f"{spec.cell}: its time loop is traced step by step: the trace holds for T={call.T}"
+        warnings.warn(told, TracerWarning, stacklevel=2)
     # What autocast has made of the operands is computed as elsewhere, in float32 inside the loop.
     cast = call.autocast and backend != "aten"
     with torch.autocast(input.device.type, enabled=False) if cast else contextlib.nullcontext():
@@ -164,7 +169,7 @@ def gather(given: Given) -> tuple[Call, Operands, Masks]:
             raise TypeError(f"reset: expected a mask or (mask, states), got {len(reset)} values")
         reset, sets = reset
         reset_state = arguments.check_reset_state(sets, spec, hx[0], unbatched)
-    if reset is not None:
+    if reset is not None or reset_state:
         reset = arguments.check_reset(reset, T, B, spec, input, unbatched)
         features = ("reset", "reset_state") if reset_state else ("reset",)
     if regularizers is not None:

@@ -50,6 +50,12 @@ def where(condition, x, y):
 
 
 @triton.jit
+def rsqrt(x):
+    # Not tl.rsqrt, which is an approximation: it loses two bits where the division loses one.
+    return 1.0 / tl.sqrt_rn(x)
+
+
+@triton.jit
 def zeros_like(x):
     return tl.zeros_like(x)
 

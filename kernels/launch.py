@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.call import Weights
-from fusedrnn.cells import Cell
+from fusedrnn.cells import Cell, Mean, Projection
 from fusedrnn.kernels import layout, sync, tune
 from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import (
@@ -57,8 +57,9 @@ def scan_forward(
         final: where the final states go, contiguous; by default to new tensors.
     Returns:
         output [N, D, P] (0 where a padded row is over), the S final states,
-        saved [N, D, K, H], states [N, D, S - 1, H] and published [N, D, stages - 1, H] (what every
-        stage but the first multiplies, rounded and masked), or None where not saved or empty.
+        saved [N, D, K, H], published [N, D, products - 1, H] (what every stage but the first
+        multiplies, rounded and masked) and states [N, D, S - 1, H], or None where not saved or
+        empty.
     Raises:
         ValueError: an argument that does not fit, or a problem for which there is no plan.
         RuntimeError: the device cannot hold the grid, or an earlier launch timed out.
@@ -81,8 +82,8 @@ def scan_forward(
     saved = states = published = None
     if save == "gates" and cell.saved:
         saved = x_gates.new_empty(N, D, len(cell.saved), H)
-    if save == "gates" and len(cell.stages) > 1:
-        published = x_gates.new_empty(N, D, len(cell.stages) - 1, H)
+    if save == "gates" and len(cell.weighted) > 1:
+        published = x_gates.new_empty(N, D, len(cell.weighted) - 1, H)
     if save is not None and len(state) > 1:
         states = x_gates.new_empty(N, D, len(state) - 1, H)
     biases = tuple([w.b_hh.contiguous() for w in directions if w.b_hh is not None])
@@ -94,7 +95,7 @@ def scan_forward(
         saved_ptr=saved, published_ptr=published, states_ptr=states, ops=state_ops,
         bodies=_bodies(cell, "forward"),
     )  # fmt: skip
-    return output, final, saved, states, published
+    return output, final, saved, published, states
 
 
 def scan_backward(
@@ -114,7 +115,8 @@ def scan_backward(
             what is stored then is not what the cell computed.
         output, states: as `scan_forward` returned them.
         saved_or_gates: with save="gates", what `scan_forward` returned as `saved`; with
-            save="states", (x_gates, h_gates), each [N, D, G, H], of all steps, b_hh included.
+            save="states", (x_gates, h_gates), each [N, D, G, H], of all steps, b_hh included; a
+            cell's means stand behind its h_gates, [N, D, G + means, H].
     Returns:
         dx_gates and dh_gates [N, D, G, H] (one tensor where the cell is additive), the gradients
         of the S initial states and after them of `state_ops.reset_state`, those of the cell's
@@ -138,12 +140,13 @@ def scan_backward(
         kept = tuple(zip(("x_gates", "h_gates"), saved_or_gates, strict=True))  # type: ignore[arg-type]
     elif cell.saved:
         kept = (("saved_or_gates", saved_or_gates),)  # type: ignore[assignment]
-    planes = G if recompute else len(cell.saved)
+    means = sum([stage.products for stage in cell.stages if isinstance(stage.receives, Mean)])
+    planes = (G, G + means) if recompute else (len(cell.saved),)
     _check("output", output, (N, D, P), output)
     _check("d_output", d_output, (N, D, P), output)
     _check_states("d_final", d_final, cell, (D, rows.B, H, P), output)
-    for name, tensor in kept:
-        _check(name, tensor, (N, D, planes, H), output)
+    for (name, tensor), count in zip(kept, planes, strict=False):
+        _check(name, tensor, (N, D, count, H), output)
     if S > 1:
         _check("states", states, (N, D, S - 1, H), output)
     if plan is None:
@@ -277,7 +280,7 @@ def _matrices(
     count = heads * len(cell.gates)
     linear = tuple([_in_rows(w.w_hh, count, transposed) for w in directions])
     projected = tuple([_in_rows(w.w_hr, 1, transposed) for w in directions if w.w_hr is not None])
-    return tuple([linear if stage.gates else projected for stage in cell.stages])
+    return tuple([projected if isinstance(s.receives, Projection) else linear for s in cell.stages])
 
 
 def _in_rows(stacked: Tensor, count: int, transposed: bool) -> Tensor:
@@ -405,7 +408,7 @@ def _check_layer(
     if ops.reset_state:
         _check_states("state_ops.reset_state", ops.reset_state, cell, (D, B, H, P), like)
     matrix = (G * H, P) if heads == 1 else (heads, G * H // heads, H // heads)
-    projection = (P, H) if cell.stages[-1].gates == () else None
+    projection = (P, H) if isinstance(cell.stages[-1].receives, Projection) else None
     biased = any([w.b_hh is not None for w in directions])
     for d, w in enumerate(directions):  # of which copies are made where they are not contiguous
         _check(f"directions[{d}].w_hh", w.w_hh, matrix, like, contiguous=False)

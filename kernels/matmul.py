@@ -2,6 +2,7 @@
 
     forward   sums[g] = h @ W[g]^T          one left operand, as many results as the stage has gates
     backward  sums[0] = sum_g dh_g @ W[g]   so many left operands, one result
+    mean      sums[i] = x_i @ 1 / K         in both passes: a product with ones, without memory
 
 The left operands are PLANES tiles of [BLOCK_B, H]; the result is summed over K in chunks of
 BLOCK_K = 16 * SPLIT. Each of SPLIT groups of warps sums 16 units of every chunk by itself, as a
@@ -37,7 +38,7 @@ def load_weights(w_ptr, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
     w_ptr: as `matrices_of` returns it.
     """
     COUNT: tl.constexpr = min(PLAN.resident, chunks_of(STAGE, PLAN))
-    MATRICES: tl.constexpr = STAGE.planes * STAGE.results
+    MATRICES: tl.constexpr = STAGE.pairs
     PITCH: tl.constexpr = pitch(STAGE.k)
     weights = ()
     if PLAN.exchanged:
@@ -55,7 +56,7 @@ def load_weights(w_ptr, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
 @triton.jit
 def load_chunk(w_ptr, chunk, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
     """The right operands of one chunk, 0 beyond the matrices' sizes."""
-    MATRICES: tl.constexpr = STAGE.planes * STAGE.results
+    MATRICES: tl.constexpr = STAGE.pairs
     weights = ()
     for g in tl.static_range(MATRICES):
         rhs = load_rhs_operand(
@@ -93,6 +94,21 @@ def multiply(lhs, weights, sums, FIRST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_up(lhs, totals, PLANE: tl.constexpr):
+    """totals[PLANE] + the sums over K of lhs, in every column; of float32 as `multiply` does it
+    exactly."""
+    total = totals[PLANE]
+    ones = tl.full([lhs.shape[0], lhs.shape[2], total.shape[2]], 1.0, tl.float32).to(lhs.dtype)
+    if lhs.dtype == tl.float32:
+        whole = lhs
+        lhs, rest = split_tf32(whole)
+        rest = tl.where(whole == lhs, 0.0, rest)
+        total = tl.dot(rest, ones, total, input_precision="tf32")
+    total = tl.dot(lhs, ones, total, input_precision="tf32")
+    return totals[:PLANE] + (total,) + totals[PLANE + 1 :]
+
+
+@triton.jit
 def split_tf32(x):
     """float32 rounded to 11 bits, as tensor cores take them, and what that leaves."""
     upper = ((x.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True)
@@ -127,8 +143,26 @@ def recurrent_matmul(
             channel, weights, w_ptr, tile, step,
             STAGE=STAGE, STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
         )  # fmt: skip
+    elif STAGE.mean:
+        sums = local_sums(planes, tile)
     else:
         sums = local_matmul(planes, weights, STAGE=STAGE, PRECISION=PRECISION)
+    if STAGE.mean:
+        means = ()
+        for i in tl.static_range(len(sums)):
+            means = means + (sums[i] * (1.0 / STAGE.k),)
+        sums = means
+    return sums
+
+
+@triton.jit
+def local_sums(planes, tile):
+    """Of each tile the sum over its units, where one program owns all of them."""
+    sums = ()
+    for i in tl.static_range(len(planes)):
+        x = tl.where(tile.unit_mask, planes[i].to(tl.float32), 0.0)
+        total = tl.sum(x, axis=1, keep_dims=True)
+        sums = sums + (tl.broadcast_to(total, x.shape),)
     return sums
 
 
@@ -156,7 +190,7 @@ def gathered_matmul(
     SPLIT: tl.constexpr = PLAN.split_k
     PLANES: tl.constexpr = STAGE.planes
     RESULTS: tl.constexpr = STAGE.results
-    MATRICES: tl.constexpr = PLANES * RESULTS
+    MATRICES: tl.constexpr = STAGE.pairs
     CHUNKS: tl.constexpr = chunks_of(STAGE, PLAN)
     RESIDENT: tl.constexpr = min(PLAN.resident, CHUNKS)
     PREFETCH: tl.constexpr = PLAN.prefetch
@@ -165,7 +199,8 @@ def gathered_matmul(
         sums = sums + (tl.zeros([SPLIT, BLOCK_B, BLOCK_H], tl.float32),)
     slot_ptr = channel.ring + sync.slot(step) * slot_size(STAGES, PLAN)
     coming = ()
-    if RESIDENT < CHUNKS:
+    STREAMED: tl.constexpr = RESIDENT < CHUNKS and not STAGE.mean
+    if STREAMED:
         coming = load_chunk(w_ptr, RESIDENT, tile, STAGE=STAGE, PLAN=PLAN)
     for first in tl.static_range(0, CHUNKS, PREFETCH):
         # The left operands of all these chunks are on their way before the first is looked at:
@@ -184,13 +219,16 @@ def gathered_matmul(
             rhs = weights[chunk * MATRICES : (chunk + 1) * MATRICES]
             if PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32:
                 rhs = hide_invariance(rhs)
-            if chunk >= RESIDENT:
+            if STREAMED and chunk >= RESIDENT:
                 rhs = coming
                 if chunk + 1 < CHUNKS:  # is on its way while this one is multiplied
                     coming = load_chunk(w_ptr, chunk + 1, tile, STAGE=STAGE, PLAN=PLAN)
             for plane in tl.static_range(PLANES):
                 lhs = lhs_operand(loaded[(chunk - first) * PLANES + plane], SPLIT=SPLIT)
-                sums = multiply(lhs, rhs, sums, FIRST=plane, PRECISION=PRECISION)
+                if STAGE.mean:
+                    sums = add_up(lhs, sums, PLANE=plane)
+                else:
+                    sums = multiply(lhs, rhs, sums, FIRST=plane, PRECISION=PRECISION)
     return reduce_split_k(sums, SPLIT=SPLIT)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fusedrnn.cells import Cell
+from fusedrnn.cells import Cell, Mean, Projection
 
 PASSES = ("forward", "backward")
 ITEM_SIZE = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
@@ -55,10 +55,12 @@ class StageSizes:
     """What a stage of a cell is to a kernel of one pass; sizes are those of a head.
 
     Attributes:
-        planes, results: left operands of its product, and sums; W has a matrix for each pair.
+        planes, results: left operands of its product, and sums; W has a matrix for each pair. Of a
+            mean, both are what it is the mean of, and there is no W.
         k, units: units that are summed over, and units of a sum.
         matrices, first_matrix: how many stand in the tensor that W is read from, and where W's do.
-        gates, first_gate: gates of the input, and where they stand among the cell's.
+        gates, first_gate: gates of the input, and where they stand among the cell's; of a mean,
+            where it stands among the means.
         params, first_param: the same of the cell's own parameters.
     """
 
@@ -72,23 +74,35 @@ class StageSizes:
     first_gate: int
     params: int
     first_param: int
+    mean: bool
+
+    @property
+    def pairs(self) -> int:
+        """How many matrices W has."""
+        return 0 if self.mean else self.planes * self.results
+
+    @property
+    def projection(self) -> bool:
+        """Whether it is one of h."""
+        return self.gates == 0 and not self.mean
 
 
 @functools.lru_cache(maxsize=4096)
 def stage_sizes(cell: Cell, pass_: str, H: int, P: int) -> tuple[StageSizes, ...]:
     """The stages of a cell with heads of H units, whose h has P features."""
-    stages, gate, param, width = [], 0, 0, P
+    stages, gate, means, param, width = [], 0, 0, 0, P
     for stage in cell.stages:
-        linear, products = bool(stage.gates), stage.products
-        units = H if linear else P
-        planes, results, k = 1, products, width
+        mean, products = isinstance(stage.receives, Mean), stage.products
+        units = P if isinstance(stage.receives, Projection) else H
+        planes, results, k = stage.exchanged, products, width
         if pass_ == "backward":
-            planes, results, k, units = products, 1, units, k
-        matrices, first = (len(cell.gates), gate) if linear else (1, 0)
-        of_gates = (len(stage.gates), gate)
+            planes, results, k, units = products, stage.exchanged, units, k
+        matrices, first = (len(cell.gates), gate) if stage.gates else (1, 0)
+        of_gates = (len(stage.gates), means if mean else gate)
         of_params = (len(stage.params), param)
-        sizes = StageSizes(planes, results, k, units, matrices, first, *of_gates, *of_params)
+        sizes = StageSizes(planes, results, k, units, matrices, first, *of_gates, *of_params, mean)
         stages.append(sizes)
+        means += products if mean else 0
         gate, param, width = gate + len(stage.gates), param + len(stage.params), H
     return tuple(stages)
 
@@ -147,8 +161,8 @@ class Plan:
     def shared_bytes(self, cell: Cell, pass_: str) -> int:
         """An upper bound of a program's shared memory, for the partial sums of up to four gates;
         the ahead-of-time suite holds it to that."""
-        results = max(stage.products for stage in cell.stages)
-        results = 1 if pass_ == "backward" else min(results, 4)
+        backward = pass_ == "backward"
+        results = max(s.exchanged if backward else min(s.products, 4) for s in cell.stages)
         return 4 * self.block_b * self.block_h * (self.split_k * results + 1)
 
 
@@ -255,7 +269,7 @@ def _candidates(
         chunks = -(-H // (16 * split))
 
         def weights(resident: int, block_h=block_h, block_k=16 * split) -> int:
-            counts = (min(resident, -(-s.k // block_k)) * s.planes * s.results for s in stages)
+            counts = (min(resident, -(-s.k // block_k)) * s.pairs for s in stages)
             return sum(counts) * block_h * item // 8
 
         def most(room: int) -> int:
@@ -318,8 +332,9 @@ def cycles(
     for stage in stage_sizes(cell, pass_, H, P or H):
         chunks = -(-stage.k // plan.block_k)
         streamed = max(chunks - plan.resident, 0) * plan.block_k
-        matrices = stage.planes * stage.results * plan.block_h
-        multiply = plan.block_b * matrices * chunks * plan.block_k / MULTIPLY_ADDS[precision]
+        matrices = stage.pairs * plan.block_h
+        products = stage.planes * plan.block_h if stage.mean else matrices
+        multiply = plan.block_b * products * chunks * plan.block_k / MULTIPLY_ADDS[precision]
         busy += max(multiply, chunks * stage.planes * CHAIN * (item // 2))
         busy += matrices * streamed * item / L1_BYTES
         busy += 2 * 4 * plan.split_k * plan.block_b * plan.block_h * stage.results / SHARED_BYTES

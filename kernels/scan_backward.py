@@ -117,15 +117,30 @@ def run_stage_backward(
 def run_again(
     gates, values, stored_h, params, BODY: tl.constexpr, STAGE: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """One stage's forward body, from x_gates and h_gates of all stages. What a projection received
-    is the h that was stored."""
+    """One stage's forward body, from x_gates, h_gates and means of all stages. What a projection
+    received is the h that was stored."""
     FIRST: tl.constexpr = STAGE.first_gate
     LAST: tl.constexpr = STAGE.first_gate + STAGE.gates
     received = (stored_h,)
     if STAGE.gates > 0:
         received = gates[G + FIRST : G + LAST]
+    if STAGE.mean:
+        received = gates[2 * G + FIRST : 2 * G + FIRST + STAGE.planes]
     own = params[STAGE.first_param : STAGE.first_param + STAGE.params]
     return BODY(gates[FIRST:LAST], received, values, own)
+
+
+@triton.jit
+def receive(d_values, product, h_mask, STAGE: tl.constexpr):
+    """The gradients of the values before a stage, with what its product or mean passes back."""
+    COUNT: tl.constexpr = len(product)
+    passed = ()
+    for i in tl.static_range(COUNT):
+        x = product[i]
+        if STAGE.gates > 0:  # what a projection multiplied was not masked
+            x = masked(x, h_mask)
+        passed = passed + (d_values[i] + x,)
+    return passed + d_values[COUNT:]
 
 
 @triton.jit(do_not_specialize=["T", "B", "first_b", "first_lane", "stride_t", "stride_b"])
@@ -137,7 +152,8 @@ def scan_backward_kernel(
     state_ptrs,  # h [D, B, P], S - 1 others [D, B, H]
     output_ptr,  # [N, D, P]
     states_ptr,  # [N, D, S - 1, H], or None
-    kept_ptrs,  # (saved [N, D, K, H],), or x_gates and h_gates [N, D, G, H], b_hh included
+    kept_ptrs,  # (saved [N, D, K, H],), or x_gates [N, D, G, H] and h_gates, b_hh included, with
+    # the means behind them, [N, D, G + means, H]
     dx_gates_ptr,  # [N, D, G, H]
     dh_gates_ptr,  # [N, D, G, H], or None where it equals dx_gates
     d_projected_ptr,  # [N, D, P]: what a projection received; or None
@@ -152,7 +168,7 @@ def scan_backward_kernel(
     bodies,  # of the stages
     T, B, first_b, first_lane, stride_t, stride_b,  # strides in rows
     STAGES: tl.constexpr,  # `StageSizes` of each
-    KEPT: tl.constexpr,  # planes of each of kept_ptrs: K or G
+    KEPT: tl.constexpr,  # planes of each of kept_ptrs
     G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +223,7 @@ def scan_backward_kernel(
         (d_output,) = load_planes(d_output_ptr, rows, h_tile, h_active, D=D, PLANES=1, H=P)
         kept = ()
         for i in tl.static_range(len(kept_ptrs)):
-            kept = kept + load_planes(kept_ptrs[i], rows, tile, mask, D=D, PLANES=KEPT, H=H)
+            kept = kept + load_planes(kept_ptrs[i], rows, tile, mask, D=D, PLANES=KEPT[i], H=H)
         prev = load_states_at(
             t + back, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, h_tile,
             tile, D=D, H=H, P=P,
@@ -265,15 +281,13 @@ def scan_backward_kernel(
         d_param = ()
         for s in tl.static_range(COUNT - 1, -1, -1):
             if s + 1 < COUNT:
-                (product,) = recurrent_matmul(
+                product = recurrent_matmul(
                     given, channel, weights[s + 1], matrices[s + 1], tile,
                     exchanged + (COUNT - 1 - s),
                     STAGE=stage_at(STAGES, s + 1), STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
                 )  # fmt: skip
-                if STAGES[s + 1].gates > 0:  # a projection's factor was not masked
-                    product = masked(product, h_mask)
-                d_values = (d_values[0] + product,) + d_values[1:]
-            unit_mask = tile.unit_mask if STAGES[s].gates > 0 else h_tile.unit_mask
+                d_values = receive(d_values, product, h_mask, STAGE=stage_at(STAGES, s + 1))
+            unit_mask = h_tile.unit_mask if STAGES[s].projection else tile.unit_mask
             dx, given, d_values, d_own = run_stage_backward(
                 d_values, saved, prev_32, new_32, params, active, unit_mask,
                 BODY=bodies[s], STAGE=stage_at(STAGES, s), DTYPE=DTYPE,
@@ -287,7 +301,7 @@ def scan_backward_kernel(
             d_param = d_own + d_param
             if STAGES[s].gates > 0:
                 dh_gates = given + dh_gates
-            else:
+            if STAGES[s].projection:
                 store_planes(d_projected_ptr, given, rows, h_tile, active, h_exists, D=D, H=P)
         d_prev = d_values
         if ops.zoneout is not None:

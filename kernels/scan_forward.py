@@ -52,25 +52,37 @@ from fusedrnn.kernels.tiles import (
 
 
 @triton.jit
-def to_multiply(values, h_mask, like, STAGE: tl.constexpr):
-    """What the stage multiplies, in the dtype of the pointer `like`."""
-    x = values[0]
-    if STAGE.gates > 0:  # a projection's factor is not masked
-        x = masked(x, h_mask)
-    return x.to(like.dtype.element_ty)
+def to_exchange(values, h_mask, like, STAGE: tl.constexpr):
+    """What the stage multiplies, or takes the means of, in the dtype of the pointer `like`."""
+    PLANES: tl.constexpr = STAGE.planes
+    planes = ()
+    for i in tl.static_range(PLANES):
+        x = values[i]
+        if STAGE.gates > 0:  # what a projection multiplies is not masked
+            x = masked(x, h_mask)
+        planes = planes + (x.to(like.dtype.element_ty),)
+    return planes
 
 
 @triton.jit
-def publish_tile(channel, x, tile, step, last, STAGES: tl.constexpr, PLAN: tl.constexpr):
-    """Publishes x as this program's part of `step`. Rows beyond the batch are exchanged too, and
-    units that there are not, as zeros."""
-    x = tl.where(tile.unit_mask, x, 0.0).to(channel.ring.dtype.element_ty)
-    sync.publish(channel, (x,), step, last, SLOT=slot_size(STAGES, PLAN), BLOCK_K=PLAN.block_k)
+def publish_tiles(
+    channel, planes, tile, step, last,
+    STAGE: tl.constexpr, STAGES: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """Publishes this program's part of `step`, for the stage of that number. Rows beyond the batch
+    are exchanged too, and units that there are not, as zeros."""
+    found = ()
+    for i in tl.static_range(len(planes)):
+        x = tl.where(tile.unit_mask, planes[i], 0.0).to(channel.ring.dtype.element_ty)
+        found = found + (x,)
+    sync.publish(
+        channel, found, step, last, SLOT=slot_size(STAGES, PLAN), BLOCK_K=PLAN.block_k, STAGE=STAGE
+    )
 
 
 @triton.jit
 def run_stage(
-    x_gates, factor, values, bias, params, channel, weights, w_ptr, tile, step,
+    x_gates, planes, values, bias, params, channel, weights, w_ptr, tile, step,
     BODY: tl.constexpr, STAGE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     PLAN: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +90,7 @@ def run_stage(
     FIRST: tl.constexpr = STAGE.first_gate
     LAST: tl.constexpr = STAGE.first_gate + STAGE.gates
     received = recurrent_matmul(
-        (factor,), channel, weights, w_ptr, tile, step,
+        planes, channel, weights, w_ptr, tile, step,
         STAGE=STAGE, STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
     )  # fmt: skip
     if len(bias) > 0 and STAGE.gates > 0:
@@ -97,7 +109,7 @@ def scan_forward_kernel(
     output_ptr,  # [N, D, P]
     final_ptrs,  # as state_ptrs
     saved_ptr,  # [N, D, K, H], or None
-    published_ptr,  # [N, D, stages - 1, H]: what all stages but the first multiply; or None
+    published_ptr,  # [N, D, products - 1, H]: what all stages but the first multiply; or None
     states_ptr,  # [N, D, S - 1, H], or None
     offsets_ptr,  # [T], or None
     lengths_ptr,  # [B], or None
@@ -137,7 +149,10 @@ def scan_forward_kernel(
         channel = sync.connect(
             exchange, tile.head_units, PLANES=planes_of(STAGES), BLOCK_K=PLAN.block_k
         )
-        publish_tile(channel, masked(state[0], h_mask), h_tile, 1, last, STAGES=STAGES, PLAN=PLAN)
+        publish_tiles(
+            channel, (masked(state[0], h_mask),), h_tile, 1, last,
+            STAGE=0, STAGES=STAGES, PLAN=PLAN,
+        )  # fmt: skip
 
     for step in range(T):
         rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
@@ -164,15 +179,17 @@ def scan_forward_kernel(
         saved = ()
         published = ()
         for s in tl.static_range(COUNT):
-            factor = to_multiply(new, h_mask, matrices[s], STAGE=stage_at(STAGES, s))
+            planes = to_exchange(new, h_mask, matrices[s], STAGE=stage_at(STAGES, s))
             if s > 0:
-                published = published + (factor,)
+                if not STAGES[s].mean:
+                    published = published + planes
                 if PLAN.exchanged:
-                    publish_tile(
-                        channel, factor, tile, exchanged + s, last, STAGES=STAGES, PLAN=PLAN
-                    )
+                    publish_tiles(
+                        channel, planes, tile, exchanged + s, last, STAGE=s, STAGES=STAGES,
+                        PLAN=PLAN,
+                    )  # fmt: skip
             new, more = run_stage(
-                x_gates, factor, new, bias, params, channel, weights[s], matrices[s], tile,
+                x_gates, planes, new, bias, params, channel, weights[s], matrices[s], tile,
                 exchanged + s, BODY=bodies[s], STAGE=stage_at(STAGES, s), STAGES=STAGES,
                 PRECISION=PRECISION, PLAN=PLAN,
             )  # fmt: skip
@@ -188,8 +205,10 @@ def scan_forward_kernel(
         if ops.reset is not None:
             state = start_over(new, reset_state, begins)
         if PLAN.exchanged:
-            h = masked(state[0], h_mask)
-            publish_tile(channel, h, h_tile, exchanged + COUNT, last, STAGES=STAGES, PLAN=PLAN)
+            publish_tiles(
+                channel, (masked(state[0], h_mask),), h_tile, exchanged + COUNT, last,
+                STAGE=0, STAGES=STAGES, PLAN=PLAN,
+            )  # fmt: skip
 
         # While the others catch up: write what only later launches read.
         store_planes(output_ptr, (new[0],), rows, h_tile, active, h_exists, D=D, H=P)

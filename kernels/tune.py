@@ -148,7 +148,7 @@ def _measure(
 
     run = functools.partial(forward, plan)
     if pass_ == "backward":
-        output, _final, saved, states, _published = forward(None)
+        output, _final, saved, _published, states = forward(None)
         run = functools.partial(
             scan_backward, cell, output, state, [weights] * D, state, output, states, saved,
             **layer, plan=plan,

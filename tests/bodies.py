@@ -1,7 +1,8 @@
 """The bodies of a whole cell: its stages, one after the other, on random tiles.
 
-A stage receives given sums and, in the place of a product, a multiple of values[0]: every unit is
-its own network, and what the backward bodies hand down through a product is seen too.
+A stage receives given sums and, in the place of a product or of a mean, a multiple of the unit's
+own values: every unit is its own network, and what the backward bodies hand down through a product
+is seen too.
 """
 
 import torch
@@ -19,9 +20,10 @@ def arguments(cell, scale):
     return tiles(len(cell.gates), scale), tiles(sums, scale), tiles(len(cell.states), scale), params
 
 
-def product(h, received, first=0):
+def product(values, received, stage, first=0):
     """What a stage receives, of which `first` is the number of its first sum in the cell."""
-    return tuple(r + (first + k + 1) / 7 * h for k, r in enumerate(received))
+    values = values[: stage.exchanged]
+    return tuple(r + (first + k + 1) / 7 * values[k % len(values)] for k, r in enumerate(received))
 
 
 def forward(cell, x_gates, received, values, params):
@@ -33,7 +35,7 @@ def forward(cell, x_gates, received, values, params):
         x, x_gates = x_gates[: len(stage.gates)], x_gates[len(stage.gates) :]
         r, received = received[: stage.products], received[stage.products :]
         p, params = params[: len(stage.params)], params[len(stage.params) :]
-        values, kept = stage.forward(tuple(x), product(values[0], r, first), values, tuple(p))
+        values, kept = stage.forward(tuple(x), product(values, r, stage, first), values, tuple(p))
         assert len(kept) == len(stage.saved)
         saved += kept
     assert not any((x_gates, received, params))
@@ -48,8 +50,11 @@ def backward(cell, d_values, saved, prev, new, params):
         first -= stage.products
         own = params[last - len(stage.params) : last]
         last -= len(stage.params)
-        x, r, (d_h, *others), p = stage.backward(d_values, saved, prev, new, own)
-        d_values = (d_h + sum((first + k + 1) / 7 * d for k, d in enumerate(r)), *others)
+        x, r, d_values, p = stage.backward(d_values, saved, prev, new, own)
+        passed = list(d_values)
+        for k, d in enumerate(r):
+            passed[k % stage.exchanged] = passed[k % stage.exchanged] + (first + k + 1) / 7 * d
+        d_values = tuple(passed)
         dx, d_received, d_params = [*x, *dx], [*r, *d_received], [*p, *d_params]
     return dx, d_received, d_values, d_params
 

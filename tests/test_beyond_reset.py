@@ -217,6 +217,11 @@ STATE = torch.zeros(1, B, H)
         (MASK.int(), TypeError, r"reset: expected a bool tensor \(9, 4\), got torch.int32"),
         ([True] * T, TypeError, r"reset: expected a mask or \(mask, states\), got 9 values"),
         ("start", TypeError, r"reset: expected a bool tensor \(9, 4\), got str"),
+        (
+            (None, (STATE, STATE)),
+            TypeError,
+            r"reset: expected a bool tensor \(9, 4\), got NoneType",
+        ),
         (MASK.T, RuntimeError, r"reset: expected shape \(9, 4\), got \(4, 9\)"),
         ((MASK, STATE), TypeError, r"reset: expected the 2 tensors \('h', 'c'\), got 1"),
         (

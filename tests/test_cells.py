@@ -7,6 +7,7 @@ import oracles
 import pytest
 import torch
 from bodies import arguments, assert_backward_is_the_derivative_of_forward, forward, product, tiles
+from layer_norm_gru import LAYER_NORM_GRU
 from tolerances import assert_exact
 
 from fusedrnn import cells
@@ -14,9 +15,12 @@ from fusedrnn.cells._cell import check_body
 
 ALL = {cell.name: cell for cell in cells.REGISTRY.values()}
 PROJECTED = {f"{n}-projected": cells.get(n, projected=True) for n, c in ALL.items() if c.projects}
+UNREGISTERED = {LAYER_NORM_GRU.name: LAYER_NORM_GRU}
 every_cell = pytest.mark.parametrize("cell", ALL.values(), ids=ALL)
 every_recurrence = pytest.mark.parametrize(
-    "cell", [*ALL.values(), *PROJECTED.values()], ids=[*ALL, *PROJECTED]
+    "cell",
+    [*ALL.values(), *PROJECTED.values(), *UNREGISTERED.values()],
+    ids=[*ALL, *PROJECTED, *UNREGISTERED],
 )
 
 
@@ -34,7 +38,7 @@ def test_forward_is_the_papers(cell):
     assert gates == len(cell.gates)
     expected = step(
         np.stack([g.detach().numpy() for g in x_gates]),
-        lambda h: np.stack(product(h, [r.detach().numpy() for r in received])),
+        lambda h: np.stack(product((h,), [r.detach().numpy() for r in received], cell.stages[0])),
         tuple(s.detach().numpy() for s in state),
         tuple(p.detach().numpy() for p in params),
     )
@@ -51,12 +55,12 @@ def test_every_cell_has_an_oracle():
 def test_additive_says_what_the_bodies_do(cell):
     """Stage by stage: whether nothing but the sums of its two parts counts."""
     *_, values, params = arguments(cell, 1.0)
-    assert not params  # shared out, where a cell has some
     for stage in cell.stages:
         x_gates, received = tiles(len(stage.gates), 1.0), tiles(stage.products, 1.0)
-        new, _ = stage.forward(x_gates, received, values, ())
+        own, params = params[: len(stage.params)], params[len(stage.params) :]
+        new, _ = stage.forward(x_gates, received, values, own)
         moved = tuple(x + 0.5 for x in x_gates), tuple(r - 0.5 for r in received)
-        shifted, _ = stage.forward(moved[0], moved[1] if x_gates else received, values, ())
+        shifted, _ = stage.forward(moved[0], moved[1] if x_gates else received, values, own)
         alike = all(torch.allclose(a, b) for a, b in zip(new, shifted, strict=True))
         assert alike == stage.additive
         values = new
@@ -87,9 +91,15 @@ def body_with_an_import(x_gates, h_gates, state, params):
     return (math.tanh(x_gates[0]),), ()
 
 
-@pytest.mark.parametrize("body", [body_with_a_foreign_name, body_with_an_import])
+def body_with_a_method(x_gates, h_gates, state, params):
+    return (x_gates[0].tanh(),), ()
+
+
+@pytest.mark.parametrize(
+    "body", [body_with_a_foreign_name, body_with_an_import, body_with_a_method]
+)
 def test_a_foreign_name_is_refused(body):
-    with pytest.raises(NameError, match=r"uses \['(np|math)'.*may use only"):
+    with pytest.raises(NameError, match=r"uses \['(np|math|.tanh)'.*may use only"):
         check_body(body)
     with pytest.raises(NameError):
         dataclasses.replace(cells.get("rnn_tanh").stages[0], forward=body)
@@ -98,6 +108,27 @@ def test_a_foreign_name_is_refused(body):
 def test_a_cell_must_begin_with_h():
     with pytest.raises(ValueError, match=r"states must start with 'h', got \('c', 'h'\)"):
         dataclasses.replace(cells.get("lstm"), name="x", states=("c", "h"))
+
+
+def test_a_state_has_a_name_of_its_own():
+    with pytest.raises(ValueError, match=r"'x': states must differ, got \('h', 'h'\)"):
+        dataclasses.replace(cells.get("lstm"), name="x", states=("h", "h"))
+
+
+def test_the_first_stage_is_a_product_with_weight_hh():
+    with pytest.raises(ValueError, match="'x': expected a first stage of Linear gates"):
+        dataclasses.replace(LAYER_NORM_GRU, name="x", stages=LAYER_NORM_GRU.stages[1:])
+
+
+def test_a_compiler_sees_a_cell_that_nobody_has_asked_yet():
+    """What follows from the stages is worked out at once: it cannot look into a cached property."""
+    cell = dataclasses.replace(cells.get("lstm"), name="asked_first_by_a_compiler")
+
+    def numbers(x):
+        return x + len(cell.gates) + len(cell.saved) + len(cell.params) + len(cell.weighted)
+
+    compiled = torch.compile(numbers, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == 4 + len(cell.saved) + 0 + 1
 
 
 @pytest.mark.parametrize("count", [0, 3])

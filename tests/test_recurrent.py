@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from layer_norm_gru import LAYER_NORM_GRU
 from tolerances import GRADIENTS64, VALUES32, VALUES64, assert_same
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
@@ -124,6 +125,29 @@ def lstmp_of_2014(w, x, state):
     return torch.stack(outputs), (r, c)
 
 
+def norm_gru_of_2021(heads):
+    """Hafner et al. 2021: the GRU of DreamerV2, all gates normalised together, in every head."""
+
+    def run(w, x, state):
+        (h,), outputs = state, []
+        per_head = w["weight_hh"].view(heads, -1, H // heads)
+        scale = torch.stack([w[f"weight_ln_{gate}"] for gate in "rzn"])
+        shift = torch.stack([w[f"bias_ln_{gate}"] for gate in "rzn"])
+        for x_t in x:
+            parts = [h_k @ W.T for h_k, W in zip(h.chunk(heads, -1), per_head, strict=True)]
+            a = torch.stack([p.unflatten(-1, (3, -1)) for p in parts], -2)  # [B, 3, heads, *]
+            a = a + (x_t @ w["weight_ih"].T + w["bias_ih"] + w["bias_hh"]).view(a.shape)
+            rows = a.transpose(1, 2).flatten(2)  # [B, heads, 3 * *]
+            rows = nn.functional.layer_norm(rows, rows.shape[-1:], eps=1e-3)
+            y = rows.view(a.transpose(1, 2).shape).transpose(1, 2).flatten(2) * scale + shift
+            r, z = torch.sigmoid(y[:, 0]), torch.sigmoid(y[:, 1] - 1)
+            h = z * torch.tanh(r * y[:, 2]) + (1 - z) * h
+            outputs.append(h)
+        return torch.stack(outputs), (h,)
+
+    return run
+
+
 def side_by_side(cell, heads, with_bias=True):
     """`heads` modules of torch.nn of size H / heads, each with its own part of the state."""
     size = H // heads
@@ -165,6 +189,16 @@ def test_gru_reset_before_is_the_papers(num_layers, bidirectional):
 def test_the_projected_lstm_is_the_papers(num_layers, bidirectional):
     module = make("lstm-projected", num_layers, bidirectional=bidirectional, backend="reference")
     oracle = layers_by(lstmp_of_2014, module)
+    assert_same_values_and_gradients(module, double(T, B, I), random_state(module), oracle)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_stage_that_receives_means(heads, monkeypatch):
+    monkeypatch.setitem(cells.REGISTRY, LAYER_NORM_GRU.name, LAYER_NORM_GRU)
+    module = Recurrent(
+        LAYER_NORM_GRU, I, H, 2, bidirectional=True, num_heads=heads, dtype=torch.float64
+    )
+    oracle = layers_by(norm_gru_of_2021(heads), module)
     assert_same_values_and_gradients(module, double(T, B, I), random_state(module), oracle)
 
 
@@ -449,6 +483,47 @@ def test_what_torchs_constructor_refuses(cell):
         Recurrent(cell, I, H, save="all")
     with pytest.raises(ValueError, match="zoneout: expected one probability or"):
         Recurrent(cell, I, H, zoneout=(0.1, 0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": "6", "num_layers": 2}, "hidden_size: expected an int, got '6'"),
+        ({"num_layers": 2.0}, r"num_layers: expected an int, got 2\.0"),
+        ({"num_layers": -2}, "num_layers: expected at least 1, got -2"),
+        ({"proj_size": None}, "proj_size: expected an int, got None"),
+        ({"dropout": "a"}, "dropout: expected a probability, from 0 to 1, got 'a'"),
+        ({"dropout": 3.0}, r"dropout: expected a probability, from 0 to 1, got 3\.0"),
+    ],
+)
+def test_sizes_of_a_functional_call(options, message):
+    options = {"hidden_size": H, **options}
+    with pytest.raises((TypeError, ValueError), match=message):
+        functional.recurrent("gru_reset_before", torch.zeros(T, B, I), None, [], **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["gru"], I, H), r"cell must be one of .* got \['gru'\]"),
+        (("gru", I, H, 2.0), r"num_layers: expected an int, got 2\.0"),
+        (("lstm", I, H, 1, True, False, 0.0, False, None), "proj_size: expected an int, got None"),
+    ],
+)
+def test_sizes_of_a_module(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Recurrent(*arguments)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(18, 6), torch.ones(3, 6, 2), torch.ones(2, 9, 3, dtype=torch.float32)]
+)
+def test_a_weight_that_was_replaced_by_another_kind(weight):
+    """The reference could run what has other heads, and would: the kernels could not."""
+    module = make("gru", 1, num_heads=2)
+    module.weight_hh_l0 = nn.Parameter(weight if weight.dim() == 3 else weight.double())
+    with pytest.raises((RuntimeError, ValueError), match=r"gru: weights\[1\]: expected"):
+        module(double(T, B, I))
 
 
 def test_calls_that_do_not_fit():

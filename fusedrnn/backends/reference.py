@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import packing
+from fusedrnn import arguments, packing
 from fusedrnn.backends import stages
 from fusedrnn.call import (
     Call,
@@ -25,7 +25,7 @@ from fusedrnn.call import (
     one_layer,
     split_weights,
 )
-from fusedrnn.cells import Cell
+from fusedrnn.cells import Cell, Mean
 from fusedrnn.regularizers import ClipGradient
 
 Steps = list[tuple[Tensor, ...]]  # the S states [B, H] of every time step
@@ -49,6 +49,7 @@ def run(
 
     `given`, in the layout of the output, is that of `layer`, for a single layer.
     """
+    arguments.check_weights(spec, operands.weights)  # of a module, where they may be replaced
     lengths, reset = masks.lengths, masks.reset
     if masks.batch_sizes is not None:
         lengths = packing.lengths_of(masks.batch_sizes)
@@ -159,6 +160,7 @@ def scan(
     params = stages.shared_out(cell, "params", wide_weights.params)
     x_gates_tbg = F.linear(input.to(wide), wide_weights.w_ih, wide_weights.b_ih)
     G = len(cell.gates)
+    heads = len(weights.w_hh) if weights.w_hh.dim() == 3 else 1
 
     state = tuple(s.to(wide) for s in state)
     reset_state = tuple(f.to(wide) for f in reset_state)
@@ -181,10 +183,16 @@ def scan(
         x_gates = stages.shared_out(cell, "gates", x_gates_tbg[t].chunk(G, dim=-1))
         new = state
         for s, stage in enumerate(cell.stages):
-            h = new[0] if s == 0 else new[0].to(dtype).to(wide)
-            if h_mask is not None and stage.gates:
-                h = h * h_mask
-            received = stages.product(h, *of_stages[s], stage.products)
+            factors = new[: stage.exchanged]
+            if s > 0:
+                factors = tuple([x.to(dtype).to(wide) for x in factors])
+            if isinstance(stage.receives, Mean):
+                received = stages.means(factors, heads)
+            else:
+                h = factors[0]
+                if h_mask is not None and stage.gates:
+                    h = h * h_mask
+                received = stages.product(h, *of_stages[s], stage.products)
             new, _saved = stage.forward(x_gates[s], received, new, params[s])
         if zoneout is not None:
             new = _zone_out(zoneout, t, state, new)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.call import Weights
-from fusedrnn.cells import Cell, Projection
+from fusedrnn.cells import Cell, Mean, Projection
 
 
 def shared_out(cell: Cell, attribute: str, parts: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -24,11 +24,15 @@ def shared_out(cell: Cell, attribute: str, parts: Sequence[Any]) -> list[tuple[A
 
 
 def stage_weights(cell: Cell, weights: Weights) -> list[tuple[Tensor, Tensor | None]]:
-    """W and b of every stage's product: rows of weight_hh (in every head) and of bias_hh."""
+    """W and b of every stage's product: rows of weight_hh (in every head) and of bias_hh. Of a
+    mean, weight_hh."""
     if len(cell.stages) == 1:
         return [(weights.w_hh, weights.b_hh)]
     found, first = [], 0
     for stage in cell.stages:
+        if isinstance(stage.receives, Mean):
+            found.append((weights.w_hh, None))
+            continue
         if isinstance(stage.receives, Projection):
             assert weights.w_hr is not None
             found.append((weights.w_hr, None))
@@ -42,6 +46,12 @@ def stage_weights(cell: Cell, weights: Weights) -> list[tuple[Tensor, Tensor | N
         found.append((part, bias))
         first += len(stage.gates)
     return found
+
+
+def means(values: Sequence[Tensor], heads: int) -> tuple[Tensor, ...]:
+    """The mean of each of `values` [*, H] over the units of a head, at all of them."""
+    parts = [v.unflatten(-1, (heads, -1)) for v in values]
+    return tuple([p.mean(-1, keepdim=True).expand_as(p).flatten(-2) for p in parts])
 
 
 def product(h: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple[Tensor, ...]:
@@ -61,7 +71,7 @@ def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: Sequence[Tensor], heads: 
     """The gradient of weight_hh, from that of all gates [N, G, H], and what the stages multiplied,
     [N, K] each: one large product a stage."""
     parts, first = [], 0
-    for stage, factor in zip(cell.stages, factors, strict=True):
+    for stage, factor in zip(cell.weighted, factors, strict=True):
         if not stage.gates:
             continue
         d_gates = dh_gates

@@ -33,7 +33,7 @@ from fusedrnn.call import (
     split_weights,
     widths,
 )
-from fusedrnn.cells import Cell
+from fusedrnn.cells import Cell, Mean
 
 OLDEST_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -165,7 +165,7 @@ def _by_layer(L: int, states: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
     """Of each layer, the shapes of what `forward` keeps for `backward`: the output of the layer
-    below, what the cell saved, its states but h, and what its stages but the first multiplied, as
+    below, what the cell saved, what its stages but the first multiplied, and its states but h, as
     far as there are such."""
     cell, D, H = cell_of(spec), directions(spec), spec.hidden_size
     N = input.numel() // input.shape[-1]
@@ -177,10 +177,10 @@ def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
         )
         if save == "gates" and cell.saved:
             layer.append((N, D, len(cell.saved), H))
+        if save == "gates" and len(cell.weighted) > 1:
+            layer.append((N, D, len(cell.weighted) - 1, H))
         if save and len(cell.states) > 1:
             layer.append((N, D, len(cell.states) - 1, H))
-        if save == "gates" and len(cell.stages) > 1:
-            layer.append((N, D, len(cell.stages) - 1, H))
         shapes.append(layer)
     return shapes
 
@@ -271,6 +271,7 @@ def _layer_backward(
     output_ndh = output.reshape(-1, D, P)
     gates = spec.save == "gates"
     saved = kept.pop(0) if gates and cell.saved else None
+    published = kept.pop(0) if gates and len(cell.weighted) > 1 else None
     states = kept.pop(0) if len(cell.states) > 1 else None
     recompute = not gates and (bool(cell.saved) or noise.zoneout is not None)
     # The states that each step began from: h, and the others where a stage is computed again.
@@ -292,8 +293,8 @@ def _layer_backward(
             values = (x_gates, h_gates)
         else:
             stacked = [prev[0] if h_mask is None else prev[0] * h_mask]
-            if len(cell.stages) > 1:
-                stacked += kept.pop(0).unbind(2)
+            if published is not None:
+                stacked += published.unbind(2)
             factors = list(zip(*(factor.unbind(1) for factor in stacked), strict=True))
         dx_gates, dh_gates, d_state, d_params, d_projected = kernels.scan_backward(
             cell, d_output.reshape(-1, D, P), d_final, weights, layer.state, output_ndh, states,
@@ -375,29 +376,36 @@ def _joined_weights(weights: list[Weights]) -> tuple[Tensor, Tensor | None]:
 def _recurrent_gates(
     cell: Cell, x_gates: Tensor, prev: list[Tensor], weights: list[Weights], h_mask: Tensor | None
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """h_gates [N, D, G, H] of all time steps at once, from the states before each of them; and of
-    each direction what every stage multiplied, [N, K]."""
+    """What all stages received but a projection, [N, D, G + means, H], the means behind the gates,
+    of all time steps at once, from the states before each of them; and of each direction what every
+    stage multiplied, [N, K]."""
     h_gates, factors = [], []
     for d, w in enumerate(weights):
         several = len(cell.stages) > 1
         x = stages.shared_out(cell, "gates", x_gates[:, d].float().unbind(1) if several else ())
         params = stages.shared_out(cell, "params", [p.float() for p in w.params])
         matrices = stages.stage_weights(cell, w)
-        values, gates, own = tuple([p[:, d] for p in prev]), [], []
+        heads = len(w.w_hh) if w.w_hh.dim() == 3 else 1
+        values, gates, means, multiplied = tuple([p[:, d] for p in prev]), [], [], []
         for s, stage in enumerate(cell.stages):
-            factor = values[0].to(x_gates.dtype)
-            if h_mask is not None and stage.gates:
-                factor = factor * h_mask[:, d]
-            own.append(factor)
-            if not stage.gates:  # a projection: h was stored
-                break
-            received = stages.product(factor, *matrices[s], stage.products)
-            gates += received
+            given = [v.to(x_gates.dtype) for v in values[: stage.exchanged]]
+            if isinstance(stage.receives, Mean):
+                received = stages.means([g.float() for g in given], heads)
+                means += [r.to(x_gates.dtype) for r in received]
+            else:
+                factor = given[0]
+                if h_mask is not None and stage.gates:
+                    factor = factor * h_mask[:, d]
+                multiplied.append(factor)
+                if not stage.gates:  # a projection: h was stored
+                    break
+                received = stages.product(factor, *matrices[s], stage.products)
+                gates += received
             if s + 1 < len(cell.stages):
                 sums, wide = ([t.float() for t in part] for part in (received, values))
                 values, _saved = stage.forward(x[s], tuple(sums), tuple(wide), params[s])
-        h_gates.append(torch.stack(gates, dim=1))
-        factors.append(own)
+        h_gates.append(torch.stack([*gates, *means], dim=1))
+        factors.append(multiplied)
     return torch.stack(h_gates, dim=1), factors
 
 

@@ -1,14 +1,15 @@
 """What a recurrent cell is, and the registry of all that exist."""
 
-import functools
+import dis
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fusedrnn.cells import vocabulary
 from fusedrnn.cells.vocabulary import zeros_like
 
 REGISTRY: dict[str, "Cell"] = {}
+_PROJECTED: dict[str, "Cell"] = {}  # those that can be, with their h projected
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,23 @@ class Projection:
     """The product of values[0] with weight_hr, [P, H]: one sum, of P units."""
 
 
+@dataclass(frozen=True)
+class Mean:
+    """The means of values[0], ..., values[count - 1] over all units of a head."""
+
+    count: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What the units of a row compute between two products, each for itself.
+    """What the units of a row compute between two exchanges, each for itself.
 
-        received = values[0] @ W^T + b                    W and b as `receives` says
+        received = values[0] @ W^T + b                    W and b as `receives` says, or a mean
         values, saved_s = forward(x_gates, received, values, params)
 
     `values` are the states before the step where the first stage begins, and where the last one
     ends those after it; in between they are whatever the next stage is to read, values[0] being
-    what it multiplies.
+    what it multiplies, or the first of them what it takes the means of.
 
     Both bodies are pointwise in the hidden index: they see tuples of tiles (float32, or
     float64 where the input is) whose elements belong to the same units, so a kernel may call
@@ -44,17 +52,18 @@ class Stage:
 
     In `backward`, `saved` are the saved values of all stages, `prev` and `new` the states before
     and after the whole step. `d_values[0]` holds only what reaches values[0] by the pointwise
-    path; the time loop adds `d_received @ W`.
+    path; the time loop adds `d_received @ W`. Of a mean, d_received is the unit's own part, and the
+    loop adds the mean of all units' to each.
 
     Attributes:
-        receives: a Linear, or a Projection, which has no gates of the input.
+        receives: a Linear, or a Projection or a Mean, which have no gates of the input.
         saved: names of the values that `forward` keeps for the backward bodies.
         params: names of the vectors, one value a unit, that the bodies read (peephole weights).
         additive: whether the body reads the gates only as the sums x_gates[k] + received[k].
             Then dx_gates and d_received are equal, and are stored once.
     """
 
-    receives: Linear | Projection
+    receives: Linear | Projection | Mean
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     additive: bool
@@ -72,8 +81,13 @@ class Stage:
 
     @property
     def products(self) -> int:
-        """How many sums a unit receives."""
-        return len(self.gates) or 1
+        """How many sums or means a unit receives."""
+        return self.receives.count if isinstance(self.receives, Mean) else len(self.gates) or 1
+
+    @property
+    def exchanged(self) -> int:
+        """How many of the values before it go round, from values[0] on."""
+        return self.products if isinstance(self.receives, Mean) else 1
 
 
 class Onnx(NamedTuple):
@@ -99,10 +113,15 @@ class Cell:
         name: key of the registry, also the public name of the functional.
         states: names of the S states; the first is `h`, which the next step's first stage
             multiplies, and which is the output.
-        stages: mostly one. Between two, all units of a row exchange values[0].
+        stages: mostly one, the first a Linear. Between two, all units of a row exchange values[0].
         projects: whether the bodies leave h_{t-1} to the products, so that h may be projected.
         aten: the function of torch that computes this cell, or None. onnx: ONNX's operator for it.
         source: where the equations come from.
+        gates: names of the G gates of all stages, in the order in which the weights stack them.
+        saved: names of the K values that all stages keep for backward, besides the states.
+        params: names of the cell's own parameters, one value a unit each.
+        weighted: the stages that multiply values[0] with weights.
+        additive: whether dx_gates and dh_gates are equal in every stage.
     """
 
     name: str
@@ -112,63 +131,45 @@ class Cell:
     aten: str | None = None
     onnx: Onnx | None = None
     source: str = ""
+    # Worked out at once: torch.compile cannot look into a functools.cached_property.
+    gates: tuple[str, ...] = field(init=False)
+    saved: tuple[str, ...] = field(init=False)
+    params: tuple[str, ...] = field(init=False)
+    weighted: tuple[Stage, ...] = field(init=False)
+    additive: bool = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.states or self.states[0] != "h":
             raise ValueError(f"cell {self.name!r}: states must start with 'h', got {self.states}")
+        if len(set(self.states)) < len(self.states):
+            raise ValueError(f"cell {self.name!r}: states must differ, got {self.states}")
         if len(self.stages) not in (1, 2, 4):  # the ring of a launch deals its slots out to them
             raise ValueError(f"cell {self.name!r}: expected 1, 2 or 4 stages, got {self.stages}")
+        if not self.stages[0].gates:
+            raise ValueError(f"cell {self.name!r}: expected a first stage of Linear gates")
 
-    @functools.cached_property
-    def gates(self) -> tuple[str, ...]:
-        """Names of the G gates of all stages, in the order in which the weights stack them."""
-        return tuple(gate for stage in self.stages for gate in stage.gates)
+        def over(attribute: str) -> tuple[str, ...]:
+            return tuple(name for stage in self.stages for name in getattr(stage, attribute))
 
-    @functools.cached_property
-    def saved(self) -> tuple[str, ...]:
-        """Names of the K values that all stages keep for backward, besides the states."""
-        return tuple(name for stage in self.stages for name in stage.saved)
-
-    @functools.cached_property
-    def params(self) -> tuple[str, ...]:
-        """Names of the cell's own parameters, one value a unit each."""
-        return tuple(name for stage in self.stages for name in stage.params)
-
-    @functools.cached_property
-    def additive(self) -> bool:
-        """Whether dx_gates and dh_gates are equal in every stage."""
-        return all(stage.additive for stage in self.stages)
+        weighted = tuple(s for s in self.stages if not isinstance(s.receives, Mean))
+        for name in ("gates", "saved", "params"):
+            object.__setattr__(self, name, over(name))
+        object.__setattr__(self, "weighted", weighted)
+        object.__setattr__(self, "additive", all(stage.additive for stage in self.stages))
 
 
 def check_body(body: Callable[..., Any]) -> None:
-    """Raises NameError where a body uses a global name that is not in the vocabulary."""
-    unknown = set(body.__code__.co_names) - vocabulary.NAMES
+    """Raises NameError where a body uses a global name that is not in the vocabulary, or any
+    attribute, such as a tensor's method."""
+    read = [(i.opname, i.argval) for i in dis.get_instructions(body)]
+    names = {n for operation, n in read if operation in ("LOAD_GLOBAL", "IMPORT_NAME")}
+    attributes = {f".{n}" for operation, n in read if operation in ("LOAD_ATTR", "LOAD_METHOD")}
+    unknown = [*sorted(names - vocabulary.NAMES), *sorted(attributes)]
     if unknown:
         raise NameError(
-            f"{body.__module__}.{body.__qualname__} uses {sorted(unknown)}; "
+            f"{body.__module__}.{body.__qualname__} uses {unknown}; "
             f"the body of a cell may use only {sorted(vocabulary.NAMES)}"
         )
-
-
-def register(cell: Cell) -> Cell:
-    """Adds a cell to the registry. Raises ValueError where the name is taken, or is not a
-    lower-case identifier: `fusedrnn.Recurrent` keeps it in upper case, as torch.nn does."""
-    if not cell.name.isidentifier() or cell.name != cell.name.lower():
-        raise ValueError(f"cell: expected a lower-case identifier as its name, got {cell.name!r}")
-    if cell.name in REGISTRY:
-        raise ValueError(f"cell {cell.name!r} is registered already")
-    REGISTRY[cell.name] = cell
-    return cell
-
-
-def get(name: str, *, projected: bool = False) -> Cell:
-    """The cell of that name, if wanted with its h projected. Raises ValueError, with the names
-    there are."""
-    try:
-        cell = REGISTRY[name]
-    except KeyError:
-        raise ValueError(f"cell must be one of {sorted(REGISTRY)}, got {name!r}") from None
-    return _projected(cell) if projected else cell
 
 
 def _project(x_gates, received, values, params):
@@ -183,8 +184,24 @@ def _project_backward(d_values, saved, prev, new, params):
 PROJECTION = Stage(Projection(), _project, _project_backward, additive=True)
 
 
-@functools.cache
-def _projected(cell: Cell) -> Cell:
-    """The cell with one stage more, which projects what was h. Source: Sak, Senior & Beaufays
-    2014, arXiv:1402.1128."""
-    return replace(cell, stages=(*cell.stages, PROJECTION))
+def register(cell: Cell) -> Cell:
+    """Adds a cell to the registry. Raises ValueError where the name is taken, or is not a
+    lower-case identifier: `fusedrnn.Recurrent` keeps it in upper case, as torch.nn does."""
+    if not cell.name.isidentifier() or cell.name != cell.name.lower():
+        raise ValueError(f"cell: expected a lower-case identifier as its name, got {cell.name!r}")
+    if cell.name in REGISTRY:
+        raise ValueError(f"cell {cell.name!r} is registered already")
+    REGISTRY[cell.name] = cell
+    if cell.projects:
+        _PROJECTED[cell.name] = replace(cell, stages=(*cell.stages, PROJECTION))
+    return cell
+
+
+def get(name: str, *, projected: bool = False) -> Cell:
+    """The cell of that name; `projected`, with one stage more, which projects what was h (Sak,
+    Senior & Beaufays 2014, arXiv:1402.1128). Raises ValueError, with the names there are."""
+    table = _PROJECTED if projected else REGISTRY
+    cell = table.get(name) if isinstance(name, str) else None
+    if cell is None:
+        raise ValueError(f"cell must be one of {sorted(table)}, got {name!r}")
+    return cell

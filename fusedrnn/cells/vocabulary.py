@@ -13,6 +13,7 @@ sigmoid: Callable[..., Tensor] = torch.sigmoid
 tanh: Callable[..., Tensor] = torch.tanh
 relu: Callable[..., Tensor] = torch.relu
 where: Callable[..., Tensor] = torch.where
+rsqrt: Callable[..., Tensor] = torch.rsqrt
 zeros_like: Callable[..., Tensor] = torch.zeros_like
 
-NAMES = frozenset({"sigmoid", "tanh", "relu", "where", "zeros_like"})
+NAMES = frozenset({"sigmoid", "tanh", "relu", "where", "rsqrt", "zeros_like"})

@@ -111,7 +111,7 @@ def run(setting: Setting, p: Problem, seed: int) -> dict[str, Any]:
     common = {"rows": layout.rows, "input_precision": setting.precision, "plan": plan}
     layer = (p.directions(), p.state)
     with on_cpu(setting.capability, seed) as machines:
-        output, final, saved, states, _ = scan_forward(
+        output, final, saved, _, states = scan_forward(
             case.cell, layout.pack(p.x_gates), *layer, save="gates", **common
         )
         dx_gates, dh_gates, d_state, *_ = scan_backward(

@@ -311,7 +311,7 @@ FORWARD = (
     Mutant(
         "forward publishes less than is polled",
         (Race, Deadlock),
-        kernel=(Change("sync.publish(channel, (x,)", f"sync.publish({_HALF}, (x,)"),),
+        kernel=(Change("channel, found, step", f"{_HALF}, found, step"),),
         always=True,
     ),
     Mutant(
@@ -338,7 +338,7 @@ BACKWARD = (
 )
 
 # Mistakes between the stages of a cell.
-_FACTOR = "channel, factor, tile, exchanged + s, last"
+_PUBLISHED = "channel, planes, tile, exchanged + s, last"
 _RECEIVED = "tile,\n                exchanged + s, BODY"
 _PASSED = "exchanged + (COUNT - 1 - s),"
 STAGES = {
@@ -348,8 +348,8 @@ STAGES = {
             (Deadlock,),
             kernel=(
                 Change(
-                    "if PLAN.exchanged:\n                    publish_tile(",
-                    "if not PLAN.exchanged:\n                    publish_tile(",
+                    "if PLAN.exchanged:\n                    publish_tiles(",
+                    "if not PLAN.exchanged:\n                    publish_tiles(",
                 ),
             ),
             always=True,
@@ -357,7 +357,7 @@ STAGES = {
         Mutant(
             "a stage publishes as the one before",
             (Race, Deadlock),
-            kernel=(Change(_FACTOR, _FACTOR.replace("+ s", "")),),
+            kernel=(Change(_PUBLISHED, _PUBLISHED.replace("+ s", "")),),
             always=True,
         ),
         Mutant(
@@ -369,7 +369,7 @@ STAGES = {
         Mutant(
             "a stage publishes its values without a product's",
             (WrongResult,),
-            kernel=(Change("factor = to_multiply(new,", "factor = to_multiply(state,"),),
+            kernel=(Change("planes = to_exchange(new,", "planes = to_exchange(state,"),),
             always=True,
         ),
     ),
@@ -389,7 +389,7 @@ STAGES = {
         Mutant(
             "a stage's product passes nothing back",
             (WrongResult,),
-            kernel=(Change("(d_values[0] + product,)", "(d_values[0],)"),),
+            kernel=(Change("(d_values[i] + x,)", "(d_values[i],)"),),
             always=True,
         ),
     ),
@@ -398,6 +398,50 @@ STAGES = {
             "the ring is laid out for the stages in another order",
             (Race, Deadlock),
             kernel=(Change("(stages[0], *stages[:0:-1])", "stages[::-1]"),),
+            always=True,
+        ),
+    ),
+}
+
+# Mistakes with the means that a stage receives.
+MEANS = {
+    "scan_forward": (
+        Mutant(
+            "a stage publishes one plane of two",
+            (Deadlock,),
+            kernel=(Change("for i in tl.static_range(PLANES):", "for i in tl.static_range(1):"),),
+            always=True,
+        ),
+        Mutant(
+            "the planes lie as those of the first stage",
+            (Race, Deadlock, WrongResult),
+            kernel=(
+                Change(
+                    "exchanged + s, last, STAGE=s, STAGES", "exchanged + s, last, STAGE=0, STAGES"
+                ),
+            ),
+            always=True,
+        ),
+    ),
+    "scan_backward": (
+        Mutant(
+            "only the first mean passes back",
+            (WrongResult,),
+            kernel=(Change("COUNT: tl.constexpr = len(product)", "COUNT: tl.constexpr = 1"),),
+            always=True,
+        ),
+    ),
+    "matmul": (
+        Mutant(
+            "the sum of a chunk replaces those before",
+            (WrongResult,),
+            kernel=(Change("total = totals[PLANE]", "total = totals[PLANE] * 0"),),
+            always=True,
+        ),
+        Mutant(
+            "a sum is not divided",
+            (WrongResult,),
+            kernel=(Change("(sums[i] * (1.0 / STAGE.k),)", "(sums[i],)"),),
             always=True,
         ),
     ),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.call import Weights
-from fusedrnn.cells import Cell, get
+from fusedrnn.cells import Cell, Mean, get
 from fusedrnn.kernels import Rows, scan_backward, scan_forward
 
 
@@ -149,13 +149,18 @@ def loop(case: Case, p: Problem, dtype: torch.dtype) -> Answer:
 
 
 def run_stages(case: Case, p: Problem, d: int, x_gates, state, params):
-    """One step of one direction: the new states, what all stages received, what they multiplied."""
+    """One step of one direction: the new states, what all stages received, the means last, and what
+    they multiplied."""
     values, first, used = state, 0, 0
-    received, factors = [], []
+    received, means, factors = [], [], []
     matrices = p.dense(d, len(case.cell.gates))
     for stage in case.whole_cell.stages:
         gates = slice(first, first + len(stage.gates))
-        if stage.gates:
+        if isinstance(stage.receives, Mean):
+            parts = [v.unflatten(-1, (case.heads, -1)) for v in values[: stage.products]]
+            sums = [p.mean(-1, keepdim=True).expand_as(p).flatten(-2) for p in parts]
+            means += sums
+        elif stage.gates:
             sums = [values[0] @ w.T for w in matrices[gates]]
             if p.b_hh is not None:
                 biases = p.b_hh[d].unflatten(0, (len(matrices), -1))[gates]
@@ -163,11 +168,12 @@ def run_stages(case: Case, p: Problem, d: int, x_gates, state, params):
             received += sums
         else:
             sums = [values[0] @ p.w_hr[d].T]
-        factors.append(values[0])
+        if stage in case.whole_cell.weighted:
+            factors.append(values[0])
         own = params[used : used + len(stage.params)]
         values, _ = stage.forward(tuple(x_gates[gates]), tuple(sums), values, own)
         first, used = first + len(stage.gates), used + len(stage.params)
-    return values, received, factors
+    return values, received + means, factors
 
 
 class Layout:
@@ -207,7 +213,7 @@ def kernels(case: Case, p: Problem, plans=(None, None), precision: str = "ieee")
     layout = Layout(case, p.lengths)
     x_gates = layout.pack(p.x_gates)
     common = {"rows": layout.rows, "input_precision": precision, "heads": case.heads}
-    output, final, saved, states, published = scan_forward(
+    output, final, saved, published, states = scan_forward(
         cell, x_gates, p.directions(), p.state, save=case.save, plan=plans[0], **common
     )
     stored = [layout.unpack(output), *([] if states is None else layout.unpack(states).unbind(3))]
@@ -216,13 +222,13 @@ def kernels(case: Case, p: Problem, plans=(None, None), precision: str = "ieee")
     if case.save == "states":
         assert saved is published is None
         wide = Problem(**{name: as_float(value) for name, value in vars(p).items()})
-        h_gates = torch.empty_like(wide.x_gates)
+        h_gates = [None] * case.D
         for d in range(case.D):
             state, x = tuple(q[:, :, d] for q in prev), wide.x_gates[:, :, d].unbind(2)
             params = tuple(q[d] for q in wide.params)
             _, received, factors[d] = run_stages(case, wide, d, x, state, params)
-            h_gates[:, :, d] = torch.stack(received, 2)
-        saved = (x_gates, layout.pack(h_gates.to(case.dtype)))
+            h_gates[d] = torch.stack(received, 2)
+        saved = (x_gates, layout.pack(torch.stack(h_gates, 2).to(case.dtype)))
     elif published is not None:
         for d in range(case.D):
             factors[d] += layout.unpack(published)[:, :, d].float().unbind(2)
@@ -260,7 +266,7 @@ def as_float(value):
 def weight_gradient(case: Case, dh: Tensor, factors: list[Tensor]) -> Tensor:
     """Of one direction's W_hh, from dh [T, B, G, H] and what the stages multiplied."""
     parts, first = [], 0
-    for stage, factor in zip(case.whole_cell.stages, factors, strict=True):
+    for stage, factor in zip(case.whole_cell.weighted, factors, strict=True):
         if stage.gates:
             d_gates = dh[:, :, first : first + len(stage.gates)]
             parts.append(torch.einsum("tbgh,tbk->ghk", d_gates, factor))

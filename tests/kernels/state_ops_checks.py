@@ -18,6 +18,7 @@ MODULES = {
     "projected": partial(fusedrnn.LSTM, proj_size=5),
     "reset before": partial(fusedrnn.Recurrent, "gru_reset_before"),
     "heads": partial(fusedrnn.LSTM, num_heads=3),
+    "means": partial(fusedrnn.Recurrent, "layer_norm_gru", num_heads=2),  # to be registered
 }
 T, B, I, H = 6, 3, 5, 17
 OPTIONS = {

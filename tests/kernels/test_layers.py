@@ -287,7 +287,16 @@ def test_padding_reaches_nothing(module, save, value):
 @pytest.mark.parametrize("module", MODULES)
 def test_states_of_all_steps(module, rows, bidirectional):
     """What the kernels stored, with gradients: as the reference's, to rounding."""
-    options = {"num_layers": 2, "bidirectional": bidirectional}
+    states_of_all_steps(module, rows, {"num_layers": 2, "bidirectional": bidirectional})
+
+
+@pytest.mark.parametrize("rows", ["all", "lengths"])
+def test_states_of_all_steps_beside_a_projection(rows):
+    """For backward, what is projected is kept beside them."""
+    states_of_all_steps("LSTM", rows, {"num_layers": 2, "proj_size": 3})
+
+
+def states_of_all_steps(module, rows, options):
     case = Case(module, T=5, options=options)
     lengths = torch.tensor([2, 5, 3])
 

@@ -11,8 +11,9 @@ import roundtrip
 import torch
 import triton.language as tl
 from exchange import expected
+from layer_norm_gru import LAYER_NORM_GRU
 from loops import forward_and_backward
-from mutants import BACKWARD, CALLER, FORWARD, MATMUL, STAGES, SYNC, Mutant, WrongResult
+from mutants import BACKWARD, CALLER, FORWARD, MATMUL, MEANS, STAGES, SYNC, Mutant, WrongResult
 from mutation import mutated
 from races import Detector, Race
 from scan_cases import Case
@@ -93,6 +94,7 @@ def test_mistakes_of_a_caller(mutant, lap, tmp_path):
 
 CASE = Case(REGISTRY["rnn_tanh"], T=7, B=2, H=20, D=1)
 STAGED = Case(REGISTRY["gru_reset_before"], T=4, B=2, H=20, D=1)
+MEAN = Case(LAYER_NORM_GRU, T=3, B=2, H=20, D=1)
 
 
 @functools.cache
@@ -112,7 +114,7 @@ def compare(monkeypatch):
             if not torch.allclose(ours, right, atol=1e-6):
                 raise WrongResult(name)
 
-    right_answers = {case: answers(case) for case in (CASE, STAGED)}
+    right_answers = {case: answers(case) for case in (CASE, STAGED, MEAN)}
     monkeypatch.setattr(sync, "spin_limit", lambda device: 300)
     yield run
     launch._error_word(torch.device("cpu")).zero_()  # a mutant may have been stopped half-way
@@ -135,6 +137,12 @@ def each(mutants):
 def test_mistakes_in_the_loops(name, mutant, compare, lap, tmp_path, monkeypatch):
     put_in_place(name, mutant, lap, tmp_path, monkeypatch)
     hunt(mutant, compare, ALWAYS_SEEDS[:1])
+
+
+@pytest.mark.parametrize(("name", "mutant"), each(MEANS))
+def test_mistakes_with_means(name, mutant, compare, lap, tmp_path, monkeypatch):
+    put_in_place(name, mutant, lap, tmp_path, monkeypatch)
+    hunt(mutant, lambda: compare(MEAN), ALWAYS_SEEDS[:1])
 
 
 @pytest.mark.parametrize(("name", "mutant"), each(STAGES))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from layer_norm_gru import LAYER_NORM_GRU
 from scan_cases import Case, assert_close, kernels, loop, problem
 
 from fusedrnn.cells import REGISTRY, Cell, Linear, Stage
@@ -123,6 +124,9 @@ STAGED = {
     "lstm, 2 heads": Case(REGISTRY["lstm"], H=18, heads=2),
     "gru, 3 heads of 1": Case(REGISTRY["gru"], H=3, heads=3, D=1),
     "gru, bf16": Case(REGISTRY["gru"], H=16, heads=4, dtype=torch.bfloat16),
+    "means": Case(LAYER_NORM_GRU, H=11),
+    "means, bf16": Case(LAYER_NORM_GRU, H=16, D=1, dtype=torch.bfloat16),
+    "means of 2 heads": Case(LAYER_NORM_GRU, H=10, heads=2),
     "reset before, 2 heads": Case(REGISTRY["gru_reset_before"], H=10, heads=2),
 }
 

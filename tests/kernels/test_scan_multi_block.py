@@ -10,6 +10,7 @@ import layer_checks
 import pytest
 import torch
 from layer_checks import assert_as_good_as_torch
+from layer_norm_gru import LAYER_NORM_GRU
 from races import Detector
 from scan_cases import Case, assert_close, kernels, loop, problem
 from scheduler import cooperative
@@ -94,6 +95,11 @@ STAGED = {
         replace(ONE_CHUNK, lanes_per_launch=3),
     ),
     "reset before, heads": (Case(REGISTRY["gru_reset_before"], heads=2, **EVEN), ONE_CHUNK),
+    "means": (Case(LAYER_NORM_GRU, **RAGGED), MULTI_BLOCK),
+    "means, fp16, streamed": (
+        Case(LAYER_NORM_GRU, dtype=torch.float16, **EVEN),
+        replace(MULTI_BLOCK, schedule="streamed", resident=0),
+    ),
     "reset before, streamed": (
         Case(REGISTRY["gru_reset_before"], **EVEN),
         replace(MULTI_BLOCK, schedule="streamed", resident=0),

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from layer_norm_gru import LAYER_NORM_GRU
 from scheduler import cooperative
 from state_ops_checks import CASES, OPTIONS, assert_as_the_reference, run
 from tolerances import GRADIENTS32
 
 from fusedrnn import kernels
+from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch
 from fusedrnn.kernels.plan import Plan
 
@@ -17,12 +19,18 @@ def test_as_the_reference(module, option, batch_first, rows):
     assert_as_the_reference(module, option, batch_first, rows)
 
 
-STAGED = {"projected": (17, "all but zoneout"), "reset before": (17, "all"), "heads": (18, "all")}
+STAGED = {
+    "projected": (17, "all but zoneout"),
+    "reset before": (17, "all"),
+    "heads": (18, "all"),
+    "means": (18, "all"),
+}
 
 
 @pytest.mark.parametrize(("batch_first", "rows"), [(False, "all"), (True, "lengths")])
 @pytest.mark.parametrize("module", STAGED)
-def test_stages_as_the_reference(module, batch_first, rows):
+def test_stages_as_the_reference(module, batch_first, rows, monkeypatch):
+    monkeypatch.setitem(REGISTRY, LAYER_NORM_GRU.name, LAYER_NORM_GRU)
     H, option = STAGED[module]
     assert_as_the_reference(module, option, batch_first, rows, H=H)
 
