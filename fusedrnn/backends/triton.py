@@ -213,8 +213,9 @@ def backward(
     D, H, P, L = directions(spec), spec.hidden_size, widths(spec)[0], spec.num_layers
     plan = kernels.plan_for(cell, "backward", input, rows.B, H, D, precision, P=P, heads=heads)
     exchanges = kernels.workspaces(
-        cell, plan, "backward", rows, input, H=H, D=D, P=P, heads=heads, layers=L
-    )
+        cell, plan, "backward", rows, input, H=H, D=D, P=P, heads=heads,
+        layers=L - spec.trained_from,
+    )  # fmt: skip
     states, reset_states = _by_layer(L, operands.state), _by_layer(L, operands.reset_state)
     d_finals, weights = _by_layer(L, tuple(d_outputs[1:])), split_weights(spec, operands.weights)
     d_output, d_states, d_weights = d_outputs[0], [], []
@@ -347,9 +348,8 @@ def _state_ops(
 
     zoneout = noise.zoneout
     if zoneout is not None and zoneout.dim() > 1:
-        zoneout = zoneout.reshape(N, directions(spec), len(cell_of(spec).states), -1).view(
-            torch.int8
-        )
+        S = len(cell_of(spec).states)
+        zoneout = zoneout.reshape(N, directions(spec), S, -1).view(torch.int8)
     reset_state = tuple([s.contiguous() for s in reset_state])
     return kernels.StateOps(reset, reset_state, noise.h, zoneout, spec.clip or None)
 

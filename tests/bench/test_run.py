@@ -403,7 +403,7 @@ def test_the_command_line_with_the_kernels_interpreted(tmp_path):
     command = [
         sys.executable, "-m", "bench.run", "--plan", "tiny", "--device", "cpu",
         "--only", "gru fp32-exact T5 B3 I6 H8 ", "--backends", "auto,triton,triton_states",
-        "--out", str(out), "--budget", "60",
+        "--out", str(out), "--budget", "10",
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True
