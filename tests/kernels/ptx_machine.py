@@ -663,12 +663,14 @@ def _exchange(name: str, modifiers: list[str], instruction: Instruction) -> Step
                 raise Diverged(text)
 
         return barrier
-    if (name, modifiers, operands[3:]) == ("shfl", ["sync", "idx", "b32"], ["31", "-1"]):
-        target, source, from_lane = operands[:3]
+    ways = (["sync", "idx", "b32"], ["sync", "bfly", "b32"])
+    if name == "shfl" and modifiers in ways and operands[3:] == ["31", "-1"]:
+        target, source, lanes = operands[:3]
 
         def shuffle(p: Program, mask):
             _whole_warps(p, mask, text)
-            at = np.arange(p.n) // WARP * WARP + p.read(from_lane, "u32") % WARP
+            threads, lane = np.arange(p.n), p.read(lanes, "u32") % WARP
+            at = threads ^ lane if modifiers[1] == "bfly" else threads // WARP * WARP + lane
             p.write(target, p.read(source, "b32")[at], "b32", mask)
 
         return shuffle
@@ -750,6 +752,7 @@ _INTEGER: dict[str, Callable[..., Array]] = {
 _FLOAT: dict[str, Callable[..., Array]] = {
     "add": np.add, "add.rn": np.add, "sub": np.subtract, "mul": np.multiply, "fma.rn": _fma,
     "neg": np.negative, "abs": np.abs, "div.full": np.divide, "ex2.approx": np.exp2,
+    "sqrt.rn": np.sqrt,
 }  # fmt: skip
 # With the kinds of the operands, where those are not the instruction's.
 _MIXED: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
