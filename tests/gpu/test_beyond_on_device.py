@@ -3,11 +3,13 @@
 import pytest
 import torch
 from layer_checks import precision
+from layer_norm_gru import LAYER_NORM_GRU
 from state_ops_checks import CASES, assert_as_the_reference
 from tolerances import GRADIENTS32
 from torch import func, nn
 
 import fusedrnn
+from fusedrnn.cells import REGISTRY
 
 MODULES = ("LSTM", "GRU", "RNN")
 DEVICE = "cuda"
@@ -24,10 +26,11 @@ def test_inside_the_loop(module, option, batch_first, rows, H):
 @pytest.mark.parametrize("H", [18, 300, 768])
 @pytest.mark.parametrize(
     ("module", "option"),
-    [("reset before", "all"), ("heads", "all"), ("projected", "all but zoneout")],
+    [("reset before", "all"), ("heads", "all"), ("means", "all"), ("projected", "all but zoneout")],
 )
 @pytest.mark.parametrize(("batch_first", "rows"), [(False, "all"), (True, "lengths")])
-def test_stages_and_heads(batch_first, rows, module, option, H):
+def test_stages_and_heads(batch_first, rows, module, option, H, monkeypatch):
+    monkeypatch.setitem(REGISTRY, LAYER_NORM_GRU.name, LAYER_NORM_GRU)
     with precision(tf32=False):
         assert_as_the_reference(module, option, batch_first, rows, device=DEVICE, H=H)
 
