@@ -122,34 +122,57 @@ def fp32_precision() -> str:
     return "tf32" if _cudnn_rnn.fp32_precision == "tf32" else "ieee"
 
 
+class _Pass(NamedTuple):
+    """What the layers of one pass of a stack share; and of each, its states and weights."""
+
+    rows: packing.Rows
+    reset: Tensor | None
+    precision: str
+    plan: Any
+    exchanges: Iterator[Any]
+    state: list[tuple[Tensor, ...]]
+    reset_state: list[tuple[Tensor, ...]]
+    weights: list[list[Weights]]
+
+
+def _begin(spec: Spec, operands: Operands, masks: Masks, pass_: str, layers: int) -> _Pass:
+    """A pass that runs so many layers of the stack."""
+    import fusedrnn.kernels as kernels
+
+    cell, input, precision = cell_of(spec), operands.input, fp32_precision()
+    rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
+    L, D, H = spec.num_layers, directions(spec), spec.hidden_size
+    rest = {"P": widths(spec)[0], "heads": spec.num_heads}
+    plan = kernels.plan_for(cell, pass_, input, rows.B, H, D, precision, **rest)
+    exchanges = kernels.workspaces(cell, plan, pass_, rows, input, H=H, D=D, layers=layers, **rest)
+    weights = split_weights(spec, operands.weights)
+    return _Pass(
+        rows, _reset_flags(spec, masks, rows), precision, plan, exchanges,
+        _by_layer(L, operands.state), _by_layer(L, operands.reset_state),
+        [weights[first : first + D] for first in range(0, L * D, D)],
+    )  # fmt: skip
+
+
 def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
     """[output, *final states, *what `backward` needs, as `kept_shapes` lists it]."""
     import fusedrnn.kernels as kernels
 
-    cell, input, heads = cell_of(spec), operands.input, spec.num_heads
-    rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
-    reset, precision = _reset_flags(spec, masks, rows), fp32_precision()
-    D, H, P, L = directions(spec), spec.hidden_size, widths(spec)[0], spec.num_layers
-    plan = kernels.plan_for(cell, "forward", input, rows.B, H, D, precision, P=P, heads=heads)
-    exchanges = kernels.workspaces(
-        cell, plan, "forward", rows, input, H=H, D=D, P=P, heads=heads, layers=L
-    )
+    cell, input, L = cell_of(spec), operands.input, spec.num_layers
+    given = _begin(spec, operands, masks, "forward", L)
     finals = tuple([s.new_empty(s.shape) for s in operands.state])
-    parts = [_by_layer(L, t) for t in (operands.state, operands.reset_state, finals)]
-    weights = split_weights(spec, operands.weights)
-    shape, kept = (*input.shape[:-1], D * P), []
-    for index, (state, reset_state, final) in enumerate(zip(*parts, strict=True)):
-        noise, save = masks.of_layer(index), _save_of(spec, index)
-        of_layer = weights[index * D : (index + 1) * D]
+    shape, kept = (*input.shape[:-1], directions(spec) * widths(spec)[0]), []
+    for index, final in enumerate(_by_layer(L, finals)):
+        noise, save, weights = masks.of_layer(index), _save_of(spec, index), given.weights[index]
         if index > 0 and save:
             kept.append(input)
         input = masked_input(spec, input, noise)
-        with matmul_precision(input, precision):
-            x_gates = _input_gates(input.reshape(-1, input.shape[-1]), of_layer, len(cell.gates))
+        with matmul_precision(input, given.precision):
+            x_gates = _input_gates(input.reshape(-1, input.shape[-1]), weights, len(cell.gates))
         output, _, *saved = kernels.scan_forward(
-            cell, x_gates, of_layer, state, rows=rows, save=save, input_precision=precision,
-            heads=heads, state_ops=_state_ops(spec, reset_state, noise, reset, x_gates.shape[0]),
-            plan=plan, exchanges=exchanges, final=final,
+            cell, x_gates, weights, given.state[index], rows=given.rows, save=save,
+            input_precision=given.precision, heads=spec.num_heads,
+            state_ops=_state_ops(spec, given, index, noise, x_gates.shape[0]),
+            plan=given.plan, exchanges=given.exchanges, final=final,
         )  # fmt: skip
         input = output.view(shape)
         kept += [t for t in saved if t is not None]
@@ -205,19 +228,9 @@ def backward(
     Where that of the input is not wanted it is left empty: one large matrix product less. So are
     those of the layers below `spec.trained_from`, and then those of the states.
     """
-    import fusedrnn.kernels as kernels
-
-    cell, input, heads = cell_of(spec), operands.input, spec.num_heads
-    rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
-    reset, precision = _reset_flags(spec, masks, rows), fp32_precision()
-    D, H, P, L = directions(spec), spec.hidden_size, widths(spec)[0], spec.num_layers
-    plan = kernels.plan_for(cell, "backward", input, rows.B, H, D, precision, P=P, heads=heads)
-    exchanges = kernels.workspaces(
-        cell, plan, "backward", rows, input, H=H, D=D, P=P, heads=heads,
-        layers=L - spec.trained_from,
-    )  # fmt: skip
-    states, reset_states = _by_layer(L, operands.state), _by_layer(L, operands.reset_state)
-    d_finals, weights = _by_layer(L, tuple(d_outputs[1:])), split_weights(spec, operands.weights)
+    input, L = operands.input, spec.num_layers
+    given = _begin(spec, operands, masks, "backward", L - spec.trained_from)
+    d_finals = _by_layer(L, tuple(d_outputs[1:]))
     d_output, d_states, d_weights = d_outputs[0], [], []
     for index, shapes in reversed(list(enumerate(kept_shapes(spec, input)))):
         if index < spec.trained_from:
@@ -226,13 +239,9 @@ def backward(
         kept, of_layer = kept[:first], kept[first:]
         below = of_layer.pop(0) if index > 0 else input
         wanted = index > spec.trained_from or (index == 0 and d_input_wanted)
-        layer = _Layer(
-            masked_input(spec, below, noise), states[index], reset_states[index],
-            weights[index * D : (index + 1) * D], noise, rows, reset, plan, exchanges,
-        )  # fmt: skip
         d_input, d_state, gradients = _layer_backward(
-            spec, layer, d_output, d_finals[index], output, of_layer,
-            precision=precision, d_input_wanted=wanted,
+            spec, given, index, masked_input(spec, below, noise), noise, d_output,
+            d_finals[index], output, of_layer, d_input_wanted=wanted,
         )  # fmt: skip
         output = below
         d_output = masked_input(spec, d_input, noise, backward=True) if wanted else d_input
@@ -245,28 +254,15 @@ def backward(
     return [d_output.new_empty([0]) for _ in range(below)] + d_weights
 
 
-class _Layer(NamedTuple):
-    """What the backward pass of a layer reads, besides gradients and what the forward pass kept."""
-
-    input: Tensor  # with the layer's masks
-    state: tuple[Tensor, ...]
-    reset_state: tuple[Tensor, ...]
-    weights: list[Weights]
-    noise: LayerMasks
-    rows: packing.Rows
-    reset: Tensor | None
-    plan: Any
-    exchanges: Iterator[Any]
-
-
 def _layer_backward(
-    spec: Spec, layer: _Layer, d_output, d_final, output, kept, *, precision, d_input_wanted
-):
-    """The gradients of one layer: of its input, its states, its weights."""
+    spec: Spec, given: _Pass, index: int, input: Tensor, noise: LayerMasks, d_output, d_final,
+    output, kept, *, d_input_wanted,
+):  # fmt: skip
+    """The gradients of one layer: of its input (here with its masks), its states, its weights."""
     import fusedrnn.kernels as kernels
 
     cell, heads, P = cell_of(spec), spec.num_heads, widths(spec)[0]
-    input, weights, noise, rows = layer.input, layer.weights, layer.noise, layer.rows
+    weights, rows, precision = given.weights[index], given.rows, given.precision
     D = len(weights)
     input_ni = input.reshape(-1, input.shape[-1])
     output_ndh = output.reshape(-1, D, P)
@@ -279,7 +275,7 @@ def _layer_backward(
     stored = [output_ndh]
     if recompute and len(cell.stages) > 1 and states is not None:
         stored += states.unbind(2)
-    prev = [_previous(s, layer, index) for index, s in enumerate(stored)]
+    prev = [_previous(state, given, index, s) for s, state in enumerate(stored)]
     if rows.lengths is not None and rows.offsets is None:
         # The gradients of steps that do not exist are 0, but 0 * inf is NaN in the products.
         over = packing.rows_over(rows, rows.lengths)
@@ -298,10 +294,10 @@ def _layer_backward(
                 stacked += published.unbind(2)
             factors = list(zip(*(factor.unbind(1) for factor in stacked), strict=True))
         dx_gates, dh_gates, d_state, d_params, d_projected = kernels.scan_backward(
-            cell, d_output.reshape(-1, D, P), d_final, weights, layer.state, output_ndh, states,
-            values, rows=rows, save=str(spec.save), input_precision=precision, heads=heads,
-            state_ops=_state_ops(spec, layer.reset_state, noise, layer.reset, len(input_ni)),
-            plan=layer.plan, exchanges=layer.exchanges,
+            cell, d_output.reshape(-1, D, P), d_final, weights, given.state[index], output_ndh,
+            states, values, rows=rows, save=str(spec.save), input_precision=precision,
+            heads=heads, state_ops=_state_ops(spec, given, index, noise, len(input_ni)),
+            plan=given.plan, exchanges=given.exchanges,
         )  # fmt: skip
         d_input = input.new_empty([0])
         if d_input_wanted:
@@ -325,12 +321,12 @@ def _layer_backward(
     return d_input, d_state, gradients
 
 
-def _previous(stored: Tensor, layer: _Layer, s: int) -> Tensor:
-    """[N, D, *]: the state s that each step began from, from what is stored of all steps."""
-    prev = packing.previous_h(stored, layer.state[s], layer.rows)
-    if layer.reset is not None:
-        reset_state = layer.reset_state[s : s + 1]
-        prev = packing.started_over(prev, layer.reset, reset_state, layer.rows)
+def _previous(stored: Tensor, given: _Pass, index: int, s: int) -> Tensor:
+    """[N, D, *]: the state s that each step of a layer began from, from what is stored of all."""
+    prev = packing.previous_h(stored, given.state[index][s], given.rows)
+    if given.reset is not None:
+        reset_state = given.reset_state[index][s : s + 1]
+        prev = packing.started_over(prev, given.reset, reset_state, given.rows)
     return prev
 
 
@@ -340,18 +336,16 @@ def _reset_flags(spec: Spec, masks: Masks, rows: packing.Rows) -> Tensor | None:
     return packing.starts_by_row(masks.reset, rows, spec.batch_first, directions(spec))
 
 
-def _state_ops(
-    spec: Spec, reset_state: tuple[Tensor, ...], noise: LayerMasks, reset: Tensor | None, N: int
-):
-    """Resets, masks and zoneout as the kernels take them."""
+def _state_ops(spec: Spec, given: _Pass, index: int, noise: LayerMasks, N: int):
+    """Resets, masks and zoneout of a layer as the kernels take them."""
     import fusedrnn.kernels as kernels
 
     zoneout = noise.zoneout
     if zoneout is not None and zoneout.dim() > 1:
         S = len(cell_of(spec).states)
         zoneout = zoneout.reshape(N, directions(spec), S, -1).view(torch.int8)
-    reset_state = tuple([s.contiguous() for s in reset_state])
-    return kernels.StateOps(reset, reset_state, noise.h, zoneout, spec.clip or None)
+    reset_state = tuple([s.contiguous() for s in given.reset_state[index]])
+    return kernels.StateOps(given.reset, reset_state, noise.h, zoneout, spec.clip or None)
 
 
 def _input_gates(input_ni: Tensor, weights: list[Weights], G: int) -> Tensor:
