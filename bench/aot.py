@@ -136,7 +136,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "d_projected_ptr": sequence if job.P else None,
         "offsets_ptr": None if job.plain else "*i64",
         "lengths_ptr": None if job.plain else "*i64",
-        "exchange": Exchange(sequence, "*i32", "*i32", *["i32"] * 3),
+        "exchange": Exchange(sequence, "*i32", "*i32", *["i32"] * 3) if plan.exchanged else None,
         **dict.fromkeys(("T", "B", "first_b", "first_lane", "stride_t", "stride_b"), "i32"),
         # What regularizes is off: it adds loads and selects, and no product.
         "ops": StateOps(),
@@ -238,8 +238,10 @@ def faults(job: Job, ptx: str, sass: str, reading: Reading) -> list[str]:
     if not job.plain:
         # Packed rows are found by an offset that is loaded first.
         reading = replace(reading, early=())
-    found = gate(reading, job.target)
+    found = gate(reading, job.target, exchanged=job.plan.exchanged)
     plan, device = job.plan, TARGETS[job.target]
+    if not plan.exchanged:
+        return found
     most = min(device.shared_per_program, plan.shared_bytes(REGISTRY[job.cell], job.pass_))
     if reading.shared > most:
         found.append(f"shared memory {reading.shared} > {most}, planned or of the device")
@@ -320,10 +322,10 @@ NAMED = tuple(
         ("lstm", "bf16", 300, 20), ("lstm", "bf16", 200, 1), ("lstm", "bf16", 1500, 48),
     )
 )  # fmt: skip
-# Of two stages, and of heads.
+# Of two stages, of heads, and of all cells that torch does not have.
 STAGED = (
-    Named("lstm", "bf16", 1024, 16, P=320), Named("gru_reset_before", "bf16", 512, 64),
-    Named("lstm", "bf16", 512, 64, heads=4),
+    Named("lstm", "bf16", 1024, 16, P=320), Named("lstm", "bf16", 512, 64, heads=4),
+    *(Named(name, "bf16", 512, 64) for name, cell in REGISTRY.items() if cell.aten is None),
 )  # fmt: skip
 
 

@@ -372,7 +372,7 @@ def read(
         # Programs on one multiprocessor need more steps until they share it evenly.
         clocks, issued = model.run(4 * together)
         times["predicted_us" if level == "middle" else f"{level}_us"] = clocks * scale
-        if level == "middle":
+        if level == "middle" and plan.exchanged:
             times["parts_us"] = tuple(t * scale for t in attribute(step, issued, clocks))
     return Reading(
         **used,
@@ -478,9 +478,10 @@ def attribute(step: Step, issued: tuple[float, ...], clocks: float) -> tuple[flo
 MOST_WAVEFRONTS = {"sm_80": 1.5, "sm_89": 1.5, "sm_90": 1.25, "sm_120": 1.5}
 
 
-def gate(reading: Reading, target: str) -> list[str]:
+def gate(reading: Reading, target: str, *, exchanged: bool = True) -> list[str]:
     """What no compiled time loop may show, as it has cost a multiple of a step's time; empty for a
-    good kernel, and for targets that are only reported."""
+    good kernel, and for targets that are only reported. `exchanged`: whether programs hand each
+    other anything."""
     if target not in MOST_WAVEFRONTS:
         return []
     found = []
@@ -496,14 +497,14 @@ def gate(reading: Reading, target: str) -> list[str]:
         found.append(f"{reading.spill} bytes spilled")
     if target != "sm_90":
         return found
-    if not reading.ring_loads:
+    if exchanged and not reading.ring_loads:
         found.append("no way round the loop reads what others stored and orders nothing")
     if reading.serial_waits > reading.planned_waits:
         found.append(
             f"loads of the ring wait for one another {reading.serial_waits} times a step, "
             f"{reading.planned_waits} planned"
         )
-    if reading.early:
+    if exchanged and reading.early:
         found.append(f"fetched ahead, and waited for before the poll: {reading.early[0]}")
     if reading.fences:
         found.append(f"{reading.fences} fences, acquires or atomics in every step")

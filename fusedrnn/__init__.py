@@ -6,24 +6,39 @@ rnn = fusedrnn.LSTM(128, 256, num_layers=2, bidirectional=True)     # as torch.n
 fusedrnn.replace_modules(model)                                     # or a finished model
 
 LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell    the modules of torch.nn
-Recurrent                                     one for any cell: Recurrent("gru_reset_before", 8, 16)
+PeepholeLSTM, CoupledLSTM, MultiplicativeLSTM, LayerNormLSTM, SLSTM, LayerNormGRU, MGU, UGRNN,
+LiGRU, IndRNN                                 their relatives, with the same arguments
+Recurrent                                     one for any cell: Recurrent("ugrnn", 8, 16)
 replace_modules, restore_modules              swap those of a finished model, and back
 use_backend, BACKENDS, explain                which backend runs a call
 Regularizers                                  dropout of several kinds, zoneout, clipping
 Stream                                        carries the state from one chunk to the next
+init                                          initialisers: identity_, orthogonal_, chrono_, ...
 functional, gradient_flow, types              functions; gradients made visible; for annotations
 fusedrnn.onnx, fusedrnn.cells                 import these: export to ONNX; register your own cells
 
 help(fusedrnn.LSTM) and the like say more.
 """
 
-from fusedrnn import functional, gradient_flow, types
+from fusedrnn import functional, gradient_flow, init, types
 from fusedrnn.dispatch import BACKENDS, use_backend
 from fusedrnn.explain import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell
 from fusedrnn.regularizers import Regularizers
 from fusedrnn.replace import replace_modules, restore_modules
 from fusedrnn.streaming import Stream
+from fusedrnn.variants import (
+    MGU,
+    SLSTM,
+    UGRNN,
+    CoupledLSTM,
+    IndRNN,
+    LayerNormGRU,
+    LayerNormLSTM,
+    LiGRU,
+    MultiplicativeLSTM,
+    PeepholeLSTM,
+)
 
 __version__ = "0.1.0"
 
@@ -31,9 +46,19 @@ __all__ = [
     "BACKENDS",
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
+    "SLSTM",
+    "UGRNN",
+    "CoupledLSTM",
     "GRUCell",
+    "IndRNN",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormLSTM",
+    "LiGRU",
+    "MultiplicativeLSTM",
+    "PeepholeLSTM",
     "RNNCell",
     "Recurrent",
     "Regularizers",
@@ -41,6 +66,7 @@ __all__ = [
     "explain",
     "functional",
     "gradient_flow",
+    "init",
     "replace_modules",
     "restore_modules",
     "types",

@@ -1,4 +1,7 @@
-"""`python -m fusedrnn`: versions, devices, and a check of every backend that works here."""
+"""`python -m fusedrnn`: versions, devices, and a check of every backend that works here.
+
+With --cells: a table of the cells.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,19 @@ import json
 import os
 import sys
 
-from fusedrnn import BACKENDS, selfcheck
+from fusedrnn import BACKENDS, cells, selfcheck
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the report; returns 1 where a backend is wrong or fails, else 0."""
     parser = argparse.ArgumentParser(prog="python -m fusedrnn", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object for a script")
-    as_json = parser.parse_args(arguments).json
+    parser.add_argument("--cells", action="store_true", help="print a table of the cells")
+    options = parser.parse_args(arguments)
+    if options.cells:
+        print(table_of_cells())
+        return 0
+    as_json = options.json
 
     versions = selfcheck.versions()
     devices = {device: selfcheck.describe(device) for device in selfcheck.devices()}
@@ -38,6 +46,24 @@ def main(arguments: list[str] | None = None) -> int:
     elif bad:
         print(f"\n{len(bad)} backend(s) do not compute what they should: do not use them.")
     return 1 if bad else 0
+
+
+def table_of_cells() -> str:
+    """What the registry holds, in Markdown: gates in the order of the rows of weight_ih, and the
+    parameters besides weight_ih, weight_hh, bias_ih, bias_hh and weight_hr."""
+    lines = [
+        "| module | cell | gates | states | own parameters | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in cells.REGISTRY.values():
+        own = [f"`{o.name}`" + (f" [{o.vectors} H]" if o.vectors > 1 else "") for o in cell.own]
+        own += ["`weight_hh` [H]"] * cell.diagonal
+        row = (
+            f"`{cell.module}`", f"`{cell.name}`", " ".join(cell.gates), " ".join(cell.states),
+            ", ".join(own), cell.source,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(row)} |".replace("|  |", "| |"))
+    return "\n".join(lines)
 
 
 def _line(result: selfcheck.Check) -> str:

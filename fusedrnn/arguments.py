@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import cells, packing
-from fusedrnn.call import Spec, directions, widths
+from fusedrnn.call import Spec, directions, heads_of, widths
 from fusedrnn.types import Lengths
 
 Shape = tuple[int, ...]
@@ -24,14 +24,15 @@ def weight_shapes(spec: Spec) -> list[Shape]:
     """The shapes of all parameters, in torch's order."""
     cell, D = cells.get(spec.cell), directions(spec)
     rows, width = len(cell.gates) * spec.hidden_size, widths(spec)[0]
-    heads = spec.num_heads
+    heads = heads_of(spec)
     recurrent = (rows, width) if heads == 1 else (heads, rows // heads, width // heads)
+    recurrent = (rows,) if cell.diagonal else recurrent
     shapes: list[Shape] = []
     for index in range(spec.num_layers * D):
         shapes += [(rows, spec.input_size if index < D else D * width), recurrent]
         shapes += [(rows,), (rows,)] if spec.bias else []
         shapes += [(spec.proj_size, spec.hidden_size)] if spec.proj_size else []
-        shapes += [(spec.hidden_size,)] * len(cell.params)
+        shapes += [(own.vectors * spec.hidden_size,) for own in cell.own]
     return shapes
 
 

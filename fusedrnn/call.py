@@ -64,6 +64,11 @@ def cell_of(spec: Spec) -> cells.Cell:
     return cells.get(spec.cell, projected=spec.proj_size > 0)
 
 
+def heads_of(spec: Spec) -> int:
+    """Heads that have weights of their own: what is diagonal already has one."""
+    return 1 if cells.get(spec.cell).diagonal else spec.num_heads
+
+
 def widths(spec: Spec) -> tuple[int, ...]:
     """The features of each of the cell's S states: h may be projected."""
     others = len(cells.get(spec.cell).states) - 1
@@ -72,29 +77,41 @@ def widths(spec: Spec) -> tuple[int, ...]:
 
 def weights_per_direction(spec: Spec) -> int:
     """How many parameters a layer and direction has."""
-    return 2 + 2 * spec.bias + bool(spec.proj_size) + len(cells.get(spec.cell).params)
+    return 2 + 2 * spec.bias + bool(spec.proj_size) + len(cells.get(spec.cell).own)
 
 
 class Weights(NamedTuple):
-    """The parameters of one layer and direction, in torch's order."""
+    """The parameters of one layer and direction, in torch's order.
+
+    Where the cell normalises W_ih x, b_ih is the sum of both biases.
+    """
 
     w_ih: Tensor  # [G * H, I]
-    w_hh: Tensor  # [G * H, H]; [G * H, P] with a projection to P; [heads, G * H/heads, H/heads]
+    # [G * H, H]; [G * H, P] with a projection to P; [heads, G * H/heads, H/heads]; diagonal [G * H]
+    w_hh: Tensor
     b_ih: Tensor | None  # [G * H]
     b_hh: Tensor | None  # [G * H]
     w_hr: Tensor | None  # [P, H]
-    params: tuple[Tensor, ...]  # the cell's own, each [H]
+    params: tuple[Tensor, ...]  # the vectors of the cell's own, each [H]
+    w_norm: Tensor | None = None  # [G * H], of the cell's `input_norm`
 
 
 def split_weights(spec: Spec, flat: Sequence[Tensor]) -> list[Weights]:
     """A flat list of parameters as one `Weights` for each layer and direction."""
-    size, groups = weights_per_direction(spec), []
+    cell, size, groups = cells.get(spec.cell), weights_per_direction(spec), []
     for start in range(0, len(flat), size):
         rest = list(flat[start : start + size])
         w_ih, w_hh, rest = rest[0], rest[1], rest[2:]
         b_ih, b_hh, rest = (rest[0], rest[1], rest[2:]) if spec.bias else (None, None, rest)
         w_hr, rest = (rest[0], rest[1:]) if spec.proj_size else (None, rest)
-        groups.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(rest)))
+        params = [
+            part for own, t in zip(cell.own, rest, strict=True) for part in t.chunk(own.vectors)
+        ]
+        w_norm = None
+        if cell.input_norm is not None:
+            w_norm, params = rest[0], params[cell.own[0].vectors :]
+            b_ih, b_hh = None if b_ih is None else b_ih + b_hh, None
+        groups.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(params), w_norm))
     return groups
 
 

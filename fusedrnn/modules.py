@@ -91,10 +91,13 @@ class Recurrent(ScriptableSequence, Generic[State]):
         mode: the cell's name in upper case.
         weight_ih_l[k]: [G * H, I], for k > 0 [G * H, D * H]; G gates in the order of `cell.gates`.
         weight_hh_l[k]: [G * H, H], or [num_heads, G * H / num_heads, H / num_heads], the blocks of
-            the gates inside a head. Unit u of head k is k * H / num_heads + u everywhere else.
+            the gates inside a head. Unit u of head k is k * H / num_heads + u everywhere else. Of a
+            diagonal cell, [G * H].
         bias_ih_l[k], bias_hh_l[k]: [G * H]. weight_hr_l[k]: [P, H], with a projection.
-        [param]_l[k]: [H], of each of the cell's own parameters.
-        The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H).
+        [param]_l[k]: [H], or a multiple, of each of the cell's own parameters.
+        The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H), but for scales
+            and shifts of normalisation, which start as ones and zeros, and a diagonal weight_hh,
+            uniform in [0, 1].
         regularizers: None, or a `fusedrnn.Regularizers`.
         backend, save: as given.
 
@@ -180,16 +183,32 @@ class Recurrent(ScriptableSequence, Generic[State]):
         """Parameters of any cell, under torch.nn's names, in the place of those there are."""
         spec = self._spec()
         kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * spec.bias
-        kinds += ["weight_hr"] * bool(spec.proj_size) + list(cells.get(spec.cell).params)
+        kinds += ["weight_hr"] * bool(spec.proj_size) + [
+            own.name for own in cells.get(spec.cell).own
+        ]
         ends = [f"_l{k}{end}" for k in range(spec.num_layers) for end in ("", "_reverse")]
         ends = ends if spec.bidirectional else ends[::2]
         all_weights = [[kind + end for kind in kinds] for end in ends]
         names = [name for group in all_weights for name in group]
+        self._parameters.clear()  # they are to be in the order of their names
         for name, shape in zip(names, arguments.weight_shapes(spec), strict=True):
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._all_weights, self._flat_weights_names = all_weights, names
         self._init_flat_weights()
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters: uniform in +-1/sqrt(H), but for those of which the cell says
+        where they start; a diagonal weight_hh uniform in [0, 1], within which nothing explodes."""
+        super().reset_parameters()
+        cell = cells.get(self.mode.lower())
+        starts = {f"{own.name}_l": own.start for own in cell.own if own.start is not None}
+        for name in self._flat_weights_names:
+            for kind, start in starts.items():
+                if name.startswith(kind):
+                    nn.init.constant_(getattr(self, name), start)
+            if cell.diagonal and name.startswith("weight_hh"):
+                nn.init.uniform_(getattr(self, name))
 
     def _torch_lacks(self) -> str | None:
         cell = self.mode.lower()
@@ -329,10 +348,12 @@ class Recurrent(ScriptableSequence, Generic[State]):
 
     def extra_repr(self) -> str:
         """What repr shows of the module."""
-        cell = "" if isinstance(self, (LSTM, GRU, RNN)) else f"{self.mode.lower()!r}, "
+        mode = self.mode.lower()
+        cell = f"{mode!r}, " if type(self).__init__ is Recurrent.__init__ else ""
+        options = "" if cell or "(" not in mode else ", " + mode.partition("(")[2][:-1]
         heads = "" if self.num_heads == 1 else f", num_heads={self.num_heads}"
         shown = "" if self.regularizers is None else f", {self.regularizers}"
-        return cell + super().extra_repr() + heads + shown
+        return cell + super().extra_repr() + options + heads + shown
 
 
 class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
@@ -483,6 +504,8 @@ class GRU(Recurrent[Tensor]):
         n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn))
         h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
+    With reset_after=False, n_t = tanh(W_in x_t + b_in + W_hn (r_t * h_{t-1}) + b_hn).
+
     Args:
         input_size: I, features of the input.
         hidden_size: H, units of a layer and direction.
@@ -493,6 +516,8 @@ class GRU(Recurrent[Tensor]):
         bidirectional: D = 2 directions instead of 1. Default: False.
         proj_size: 0, which torch.nn takes by position; only LSTM has projections.
         device, dtype: of the parameters.
+        reset_after: whether r_t multiplies what W_hn made of h_{t-1}, as torch and cuDNN have it,
+            or h_{t-1} itself, as the paper. Default: True.
         num_heads: divides H among so many heads, which see only their own part of h_{t-1}; torch
             has no such thing. Default: 1.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
@@ -533,7 +558,8 @@ class GRU(Recurrent[Tensor]):
 
     Numerics: accumulates in float32; states are stored in the input's dtype.
 
-    Source: Cho et al. 2014, arXiv:1406.1078, reset after the product; order as torch.nn.GRU.
+    Source: Cho et al. 2014, arXiv:1406.1078, by default in the form of torch.nn.GRU, whose order of
+    gates it has.
 
     Example::
 
@@ -554,6 +580,7 @@ class GRU(Recurrent[Tensor]):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        reset_after: bool = True,
         num_heads: int = 1,
         backend: Backend | None = None,
         save: Save = "gates",
@@ -564,8 +591,11 @@ class GRU(Recurrent[Tensor]):
         clip_gradient: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        if not isinstance(reset_after, bool):
+            raise TypeError(f"reset_after: expected a bool, got {reset_after!r}")
+        cell = "gru" if reset_after else "gru_reset_before"
         super().__init__(
-            "gru", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype, num_heads=num_heads, backend=backend, save=save,
             input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
             weight_drop=weight_drop, zoneout=zoneout, clip_gradient=clip_gradient,

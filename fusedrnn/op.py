@@ -68,7 +68,9 @@ def _backward(
         outputs, leaves, [d.to(o.dtype) for d, o in zip(d_outputs, outputs, strict=True)],
         materialize_grads=True,
     )  # fmt: skip
-    return [g.contiguous() for g in gradients]
+    # Outputs of an op may not share memory, as the gradients of two biases do that are added.
+    first = {id(g): i for i, g in reversed(list(enumerate(gradients)))}
+    return [g.contiguous() if first[id(g)] == i else g.clone() for i, g in enumerate(gradients)]
 
 
 stack_op: Any = torch.library.custom_op(

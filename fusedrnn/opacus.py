@@ -48,6 +48,8 @@ def _fixer(of_torchs: Callable[..., Any]) -> Callable[..., Any]:
                 f"{type(module).__name__}: Opacus' module has no heads, "
                 f"got num_heads={module.num_heads}"
             )
+        if lacking := module._torch_lacks():
+            raise ValueError(f"{type(module).__name__}: Opacus' module is torch's: {lacking}")
         return of_torchs(module, **options)
 
     return fix

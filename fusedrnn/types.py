@@ -6,9 +6,11 @@ def tagger(backend: fusedrnn.types.Backend | None = None) -> fusedrnn.LSTM: ...
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict
 
+import torch
 from torch import Tensor
+from torch.types import Device
 from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
@@ -40,3 +42,24 @@ class Steppable(Protocol[State]):
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One time step."""
         ...
+
+
+class ModuleOptions(TypedDict, total=False):
+    """What every module takes by name; see `fusedrnn.Recurrent`."""
+
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    device: Device
+    dtype: torch.dtype | None
+    num_heads: int
+    backend: Backend | None
+    save: Save
+    input_dropout: float
+    recurrent_dropout: float
+    weight_drop: float
+    zoneout: float | tuple[float, ...]
+    clip_gradient: float | None
+    generator: torch.Generator | None

@@ -45,6 +45,23 @@ def relu(x):
 
 
 @triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def log1p(x):
+    # The rounding of 1 + x is undone by the quotient (W. Kahan); where it is all of x, x is exact.
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def abs(x):
+    return tl.abs(x)
+
+
+@triton.jit
 def where(condition, x, y):
     return tl.where(condition, x, y)
 

@@ -128,7 +128,7 @@ def scan_backward(
     _check_choice("save", save, SAVE[1:2] if zoneout else SAVE[:2])
     N, D, P = output.shape
     w_hh = directions[0].w_hh
-    H = w_hh.numel() // (w_hh.shape[-1] * len(cell.gates))
+    H = P if cell.diagonal else w_hh.numel() // (w_hh.shape[-1] * len(cell.gates))
     G, S = len(cell.gates), len(cell.states)
     state, d_final, d_output = _contiguous(state), _contiguous(d_final), d_output.contiguous()
     _check_layer(
@@ -277,6 +277,8 @@ def _matrices(
     cell: Cell, directions: list[Weights], heads: int, *, transposed: bool
 ) -> tuple[tuple[Tensor, ...], ...]:
     """For each stage, what `matmul.matrices_of` takes of each direction."""
+    if cell.diagonal:
+        return (tuple([w.w_hh.contiguous() for w in directions]),)
     count = heads * len(cell.gates)
     linear = tuple([_in_rows(w.w_hh, count, transposed) for w in directions])
     projected = tuple([_in_rows(w.w_hr, 1, transposed) for w in directions if w.w_hr is not None])
@@ -408,6 +410,7 @@ def _check_layer(
     if ops.reset_state:
         _check_states("state_ops.reset_state", ops.reset_state, cell, (D, B, H, P), like)
     matrix = (G * H, P) if heads == 1 else (heads, G * H // heads, H // heads)
+    matrix = (G * H,) if cell.diagonal else matrix
     projection = (P, H) if isinstance(cell.stages[-1].receives, Projection) else None
     biased = any([w.b_hh is not None for w in directions])
     for d, w in enumerate(directions):  # of which copies are made where they are not contiguous

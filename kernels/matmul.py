@@ -3,6 +3,7 @@
     forward   sums[g] = h @ W[g]^T          one left operand, as many results as the stage has gates
     backward  sums[0] = sum_g dh_g @ W[g]   so many left operands, one result
     mean      sums[i] = x_i @ 1 / K         in both passes: a product with ones, without memory
+    diagonal  as the first two, with a vector for each W[g]: nothing is exchanged
 
 The left operands are PLANES tiles of [BLOCK_B, H]; the result is summed over K in chunks of
 BLOCK_K = 16 * SPLIT. Each of SPLIT groups of warps sums 16 units of every chunk by itself, as a
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.fragments import BLOCK, lhs_operand, load_rhs_operand, pitch
-from fusedrnn.kernels.tiles import of_direction
+from fusedrnn.kernels.tiles import load_vectors, of_direction
 
 
 @triton.jit
@@ -27,13 +28,13 @@ def matrices_of(w_ptrs, tile, STAGE: tl.constexpr):
     """Where the stage's matrices of a program's lane begin; w_ptrs: for each direction [heads,
     matrices, units, pitch]: matrix, the program's unit, unit of K."""
     skipped = tile.head * STAGE.matrices + STAGE.first_matrix
-    return of_direction(w_ptrs, tile) + skipped * (STAGE.units * pitch(STAGE.k))
+    return of_direction(w_ptrs, tile) + skipped * (STAGE.units * row_length(STAGE))
 
 
 @triton.jit
 def load_weights(w_ptr, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
     """The right operands that are loaded once: of the resident chunks; of a program that owns all
-    units, tiles [BLOCK_H, BLOCK_H], units of K by the program's units.
+    units, tiles [BLOCK_H, BLOCK_H], units of K by the program's units; of a diagonal, vectors.
 
     w_ptr: as `matrices_of` returns it.
     """
@@ -41,7 +42,9 @@ def load_weights(w_ptr, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
     MATRICES: tl.constexpr = STAGE.pairs
     PITCH: tl.constexpr = pitch(STAGE.k)
     weights = ()
-    if PLAN.exchanged:
+    if STAGE.diagonal:
+        weights = load_vectors((w_ptr,), tile, PLANES=MATRICES, H=STAGE.units)
+    elif PLAN.exchanged:
         for chunk in tl.static_range(COUNT):
             weights = weights + load_chunk(w_ptr, chunk, tile, STAGE=STAGE, PLAN=PLAN)
     else:
@@ -145,6 +148,8 @@ def recurrent_matmul(
         )  # fmt: skip
     elif STAGE.mean:
         sums = local_sums(planes, tile)
+    elif STAGE.diagonal:
+        sums = diagonal_product(planes, weights, STAGE=STAGE)
     else:
         sums = local_matmul(planes, weights, STAGE=STAGE, PRECISION=PRECISION)
     if STAGE.mean:
@@ -152,6 +157,20 @@ def recurrent_matmul(
         for i in tl.static_range(len(sums)):
             means = means + (sums[i] * (1.0 / STAGE.k),)
         sums = means
+    return sums
+
+
+@triton.jit
+def diagonal_product(planes, weights, STAGE: tl.constexpr):
+    """What each unit gives to itself alone."""
+    PLANES: tl.constexpr = STAGE.planes
+    RESULTS: tl.constexpr = STAGE.results
+    sums = ()
+    for i in tl.static_range(RESULTS):
+        total = planes[0].to(tl.float32) * weights[i]
+        for k in tl.static_range(1, PLANES):
+            total += planes[k].to(tl.float32) * weights[k]
+        sums = sums + (total,)
     return sums
 
 
@@ -248,6 +267,12 @@ def planes_of(STAGES):
 def chunks_of(STAGE, PLAN):
     """Chunks of K: the stage's own, which may be narrower than the layer."""
     return -(-STAGE.k // PLAN.block_k)
+
+
+@triton.constexpr_function
+def row_length(STAGE):
+    """Elements from one unit to the next, where W is read."""
+    return 1 if STAGE.diagonal else pitch(STAGE.k)
 
 
 @triton.constexpr_function

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fusedrnn.cells import Cell, Mean, Projection
+from fusedrnn.cells import Cell, Linear, Mean, Projection
 
 PASSES = ("forward", "backward")
 ITEM_SIZE = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
@@ -75,10 +75,11 @@ class StageSizes:
     params: int
     first_param: int
     mean: bool
+    diagonal: bool
 
     @property
     def pairs(self) -> int:
-        """How many matrices W has."""
+        """How many matrices W has; of a diagonal one, vectors."""
         return 0 if self.mean else self.planes * self.results
 
     @property
@@ -100,7 +101,10 @@ def stage_sizes(cell: Cell, pass_: str, H: int, P: int) -> tuple[StageSizes, ...
         matrices, first = (len(cell.gates), gate) if stage.gates else (1, 0)
         of_gates = (len(stage.gates), means if mean else gate)
         of_params = (len(stage.params), param)
-        sizes = StageSizes(planes, results, k, units, matrices, first, *of_gates, *of_params, mean)
+        diagonal = isinstance(stage.receives, Linear) and stage.receives.diagonal
+        sizes = StageSizes(
+            planes, results, k, units, matrices, first, *of_gates, *of_params, mean, diagonal
+        )
         stages.append(sizes)
         means += products if mean else 0
         gate, param, width = gate + len(stage.gates), param + len(stage.params), H
@@ -112,7 +116,8 @@ class Plan:
     """How one pass of one layer runs; the kernels take it whole, as a constant.
 
     Attributes:
-        schedule: "single_block", "multi_block" or "streamed"; follows from the numbers below.
+        schedule: "single_block", "multi_block", "streamed" or "independent"; follows from the
+            numbers below.
         block_b, block_h: batch elements of a tile, and units of a program.
         block_k, chunks: K, which is all of H, in equal chunks; narrower stages have fewer.
         resident: chunks of each stage whose weights stay on the multiprocessor.
@@ -142,7 +147,7 @@ class Plan:
     @property
     def exchanged(self) -> bool:
         """Whether programs hand each other what they compute."""
-        return self.schedule != "single_block"
+        return self.schedule not in ("single_block", "independent")
 
     def of_kernel(self) -> "Plan":
         """The plan without what is no part of a kernel: how a batch is cut into launches."""
@@ -193,6 +198,8 @@ def candidates(
     P: int = 0,
 ) -> list[Plan]:  # fmt: skip
     """The plans that `plan_scan` chooses from, before the batch is cut into launches."""
+    if cell.diagonal:
+        return [Plan("independent", 16, 32, 32, 1, 1, 1, num_warps=4)]
     if device.backend == "interpreter":
         block = max(16, 1 << (H - 1).bit_length())
         return [Plan("single_block", 16, block, block, 1, 1, 1, num_warps=4)]

@@ -59,7 +59,7 @@ import triton.language as tl
 
 from fusedrnn.kernels.fragments import LANES, ROWS, offset_in_slot, vectors
 
-LAP = tl.constexpr(64)
+LAP = tl.constexpr(60)  # a multiple of every number of stages that a cell may have
 
 # A group's signal, in int32 words: the counter, and, 128 bytes further, the step at which somebody
 # gave up. Counters of different groups share no cache line.

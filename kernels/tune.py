@@ -135,6 +135,7 @@ def _measure(
 
     rows = Rows(steps, B, B, 1)
     w_hh = draw(G * H, P) / P**0.5 if heads == 1 else draw(heads, G * P, P) / P**0.5
+    w_hh = draw(G * H) if cell.diagonal else w_hh
     w_hr = draw(P, H) / H**0.5 if projected else None
     params = tuple(draw(H) for _ in cell.params)
     weights = Weights(w_hh, w_hh, None, draw(G * H), w_hr, params)

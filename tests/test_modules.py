@@ -713,16 +713,16 @@ def test_a_malformed_packed_sequence_is_refused(kind, way, wrong):
         module(PackedSequence(*MALFORMED[wrong]))
 
 
-@pytest.mark.parametrize("wrong", list(MALFORMED)[:4])
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_what_was_compiled_refuses_it_too(backend, wrong):
+def test_what_was_compiled_refuses_it_too(backend):
     """The compiler sees no values: the operator looks, when it runs."""
     torch._dynamo.reset()
     module = fusedrnn.GRU(3, 5, backend=backend)
     compiled = torch.compile(lambda p: module(p)[0].data, backend="aot_eager")
     compiled(pack_padded_sequence(torch.randn(2, 3, 3), torch.tensor([2, 2, 2])))
-    with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
-        compiled(PackedSequence(*MALFORMED[wrong]))
+    for wrong in list(MALFORMED)[:4]:
+        with pytest.raises(RuntimeError, match=r"batch_sizes: expected .*, got"):
+            compiled(PackedSequence(*MALFORMED[wrong]))
 
 
 @every_kind

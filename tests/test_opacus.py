@@ -66,6 +66,11 @@ def test_fix_does_not_forget_heads():
         ModuleValidator.fix(Classifier(fusedrnn.GRU(3, 6, num_heads=2)))
 
 
+def test_fix_does_not_take_one_cell_for_another():
+    with pytest.raises(ValueError, match="GRU: .* is torch's: torch has no gru_reset_before"):
+        ModuleValidator.fix(Classifier(fusedrnn.GRU(3, 6, reset_after=False)))
+
+
 def test_it_does_not_matter_what_was_imported_first():
     code = """
         import fusedrnn, sys

@@ -15,8 +15,10 @@ import torch
 from bodies import assert_backward_is_the_derivative_of_forward
 from calls import call_of
 
+import fusedrnn
 from bench import report
 from fusedrnn import cells, dispatch
+from fusedrnn.__main__ import table_of_cells
 from fusedrnn.call import LOOP_FEATURES
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,10 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGES, re.MULTILINE | re.DOTALL)
 ROWS = {
     "tensors on a CUDA device": [{}],
     "tensors on the CPU": [{"device": "cpu"}],
-    **{f"`{name}`": [{"cell": name}] for name in cells.REGISTRY},
+    "`LSTM`, `GRU`, `RNN`": [{"cell": name} for name, cell in cells.REGISTRY.items() if cell.aten],
+    "their relatives, and your own cells": [
+        {"cell": name} for name, cell in cells.REGISTRY.items() if not cell.aten
+    ],
     "float32, bfloat16, float16": [
         {"dtype": torch.float32},
         {"dtype": torch.bfloat16},
@@ -71,6 +76,23 @@ def test_table_is_what_dispatch_does(row, monkeypatch, imaginary_gpu):
         else:
             assert said.split()[0] == "no"
             assert all(refusals)
+
+
+def test_the_table_of_cells():
+    begin, end = "<!-- cells: generated -->", "<!-- cells: end -->"
+    assert README.split(begin)[1].split(end)[0].strip() == table_of_cells()
+
+
+@pytest.mark.parametrize("cell", cells.REGISTRY.values(), ids=lambda cell: cell.name)
+def test_every_cell_has_a_module(cell):
+    name, _, argument = cell.module.rstrip(")").partition("(")
+    option = dict([argument.split("=")]) if argument else {}
+    module = getattr(fusedrnn, name)(4, 6, 2, **{k: eval(v) for k, v in option.items()})
+    assert module.mode == cell.name.upper()
+    assert cell.source in table_of_cells()
+    assert all(part in type(module).__doc__ for part in ("Source:", "weight_ih_l[k]", ">>> rnn ="))
+    output, _ = module(torch.randn(3, 2, 4))
+    assert output.shape == (3, 2, 6)
 
 
 def test_there_are_snippets():

@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from layer_norm_gru import LAYER_NORM_GRU
 from tolerances import GRADIENTS64, VALUES32, VALUES64, assert_same
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
@@ -19,16 +18,22 @@ from fusedrnn.cells.vocabulary import sigmoid, tanh, zeros_like
 
 T, B, I, H = 5, 3, 4, 6
 TORCHS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
-KINDS = {name: (name, {}) for name in cells.REGISTRY}
-KINDS |= {f"{name}-heads": (name, {"num_heads": 3}) for name in cells.REGISTRY}
-KINDS |= {f"{n}-projected": (n, {"proj_size": 2}) for n, c in cells.REGISTRY.items() if c.projects}
+# One cell of each kind: a stage, two, three with means, a diagonal, four states; heads; a projection.
+KINDS = {name: (name, {}) for name in ("lstm", "rnn_relu", "gru_reset_before", "slstm")}
+KINDS |= {name: (name, {}) for name in ("layer_norm_lstm", "indrnn_relu")}
+KINDS |= {f"{name}-heads": (name, {"num_heads": 3}) for name in ("lstm", "gru_reset_before")}
+# (Two values have a variance near 0 too easily: normalised heads have three units.)
+KINDS |= {"layer_norm_lstm-heads": ("layer_norm_lstm", {"num_heads": 2})}
+KINDS |= {"lstm-projected": ("lstm", {"proj_size": 2})}
+EVERY = KINDS | {name: (name, {}) for name in cells.REGISTRY}
+EVERY |= {f"{n}-projected": (n, {"proj_size": 2}) for n, c in cells.REGISTRY.items() if c.projects}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_cell = pytest.mark.parametrize("cell", cells.REGISTRY)
 of_torch = pytest.mark.parametrize("cell", [n for n, c in cells.REGISTRY.items() if c.aten])
 
 
 def make(kind, num_layers=2, **options):
-    cell, own = KINDS[kind]
+    cell, own = EVERY.get(kind) or (kind, {})
     options = {"dtype": torch.float64, **own, **options}
     return Recurrent(cell, I, H, num_layers, **options)
 
@@ -131,8 +136,7 @@ def norm_gru_of_2021(heads):
     def run(w, x, state):
         (h,), outputs = state, []
         per_head = w["weight_hh"].view(heads, -1, H // heads)
-        scale = torch.stack([w[f"weight_ln_{gate}"] for gate in "rzn"])
-        shift = torch.stack([w[f"bias_ln_{gate}"] for gate in "rzn"])
+        scale, shift = w["weight_ln"].view(3, H), w["bias_ln"].view(3, H)
         for x_t in x:
             parts = [h_k @ W.T for h_k, W in zip(h.chunk(heads, -1), per_head, strict=True)]
             a = torch.stack([p.unflatten(-1, (3, -1)) for p in parts], -2)  # [B, 3, heads, *]
@@ -193,11 +197,8 @@ def test_the_projected_lstm_is_the_papers(num_layers, bidirectional):
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_a_stage_that_receives_means(heads, monkeypatch):
-    monkeypatch.setitem(cells.REGISTRY, LAYER_NORM_GRU.name, LAYER_NORM_GRU)
-    module = Recurrent(
-        LAYER_NORM_GRU, I, H, 2, bidirectional=True, num_heads=heads, dtype=torch.float64
-    )
+def test_a_stage_that_receives_means(heads):
+    module = make("layer_norm_gru", bidirectional=True, num_heads=heads)
     oracle = layers_by(norm_gru_of_2021(heads), module)
     assert_same_values_and_gradients(module, double(T, B, I), random_state(module), oracle)
 
@@ -230,10 +231,18 @@ def test_one_head_of_each_unit():
 # ------------------------------------------------------------------------------- every cell
 
 
-@every_kind
+# What the cells have of their own, in units of H, and where that starts.
+OWN = {
+    "peephole_lstm": {"weight_ci": 1, "weight_cf": 1, "weight_co": 1},
+    "layer_norm_gru": {"weight_ln": 3, "bias_ln": 3},
+    "layer_norm_lstm": {"weight_ln_ih": 4, "weight_ln_hh": 4, "weight_ln_c": 1, "bias_ln_c": 1},
+}
+
+
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_parameters_and_their_start(kind, bidirectional):
-    cell, own = KINDS[kind]
+    cell, own = EVERY[kind]
     module = make(kind, bidirectional=bidirectional)
     G, D, heads = len(cells.get(cell).gates), 1 + bidirectional, own.get("num_heads", 1)
     P = own.get("proj_size", H)
@@ -244,20 +253,32 @@ def test_parameters_and_their_start(kind, bidirectional):
             expected[f"weight_ih{end}"] = (G * H, I if layer == 0 else D * P)
             square = (heads, G * H // heads, H // heads)
             expected[f"weight_hh{end}"] = square if heads > 1 else (G * H, P)
+            if "indrnn" in cell:
+                expected[f"weight_hh{end}"] = (H,)
             expected[f"bias_ih{end}"] = expected[f"bias_hh{end}"] = (G * H,)
             if P != H:
                 expected[f"weight_hr{end}"] = (P, H)
+            expected |= {name + end: (n * H,) for name, n in OWN.get(cell, {}).items()}
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == expected
     assert list(expected) == [name for group in module._all_weights for name in group]
     assert [p.shape for group in module.all_weights for p in group] == list(expected.values())
     assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in module.parameters())
-    assert all(p.abs().max() <= H**-0.5 for p in module.parameters())
+    constant = {n: float(n.startswith("weight")) for n in expected if "_ln" in n}
+    for name, p in module.named_parameters():
+        if name in constant:
+            assert (p == constant[name]).all()
+        elif "indrnn" in cell and "weight_hh" in name:
+            assert (p >= 0).all()
+            assert H**-0.5 < p.max() <= 1
+        else:
+            assert p.abs().max() <= H**-0.5
     assert module.mode == cell.upper()
     assert all(a is b for a, b in zip(module._flat_weights, module.parameters(), strict=True))
     assert ("num_heads" in vars(module)) == (heads > 1)
-    before = [p.clone() for p in module.parameters()]
+    before = {name: p.clone() for name, p in module.named_parameters()}
     module.reset_parameters()
-    assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    for name, p in module.named_parameters():
+        assert torch.equal(p, before[name]) == (name in constant)
 
 
 @of_torch
@@ -453,14 +474,18 @@ def test_it_takes_what_torchs_class_had():
 @pytest.mark.parametrize(
     ("cell", "options", "message"),
     [
-        ("elman", {}, r"cell must be one of \['gru', .*got 'elman'"),
+        ("elman", {}, r"cell must be one of \['coupled_lstm', .*got 'elman'"),
         ("gru", {"num_heads": 4}, "num_heads: expected a divisor of hidden_size=6, got 4"),
         ("gru", {"num_heads": 0}, "num_heads: expected a divisor of hidden_size=6, got 0"),
         ("gru", {"num_heads": -2}, "num_heads: expected a divisor of hidden_size=6, got -2"),
         ("gru", {"num_heads": True}, "num_heads: expected an int, got True"),
         ("gru", {"num_heads": 2.0}, "num_heads: expected an int, got 2.0"),
         ("lstm", {"num_heads": 2, "proj_size": 3}, "num_heads: expected 1 beside proj_size=3"),
-        ("gru_reset_before", {"proj_size": 3}, "only lstm can project, got 3 for gru_reset_before"),
+        (
+            "gru_reset_before",
+            {"proj_size": 3},
+            "since only lstm, .* can project, got 3 for gru_reset_before",
+        ),
     ],
 )
 def test_misuse(cell, options, message):
@@ -640,7 +665,7 @@ def peephole():
         name="peephole", states=("h", "c", "m"), stages=(
             cells.Stage(
                 cells.Linear(("f", "g")), peephole_forward, peephole_backward, additive=True,
-                saved=("f", "g"), params=("look", "weigh"),
+                saved=("f", "g"), own=(cells.Own("look"), cells.Own("weigh")),
             ),
         ),
     )  # fmt: skip

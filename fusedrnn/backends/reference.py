@@ -6,10 +6,9 @@ and the transforms of `torch.func` go through it because nothing in it is hidden
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import arguments, packing
@@ -101,9 +100,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def weights_in(dtype: torch.dtype, weights: Weights) -> Weights:
     """The weights, cast."""
-    *matrices, params = weights
-    cast = [None if t is None else t.to(dtype) for t in matrices]
-    return Weights(*cast, tuple([p.to(dtype) for p in params]))  # type: ignore[arg-type]
+
+    def cast(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.to(dtype)
+
+    *matrices, params, w_norm = weights
+    return Weights(*map(cast, matrices), tuple([cast(p) for p in params]), cast(w_norm))
 
 
 def active_rows(lengths: Tensor, T: int) -> Tensor:
@@ -158,7 +160,7 @@ def scan(
     wide_weights = weights_in(wide, weights)
     of_stages = stages.stage_weights(cell, wide_weights)
     params = stages.shared_out(cell, "params", wide_weights.params)
-    x_gates_tbg = F.linear(input.to(wide), wide_weights.w_ih, wide_weights.b_ih)
+    x_gates_tbg = stages.input_gates(cell, input.to(wide), wide_weights)
     G = len(cell.gates)
     heads = len(weights.w_hh) if weights.w_hh.dim() == 3 else 1
 

@@ -24,8 +24,8 @@ def shared_out(cell: Cell, attribute: str, parts: Sequence[Any]) -> list[tuple[A
 
 
 def stage_weights(cell: Cell, weights: Weights) -> list[tuple[Tensor, Tensor | None]]:
-    """W and b of every stage's product: rows of weight_hh (in every head) and of bias_hh. Of a
-    mean, weight_hh."""
+    """W and b of every stage's product: rows of weight_hh (in every head; or its elements, where it
+    is diagonal) and of bias_hh. Of a mean, weight_hh."""
     if len(cell.stages) == 1:
         return [(weights.w_hh, weights.b_hh)]
     found, first = [], 0
@@ -37,8 +37,10 @@ def stage_weights(cell: Cell, weights: Weights) -> list[tuple[Tensor, Tensor | N
             assert weights.w_hr is not None
             found.append((weights.w_hr, None))
             continue
-        rows = weights.w_hh.shape[-2] // len(cell.gates)
-        part = weights.w_hh[..., first * rows : (first + len(stage.gates)) * rows, :]
+        gates = slice(first, first + len(stage.gates))
+        axis = 0 if cell.diagonal else -2
+        part = weights.w_hh.unflatten(axis, (len(cell.gates), -1))
+        part = part[gates].flatten() if cell.diagonal else part[..., gates, :, :].flatten(-3, -2)
         bias = weights.b_hh
         if bias is not None:
             units = len(bias) // len(cell.gates)
@@ -55,8 +57,12 @@ def means(values: Sequence[Tensor], heads: int) -> tuple[Tensor, ...]:
 
 
 def product(h: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple[Tensor, ...]:
-    """The `count` sums [*, units] that a stage receives, of h [*, K] with W: [count * units, K], or
-    [heads, count * units / heads, K / heads], whose heads see their own part of h alone."""
+    """The `count` sums [*, units] that a stage receives, of h [*, K] with W: [count * units, K];
+    [heads, count * units / heads, K / heads], whose heads see their own part of h alone; or
+    [count * units], whose units see themselves alone."""
+    if weight.dim() == 1:
+        sums = h.unsqueeze(-2) * weight.view(count, -1)
+        return (sums if bias is None else sums + bias.view(count, -1)).unbind(-2)
     if weight.dim() == 2:
         return F.linear(h, weight, bias).chunk(count, dim=-1)
     blocks = weight.unflatten(1, (count, -1))
@@ -78,10 +84,44 @@ def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: Sequence[Tensor], heads: 
         if len(stage.gates) < len(cell.gates):
             d_gates = dh_gates[:, first : first + len(stage.gates)]
         first += len(stage.gates)
+        if cell.diagonal:
+            parts.append((d_gates * factor[:, None]).sum(0, dtype=torch.float32).flatten())
+            continue
         if heads == 1:
             parts.append(d_gates.flatten(1).T @ factor)
             continue
         d_gates = d_gates.unflatten(-1, (heads, -1)).permute(2, 1, 3, 0)  # head, gate, unit, N
         factor = factor.unflatten(-1, (heads, -1)).transpose(0, 1)
         parts.append(d_gates.flatten(1, 2) @ factor)
+    if cell.diagonal:
+        return torch.cat(parts).to(dh_gates.dtype)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def input_gates(cell: Cell, input: Tensor, weights: Weights) -> Tensor:
+    """What the input has in all gates, [*, G * H], with its bias, from [*, I]."""
+    if cell.input_norm is None:
+        return F.linear(input, weights.w_ih, weights.b_ih)
+    assert weights.w_norm is not None
+    sums = F.linear(input, weights.w_ih)
+    return F.layer_norm(sums, sums.shape[-1:], weights.w_norm, weights.b_ih, cell.input_norm.eps)
+
+
+def input_norm_backward(
+    cell: Cell, d_x_gates: Tensor, input: Tensor, weights: Sequence[Weights]
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of W_ih x [N, D, G * H], and of `w_norm` of each direction, from that of what
+    `input_gates` made of it. W_ih x is computed again: it is as large as all gates."""
+    assert cell.input_norm is not None
+    d_sums, d_norms = [], []
+    for d, w in enumerate(weights):
+        sums = F.linear(input, w.w_ih)
+        shape, eps = [sums.shape[-1]], cell.input_norm.eps
+        _, mean, rstd = torch.native_layer_norm(sums, shape, w.w_norm, None, eps)
+        d_sum, d_norm, _ = torch.ops.aten.native_layer_norm_backward(
+            d_x_gates[:, d].contiguous(), sums, shape, mean, rstd, w.w_norm, None,
+            [True, True, False],
+        )  # fmt: skip
+        d_sums.append(d_sum)
+        d_norms.append(d_norm)
+    return torch.stack(d_sums, dim=1), d_norms

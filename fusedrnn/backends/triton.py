@@ -29,6 +29,7 @@ from fusedrnn.call import (
     Weights,
     cell_of,
     directions,
+    heads_of,
     masked_input,
     split_weights,
     widths,
@@ -94,7 +95,7 @@ def refuses(call: Call) -> str | None:
     if device == "cuda":
         spec, index = call.spec, call.device.index or 0
         # Numbers, where torch.compile has symbols.
-        heads = operator.index(spec.num_heads)
+        heads = operator.index(heads_of(spec))
         H, P = operator.index(spec.hidden_size) // heads, operator.index(spec.proj_size)
         return _no_plan(spec.cell, call.dtype, H, P, directions(spec) * heads, index)
     return None
@@ -142,7 +143,7 @@ def _begin(spec: Spec, operands: Operands, masks: Masks, pass_: str, layers: int
     cell, input, precision = cell_of(spec), operands.input, fp32_precision()
     rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
     L, D, H = spec.num_layers, directions(spec), spec.hidden_size
-    rest = {"P": widths(spec)[0], "heads": spec.num_heads}
+    rest = {"P": widths(spec)[0], "heads": heads_of(spec)}
     plan = kernels.plan_for(cell, pass_, input, rows.B, H, D, precision, **rest)
     exchanges = kernels.workspaces(cell, plan, pass_, rows, input, H=H, D=D, layers=layers, **rest)
     weights = split_weights(spec, operands.weights)
@@ -167,10 +168,10 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
             kept.append(input)
         input = masked_input(spec, input, noise)
         with matmul_precision(input, given.precision):
-            x_gates = _input_gates(input.reshape(-1, input.shape[-1]), weights, len(cell.gates))
+            x_gates = _input_gates(cell, input.reshape(-1, input.shape[-1]), weights)
         output, _, *saved = kernels.scan_forward(
             cell, x_gates, weights, given.state[index], rows=given.rows, save=save,
-            input_precision=given.precision, heads=spec.num_heads,
+            input_precision=given.precision, heads=heads_of(spec),
             state_ops=_state_ops(spec, given, index, noise, x_gates.shape[0]),
             plan=given.plan, exchanges=given.exchanges, final=final,
         )  # fmt: skip
@@ -261,7 +262,7 @@ def _layer_backward(
     """The gradients of one layer: of its input (here with its masks), its states, its weights."""
     import fusedrnn.kernels as kernels
 
-    cell, heads, P = cell_of(spec), spec.num_heads, widths(spec)[0]
+    cell, heads, P = cell_of(spec), heads_of(spec), widths(spec)[0]
     weights, rows, precision = given.weights[index], given.rows, given.precision
     D = len(weights)
     input_ni = input.reshape(-1, input.shape[-1])
@@ -285,7 +286,7 @@ def _layer_backward(
     with matmul_precision(input, precision):
         values = saved
         if recompute:
-            x_gates = _input_gates(input_ni, weights, len(cell.gates))
+            x_gates = _input_gates(cell, input_ni, weights)
             h_gates, factors = _recurrent_gates(cell, x_gates, prev, weights, h_mask)
             values = (x_gates, h_gates)
         else:
@@ -299,25 +300,30 @@ def _layer_backward(
             heads=heads, state_ops=_state_ops(spec, given, index, noise, len(input_ni)),
             plan=given.plan, exchanges=given.exchanges,
         )  # fmt: skip
+        d_sums, d_norms = dx_gates.flatten(2), []
+        if cell.input_norm is not None:
+            d_sums, d_norms = stages.input_norm_backward(cell, d_sums, input_ni, weights)
         d_input = input.new_empty([0])
         if d_input_wanted:
-            d_input = (dx_gates.flatten(1) @ _joined_weights(weights)[0]).view(input.shape)
+            d_input = (d_sums.flatten(1) @ _joined_weights(weights)[0]).view(input.shape)
         gradients: list[Tensor] = []
-        both = zip(dx_gates.unbind(1), dh_gates.unbind(1), strict=True)
-        for d, (w, (dx, dh)) in enumerate(zip(weights, both, strict=True)):
-            d_w_hh = stages.d_weight_hh(cell, dh, factors[d], heads)
-            dx, dh = dx.flatten(1), dh.flatten(1)
-            gradients += [dx.T @ input_ni, d_w_hh]
+        for d in range(D):
+            dx, dh = dx_gates[:, d].flatten(1), dh_gates[:, d].flatten(1)
+            d_w_hh = stages.d_weight_hh(cell, dh_gates[:, d], factors[d], heads)
+            gradients += [d_sums[:, d].T @ input_ni, d_w_hh]
             if spec.bias:
                 # Summed in float32: N is large, and a low-precision sum would stop growing.
                 d_b_ih = dx.sum(0, dtype=torch.float32).to(dx.dtype)
-                d_b_hh = d_b_ih if cell.additive else dh.sum(0, dtype=torch.float32).to(dh.dtype)
+                shared = cell.additive or cell.input_norm is not None
+                d_b_hh = d_b_ih if shared else dh.sum(0, dtype=torch.float32).to(dh.dtype)
                 gradients += [d_b_ih, d_b_hh.clone()]
             if d_projected is not None:
                 gradients.append(d_projected[:, d].T @ factors[d][-1])
-            gradients += [
-                p[d].to(q.dtype, copy=True) for p, q in zip(d_params, w.params, strict=True)
-            ]
+            gradients += d_norms[d : d + 1]
+            vectors = iter(d_params)
+            for own in cell.own[len(d_norms) > 0 :]:
+                parts = [next(vectors)[d] for _ in range(own.vectors)]
+                gradients.append(torch.cat(parts).to(input.dtype))
     return d_input, d_state, gradients
 
 
@@ -348,11 +354,14 @@ def _state_ops(spec: Spec, given: _Pass, index: int, noise: LayerMasks, N: int):
     return kernels.StateOps(given.reset, reset_state, noise.h, zoneout, spec.clip or None)
 
 
-def _input_gates(input_ni: Tensor, weights: list[Weights], G: int) -> Tensor:
+def _input_gates(cell: Cell, input_ni: Tensor, weights: list[Weights]) -> Tensor:
     """x_gates [N, D, G, H]: the input projection of all time steps and both directions."""
-    w_ih, b_ih = _joined_weights(weights)
-    x_gates = torch.nn.functional.linear(input_ni, w_ih, b_ih)
-    return x_gates.view(input_ni.shape[0], len(weights), G, -1)
+    if cell.input_norm is not None:
+        x_gates = torch.stack([stages.input_gates(cell, input_ni, w) for w in weights], dim=1)
+    else:
+        w_ih, b_ih = _joined_weights(weights)
+        x_gates = torch.nn.functional.linear(input_ni, w_ih, b_ih)
+    return x_gates.view(input_ni.shape[0], len(weights), len(cell.gates), -1)
 
 
 def _joined_weights(weights: list[Weights]) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,8 @@
 """What a recurrent cell is, and the registry of all that exist."""
 
+import ast
 import dis
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -10,14 +12,17 @@ from fusedrnn.cells.vocabulary import zeros_like
 
 REGISTRY: dict[str, "Cell"] = {}
 _PROJECTED: dict[str, "Cell"] = {}  # those that can be, with their h projected
+_FAMILIES: dict[str, Callable[..., "Cell"]] = {}  # what makes the cells that have options
+_VARIANTS: dict[str, "Cell"] = {}  # those with other options than the registered one's
 
 
 @dataclass(frozen=True)
 class Linear:
     """The product of values[0] with the rows of weight_hh that belong to `gates`, plus their part
-    of bias_hh."""
+    of bias_hh. `diagonal`: weight_hh is a vector, [G * H], and a unit sees nothing but itself."""
 
     gates: tuple[str, ...]
+    diagonal: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,31 @@ class Mean:
     """The means of values[0], ..., values[count - 1] over all units of a head."""
 
     count: int = 1
+
+
+class Own(NamedTuple):
+    """A parameter that only this cell has.
+
+    Attributes:
+        name: the layer's suffix follows it. vectors: it is [vectors * H], and the bodies read so
+            many, of one value a unit. start: where all of it starts; None: as the weights do.
+    """
+
+    name: str
+    vectors: int = 1
+    start: float | None = None
+
+
+class InputNorm(NamedTuple):
+    """Layer normalisation of W_ih x over all gates of a direction: x_gates is what comes of it,
+    times the parameter `name`, [G * H], plus both biases.
+
+    Attributes:
+        name: starts as ones. eps: is added to the variance.
+    """
+
+    name: str
+    eps: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +75,8 @@ class Stage:
 
     Both bodies are pointwise in the hidden index: they see tuples of tiles (float32, or
     float64 where the input is) whose elements belong to the same units, so a kernel may call
-    them on any tile. They use only the names of `fusedrnn.cells.vocabulary`.
+    them on any tile. They use only the names of `fusedrnn.cells.vocabulary`, and numbers of the
+    function around them.
 
     forward(x_gates, received, values, params) -> new_values, saved_s
     backward(d_new_values, saved, prev, new, params) -> dx_gates, d_received, d_values, d_params
@@ -58,7 +89,7 @@ class Stage:
     Attributes:
         receives: a Linear, or a Projection or a Mean, which have no gates of the input.
         saved: names of the values that `forward` keeps for the backward bodies.
-        params: names of the vectors, one value a unit, that the bodies read (peephole weights).
+        own: the parameters of its own, whose vectors the bodies read as `params`.
         additive: whether the body reads the gates only as the sums x_gates[k] + received[k].
             Then dx_gates and d_received are equal, and are stored once.
     """
@@ -68,7 +99,7 @@ class Stage:
     backward: Callable[..., Any]
     additive: bool
     saved: tuple[str, ...] = ()
-    params: tuple[str, ...] = ()
+    own: tuple[Own, ...] = ()
 
     def __post_init__(self) -> None:
         for body in (self.forward, self.backward):
@@ -78,6 +109,14 @@ class Stage:
     def gates(self) -> tuple[str, ...]:
         """Names of the gates that the input has a part in."""
         return self.receives.gates if isinstance(self.receives, Linear) else ()
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the vectors of `own`, one value a unit each."""
+        return tuple(
+            [own.name if own.vectors == 1 else f"{own.name}[{i}]"
+            for own in self.own for i in range(own.vectors)]
+        )  # fmt: skip
 
     @property
     def products(self) -> int:
@@ -114,12 +153,16 @@ class Cell:
         states: names of the S states; the first is `h`, which the next step's first stage
             multiplies, and which is the output.
         stages: mostly one, the first a Linear. Between two, all units of a row exchange values[0].
+        module: the class of this package that runs it, with the argument that chooses it, or "".
         projects: whether the bodies leave h_{t-1} to the products, so that h may be projected.
+        input_norm: how W_ih x is normalised, or None.
         aten: the function of torch that computes this cell, or None. onnx: ONNX's operator for it.
         source: where the equations come from.
         gates: names of the G gates of all stages, in the order in which the weights stack them.
         saved: names of the K values that all stages keep for backward, besides the states.
-        params: names of the cell's own parameters, one value a unit each.
+        own: the parameters that only this cell has, that of `input_norm` first.
+        params: names of the vectors of all stages' own, one value a unit each.
+        diagonal: whether weight_hh is a vector.
         weighted: the stages that multiply values[0] with weights.
         additive: whether dx_gates and dh_gates are equal in every stage.
     """
@@ -127,14 +170,18 @@ class Cell:
     name: str
     states: tuple[str, ...]
     stages: tuple[Stage, ...]
+    module: str = ""
     projects: bool = False
+    input_norm: InputNorm | None = None
     aten: str | None = None
     onnx: Onnx | None = None
     source: str = ""
     # Worked out at once: torch.compile cannot look into a functools.cached_property.
     gates: tuple[str, ...] = field(init=False)
     saved: tuple[str, ...] = field(init=False)
+    own: tuple[Own, ...] = field(init=False)
     params: tuple[str, ...] = field(init=False)
+    diagonal: bool = field(init=False)
     weighted: tuple[Stage, ...] = field(init=False)
     additive: bool = field(init=False)
 
@@ -143,33 +190,50 @@ class Cell:
             raise ValueError(f"cell {self.name!r}: states must start with 'h', got {self.states}")
         if len(set(self.states)) < len(self.states):
             raise ValueError(f"cell {self.name!r}: states must differ, got {self.states}")
-        if len(self.stages) not in (1, 2, 4):  # the ring of a launch deals its slots out to them
-            raise ValueError(f"cell {self.name!r}: expected 1, 2 or 4 stages, got {self.stages}")
+        if not 1 <= len(self.stages) <= 6:  # the ring of a launch deals its slots out to them
+            got = len(self.stages)
+            raise ValueError(f"cell {self.name!r}: expected 1 to 6 stages, got {got}")
         if not self.stages[0].gates:
             raise ValueError(f"cell {self.name!r}: expected a first stage of Linear gates")
 
-        def over(attribute: str) -> tuple[str, ...]:
-            return tuple(name for stage in self.stages for name in getattr(stage, attribute))
+        def over(attribute: str) -> tuple[Any, ...]:
+            return tuple(part for stage in self.stages for part in getattr(stage, attribute))
 
-        weighted = tuple(s for s in self.stages if not isinstance(s.receives, Mean))
-        for name in ("gates", "saved", "params"):
-            object.__setattr__(self, name, over(name))
-        object.__setattr__(self, "weighted", weighted)
-        object.__setattr__(self, "additive", all(stage.additive for stage in self.stages))
+        derived: dict[str, Any] = {name: over(name) for name in ("gates", "saved", "own", "params")}
+        if self.input_norm is not None:
+            scale = Own(self.input_norm.name, len(derived["gates"]), 1.0)
+            derived["own"] = (scale, *derived["own"])
+        receives = [stage.receives for stage in self.stages]
+        linear = [r for r in receives if isinstance(r, Linear)]
+        derived["diagonal"] = any(r.diagonal for r in linear)
+        if derived["diagonal"] and len(self.stages) > 1:
+            got = len(self.stages)
+            raise ValueError(f"cell {self.name!r}: expected one stage, being diagonal, got {got}")
+        derived["weighted"] = tuple(s for s in self.stages if not isinstance(s.receives, Mean))
+        derived["additive"] = all(stage.additive for stage in self.stages)
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
 
 def check_body(body: Callable[..., Any]) -> None:
-    """Raises NameError where a body uses a global name that is not in the vocabulary, or any
-    attribute, such as a tensor's method."""
+    """Raises NameError where a body uses a global name that is not in the vocabulary, any
+    attribute, such as a tensor's method, or what is no number of the function around it."""
     read = [(i.opname, i.argval) for i in dis.get_instructions(body)]
     names = {n for operation, n in read if operation in ("LOAD_GLOBAL", "IMPORT_NAME")}
     attributes = {f".{n}" for operation, n in read if operation in ("LOAD_ATTR", "LOAD_METHOD")}
-    unknown = [*sorted(names - vocabulary.NAMES), *sorted(attributes)]
+    around = [n for n, value in numbers_of(body).items() if not isinstance(value, (int, float))]
+    unknown = [*sorted(names - vocabulary.NAMES), *sorted(attributes), *around]
     if unknown:
         raise NameError(
             f"{body.__module__}.{body.__qualname__} uses {unknown}; "
             f"the body of a cell may use only {sorted(vocabulary.NAMES)}"
         )
+
+
+def numbers_of(body: Callable[..., Any]) -> dict[str, Any]:
+    """What a body reads of the function around it, by name: the options of its cell."""
+    values = [cell.cell_contents for cell in body.__closure__ or ()]
+    return dict(zip(body.__code__.co_freevars, values, strict=True))
 
 
 def _project(x_gates, received, values, params):
@@ -197,11 +261,48 @@ def register(cell: Cell) -> Cell:
     return cell
 
 
+def family(make: Callable[..., Cell]) -> Callable[..., Cell]:
+    """A decorator: registers the cell that `make` gives with its default options, and returns what
+    gives those with others, `make(eps=0.1)`. Their names say it, `name(eps=0.1)`, and `get` finds
+    them by these names in any process."""
+    standard = register(make())
+    signature = inspect.signature(make)
+
+    def variant(**options: Any) -> Cell:
+        given = signature.bind(**options)
+        given.apply_defaults()
+        shown = ", ".join(f"{k}={v!r}" for k, v in given.arguments.items())
+        if given.arguments == {k: p.default for k, p in signature.parameters.items()}:
+            return standard
+        name = f"{standard.name}({shown})"
+        if name not in _VARIANTS:
+            _VARIANTS[name] = replace(make(**given.arguments), name=name)
+        return _VARIANTS[name]
+
+    _FAMILIES[standard.name] = variant
+    return variant
+
+
 def get(name: str, *, projected: bool = False) -> Cell:
     """The cell of that name; `projected`, with one stage more, which projects what was h (Sak,
     Senior & Beaufays 2014, arXiv:1402.1128). Raises ValueError, with the names there are."""
     table = _PROJECTED if projected else REGISTRY
     cell = table.get(name) if isinstance(name, str) else None
+    if cell is None and isinstance(name, str) and not projected:
+        cell = _variant(name)
     if cell is None:
         raise ValueError(f"cell must be one of {sorted(table)}, got {name!r}")
     return cell
+
+
+def _variant(name: str) -> Cell | None:
+    """The cell that `family` gave this name, made now if this process has not made it yet."""
+    if name in _VARIANTS:
+        return _VARIANTS[name]
+    make = _FAMILIES.get(name.partition("(")[0])
+    try:
+        call: Any = ast.parse(name, mode="eval").body if make is not None else None
+        options = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if call else {}
+        return make(**options) if make is not None else None
+    except (AttributeError, SyntaxError, TypeError, ValueError):
+        return None  # not the name of a cell, or of one with options that it has not

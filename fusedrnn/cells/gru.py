@@ -35,6 +35,7 @@ def _backward(d_state, saved, prev, new, params):
 GRU = register(
     Cell(
         name="gru",
+        module="GRU",
         states=("h",),
         stages=(
             Stage(

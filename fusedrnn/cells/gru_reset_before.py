@@ -47,6 +47,7 @@ def _update_backward(d_state, saved, prev, new, params):
 GRU_RESET_BEFORE = register(
     Cell(
         name="gru_reset_before",
+        module="GRU(reset_after=False)",
         states=("h",),
         stages=(
             Stage(Linear(("r", "z")), _reset, _reset_backward, additive=True, saved=("r", "z")),

@@ -42,6 +42,7 @@ def _backward(d_state, saved, prev, new, params):
 LSTM = register(
     Cell(
         name="lstm",
+        module="LSTM",
         states=("h", "c"),
         stages=(
             Stage(

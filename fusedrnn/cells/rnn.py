@@ -35,6 +35,7 @@ def _backward_relu(d_state, saved, prev, new, params):
 RNN_TANH = register(
     Cell(
         name="rnn_tanh",
+        module="RNN",
         states=("h",),
         stages=(Stage(Linear(("h",)), _forward_tanh, _backward_tanh, additive=True),),
         aten="rnn_tanh",
@@ -46,6 +47,7 @@ RNN_TANH = register(
 RNN_RELU = register(
     Cell(
         name="rnn_relu",
+        module='RNN(nonlinearity="relu")',
         states=("h",),
         stages=(Stage(Linear(("h",)), _forward_relu, _backward_relu, additive=True),),
         aten="rnn_relu",

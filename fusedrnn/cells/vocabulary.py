@@ -12,8 +12,13 @@ from torch import Tensor
 sigmoid: Callable[..., Tensor] = torch.sigmoid
 tanh: Callable[..., Tensor] = torch.tanh
 relu: Callable[..., Tensor] = torch.relu
+exp: Callable[..., Tensor] = torch.exp
+log1p: Callable[..., Tensor] = torch.log1p
+abs: Callable[..., Tensor] = torch.abs
 where: Callable[..., Tensor] = torch.where
 rsqrt: Callable[..., Tensor] = torch.rsqrt
 zeros_like: Callable[..., Tensor] = torch.zeros_like
 
-NAMES = frozenset({"sigmoid", "tanh", "relu", "where", "rsqrt", "zeros_like"})
+NAMES = frozenset(
+    {"sigmoid", "tanh", "relu", "exp", "log1p", "abs", "where", "rsqrt", "zeros_like"}
+)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from layer_checks import precision
-from layer_norm_gru import LAYER_NORM_GRU
 from state_ops_checks import CASES, assert_as_the_reference
 from tolerances import GRADIENTS32
 from torch import func, nn
@@ -29,10 +28,16 @@ def test_inside_the_loop(module, option, batch_first, rows, H):
     [("reset before", "all"), ("heads", "all"), ("means", "all"), ("projected", "all but zoneout")],
 )
 @pytest.mark.parametrize(("batch_first", "rows"), [(False, "all"), (True, "lengths")])
-def test_stages_and_heads(batch_first, rows, module, option, H, monkeypatch):
-    monkeypatch.setitem(REGISTRY, LAYER_NORM_GRU.name, LAYER_NORM_GRU)
+def test_stages_and_heads(batch_first, rows, module, option, H):
     with precision(tf32=False):
         assert_as_the_reference(module, option, batch_first, rows, device=DEVICE, H=H)
+
+
+@pytest.mark.parametrize("cell", REGISTRY)
+@pytest.mark.parametrize("H", [18, 512])
+def test_every_cell(cell, H):
+    with precision(tf32=False):
+        assert_as_the_reference(cell, "all", False, "lengths", device=DEVICE, H=H)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import triton.language as tl
 from compiled_launch import on_cpu
-from layer_norm_gru import LAYER_NORM_GRU
 from scan_cases import Case, Layout, Problem, kernels, loop, problem, shares
 from torch import Tensor
 
@@ -96,7 +95,7 @@ PROBLEMS = {
         Case(RNN, T=3, B=3, H=20, D=2, dtype=FP32, lengths=(3, 1, 2)), precision="ieee"
     ),
     "reset before bf16": Setting(Case(RESET_BEFORE, T=3, B=3, H=32, D=1, dtype=BF16)),
-    "means bf16": Setting(Case(LAYER_NORM_GRU, T=2, B=3, H=32, D=1, dtype=BF16)),
+    "means bf16": Setting(Case(REGISTRY["layer_norm_gru"], T=2, B=3, H=32, D=1, dtype=BF16)),
     "projection fp16, lengths": Setting(
         Case(LSTM, T=3, B=3, H=40, P=20, D=1, dtype=FP16, lengths=(3, 1, 2)), block_h=8
     ),

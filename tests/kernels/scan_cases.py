@@ -43,7 +43,7 @@ class Problem:
     """Arguments in the case's dtype, sequences as [T, B, D, ...]."""
 
     x_gates: Tensor
-    w_hh: Tensor  # [D, G * H, P or H], or [D, heads, G * H / heads, H / heads]
+    w_hh: Tensor  # [D, G * H, P or H], [D, heads, G * H / heads, H / heads], diagonal [D, G * H]
     w_hr: Tensor | None  # [D, P, H]
     b_hh: Tensor | None
     state: tuple[Tensor, ...]
@@ -68,7 +68,9 @@ class Problem:
         return [self.x_gates, self.w_hh, *others, *self.state, *self.params]
 
     def dense(self, d: int, G: int) -> Tensor:
-        """W_hh of one direction as [G, H, K], zeros between heads."""
+        """W_hh of one direction as [G, H, K], zeros between heads, and beside a diagonal."""
+        if self.w_hh.dim() == 2:
+            return torch.diag_embed(self.w_hh[d].unflatten(0, (G, -1)))
         if self.w_hh.dim() == 3:
             return self.w_hh[d].unflatten(0, (G, -1))
         blocks = [w.unflatten(0, (G, -1)) for w in self.w_hh[d]]
@@ -98,11 +100,16 @@ def problem(case: Case, seed: int = 0) -> Problem:
     reached = (torch.arange(T)[:, None] < lengths)[:, :, None]
     widths, heads = case.widths(), case.heads
     w_hh = (G * H, widths[0]) if heads == 1 else (heads, G * H // heads, H // heads)
+    w_hh = (G * H,) if case.cell.diagonal else w_hh
     return Problem(
         x_gates=draw(T, B, D, G, H, scale=case.scale),
         w_hh=draw(D, *w_hh, scale=case.scale / w_hh[-1] ** 0.5),
         b_hh=draw(D, G * H) if case.bias else None,
-        state=tuple(draw(D, B, width) for width in widths),
+        # (A normaliser, which divides, is not near 0.)
+        state=tuple(
+            draw(D, B, width).abs() + 1 if name == "n" else draw(D, B, width)
+            for name, width in zip(case.cell.states, widths, strict=True)
+        ),
         params=tuple(draw(D, H) for _ in case.cell.params),
         d_output=draw(T, B, D, widths[0]) * reached[..., None],  # of padding nobody has one
         d_final=tuple(draw(D, B, width) for width in widths),
@@ -272,6 +279,8 @@ def weight_gradient(case: Case, dh: Tensor, factors: list[Tensor]) -> Tensor:
             parts.append(torch.einsum("tbgh,tbk->ghk", d_gates, factor))
             first += len(stage.gates)
     dense = torch.cat(parts)  # [G, H, K]
+    if case.cell.diagonal:
+        return dense.diagonal(dim1=1, dim2=2).flatten()
     if case.heads == 1:
         return dense.flatten(0, 1)
     size = case.H // case.heads

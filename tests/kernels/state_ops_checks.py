@@ -18,7 +18,8 @@ MODULES = {
     "projected": partial(fusedrnn.LSTM, proj_size=5),
     "reset before": partial(fusedrnn.Recurrent, "gru_reset_before"),
     "heads": partial(fusedrnn.LSTM, num_heads=3),
-    "means": partial(fusedrnn.Recurrent, "layer_norm_gru", num_heads=2),  # to be registered
+    "means": partial(fusedrnn.LayerNormGRU, num_heads=2),
+    **{cell: partial(fusedrnn.Recurrent, cell) for cell in cells.REGISTRY},
 }
 T, B, I, H = 6, 3, 5, 17
 OPTIONS = {
@@ -50,11 +51,15 @@ def run(module, option, backend, dtype, batch_first, rows, device="cpu", H=H):
         .to(device)
     )
     rnn.train(option != "expected_zoneout")
-    S = len(cells.get(rnn.mode.lower()).states)
-    widths = [rnn.proj_size or H, H][:S]
+    names = cells.get(rnn.mode.lower()).states
+    S = len(names)
+    widths = [rnn.proj_size or H] + [H] * (S - 1)
     input = draw(*((B, T) if batch_first else (T, B)), I).requires_grad_()
-    states = [draw(2, B, width).requires_grad_() for width in widths]
-    fresh = [draw(2, 1, width).requires_grad_() for width in widths]
+    states = [draw(2, B, width) for width in widths]
+    fresh = [draw(2, 1, width) for width in widths]
+    for values in (states, fresh):  # a normaliser, which divides, is not near 0
+        values[:] = [v.abs() + 1 if n == "n" else v for n, v in zip(names, values, strict=True)]
+        values[:] = [v.requires_grad_() for v in values]
     resets = option in ("reset", "reset_state", "all", "all but zoneout")
     arguments = {}
     if rows == "lengths":
@@ -64,7 +69,7 @@ def run(module, option, backend, dtype, batch_first, rows, device="cpu", H=H):
         mask[0, 0] = mask[3, 1] = True  # the first step, and one beyond a row's length
         mask = (mask.T if batch_first else mask).to(device)
         with_state = option != "reset"
-        state = tuple(fresh) if S == 2 else fresh[0]
+        state = tuple(fresh) if S > 1 else fresh[0]
         arguments["reset"] = (mask, state) if with_state else mask
     if rows == "packed":
         lengths = torch.tensor([T, 2, 4])
@@ -74,9 +79,9 @@ def run(module, option, backend, dtype, batch_first, rows, device="cpu", H=H):
     else:
         fed = input
     torch.manual_seed(9)
-    output, final = rnn(fed, tuple(states) if S == 2 else states[0], **arguments)
+    output, final = rnn(fed, tuple(states) if S > 1 else states[0], **arguments)
     output = output.data if rows == "packed" else output
-    outputs = [output, *(final if S == 2 else (final,))]
+    outputs = [output, *(final if S > 1 else (final,))]
     leaves = [input, *states, *rnn.parameters()]
     if resets and option != "reset":
         leaves += fresh

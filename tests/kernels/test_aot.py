@@ -36,6 +36,17 @@ SAMPLE = [
     ("sm_90", "gru_reset_before", "forward", "bf16", "tf32", 512, 64),
     ("sm_90", "lstm", "backward", "bf16", "tf32", 1024, 16, 320),  # a projection
     ("sm_90", "gru", "forward", "fp32", "tf32", 512, 16, 0, 4),  # heads
+    ("sm_90", "coupled_lstm", "backward", "bf16", "tf32", 64, 16),
+    ("sm_90", "indrnn_relu", "forward", "bf16", "tf32", 64, 16),
+    ("sm_90", "indrnn_tanh", "backward", "fp32", "tf32", 64, 16),
+    ("sm_90", "layer_norm_gru", "forward", "bf16", "tf32", 64, 16),
+    ("sm_90", "layer_norm_lstm", "backward", "bf16", "tf32", 64, 16),
+    ("sm_90", "ligru", "backward", "bf16", "tf32", 64, 16),
+    ("sm_90", "mgu", "forward", "fp16", "tf32", 64, 16),
+    ("sm_90", "multiplicative_lstm", "forward", "bf16", "tf32", 64, 16),
+    ("sm_90", "peephole_lstm", "backward", "fp32", "tf32", 64, 16),
+    ("sm_90", "slstm", "forward", "bf16", "tf32", 64, 16),
+    ("sm_90", "ugrnn", "backward", "bf16", "tf32", 64, 16),
 ]
 
 
@@ -142,7 +153,7 @@ def test_the_sample_has_every_kind(compiled):
     assert {job[2] for job in jobs} == set(PASSES)
     assert {job[3] for job in jobs} == set(aot.DTYPES)
     schedules = {compiled[job]["plan"]["schedule"] for job in jobs}
-    assert schedules == {"multi_block", "streamed"}
+    assert schedules == {"independent", "multi_block", "streamed"}
 
 
 # --- the gate -----------------------------------------------------------------------------------

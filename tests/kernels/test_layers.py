@@ -38,7 +38,7 @@ OPTIONS = {
 OPTIONS_OF = [  # all of the LSTM; of the others, which have nothing of their own there, the stack
     (module, options)
     for module, options in itertools.product(MODULES, OPTIONS)
-    if module == "LSTM" or options == "stack"
+    if module == "LSTM" or (module == "GRU" and options == "stack")
 ]
 
 

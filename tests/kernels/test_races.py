@@ -11,7 +11,6 @@ import roundtrip
 import torch
 import triton.language as tl
 from exchange import expected
-from layer_norm_gru import LAYER_NORM_GRU
 from loops import forward_and_backward
 from mutants import BACKWARD, CALLER, FORWARD, MATMUL, MEANS, STAGES, SYNC, Mutant, WrongResult
 from mutation import mutated
@@ -94,7 +93,7 @@ def test_mistakes_of_a_caller(mutant, lap, tmp_path):
 
 CASE = Case(REGISTRY["rnn_tanh"], T=7, B=2, H=20, D=1)
 STAGED = Case(REGISTRY["gru_reset_before"], T=4, B=2, H=20, D=1)
-MEAN = Case(LAYER_NORM_GRU, T=3, B=2, H=20, D=1)
+MEAN = Case(REGISTRY["layer_norm_gru"], T=3, B=2, H=20, D=1)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import layer_checks
 import pytest
 import torch
 from layer_checks import assert_as_good_as_torch
-from layer_norm_gru import LAYER_NORM_GRU
 from races import Detector
 from scan_cases import Case, assert_close, kernels, loop, problem
 from scheduler import cooperative
@@ -33,8 +32,8 @@ def check(case: Case, plan: Plan, seed: int = 1) -> None:
     assert_close(case, ours, exact, plain)
 
 
-@pytest.mark.parametrize("cell", sorted(REGISTRY))
-def test_every_cell(cell):
+@pytest.mark.parametrize("cell", ["gru", "layer_norm_lstm", "lstm", "multiplicative_lstm", "slstm"])
+def test_every_kind_of_cell(cell):
     check(Case(REGISTRY[cell], **RAGGED), MULTI_BLOCK)
 
 
@@ -96,9 +95,9 @@ STAGED = {
         replace(ONE_CHUNK, lanes_per_launch=3),
     ),
     "reset before, heads": (Case(REGISTRY["gru_reset_before"], heads=2, **EVEN), ONE_CHUNK),
-    "means": (Case(LAYER_NORM_GRU, **RAGGED), MULTI_BLOCK),
+    "means": (Case(REGISTRY["layer_norm_gru"], **RAGGED), MULTI_BLOCK),
     "means, fp16, streamed": (
-        Case(LAYER_NORM_GRU, dtype=torch.float16, **EVEN),
+        Case(REGISTRY["layer_norm_gru"], dtype=torch.float16, **EVEN),
         replace(MULTI_BLOCK, schedule="streamed", resident=0),
     ),
     "reset before, streamed": (

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from layer_norm_gru import LAYER_NORM_GRU
 from scheduler import cooperative
 from state_ops_checks import CASES, OPTIONS, assert_as_the_reference, run
 from tolerances import GRADIENTS32
 
 from fusedrnn import kernels
-from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import launch
 from fusedrnn.kernels.plan import Plan
 
@@ -27,13 +25,14 @@ STAGED = {
     "reset before": (17, "all"),
     "heads": (18, "all"),
     "means": (18, "all"),
+    "indrnn_tanh": (40, "all"),
+    "slstm": (9, "all"),
 }
 
 
 @pytest.mark.parametrize(("batch_first", "rows"), [(False, "all"), (True, "lengths")])
 @pytest.mark.parametrize("module", STAGED)
-def test_stages_as_the_reference(module, batch_first, rows, monkeypatch):
-    monkeypatch.setitem(REGISTRY, LAYER_NORM_GRU.name, LAYER_NORM_GRU)
+def test_stages_as_the_reference(module, batch_first, rows):
     H, option = STAGED[module]
     assert_as_the_reference(module, option, batch_first, rows, H=H)
 
