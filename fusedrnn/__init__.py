@@ -10,6 +10,7 @@ PeepholeLSTM, CoupledLSTM, MultiplicativeLSTM, LayerNormLSTM, SLSTM, LayerNormGR
 LiGRU, IndRNN                                 their relatives, with the same arguments
 Recurrent                                     one for any cell: Recurrent("ugrnn", 8, 16)
 replace_modules, restore_modules              swap those of a finished model, and back
+cell                                          makes a cell of a function of one step
 use_backend, BACKENDS, explain                which backend runs a call
 Regularizers                                  dropout of several kinds, zoneout, clipping
 Stream                                        carries the state from one chunk to the next
@@ -21,6 +22,7 @@ help(fusedrnn.LSTM) and the like say more.
 """
 
 from fusedrnn import functional, gradient_flow, init, types
+from fusedrnn.cells import cell
 from fusedrnn.dispatch import BACKENDS, use_backend
 from fusedrnn.explain import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell
@@ -63,6 +65,7 @@ __all__ = [
     "Recurrent",
     "Regularizers",
     "Stream",
+    "cell",
     "explain",
     "functional",
     "gradient_flow",

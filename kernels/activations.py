@@ -1,15 +1,20 @@
 """The vocabulary of the cells for Triton: the names of `fusedrnn.cells.vocabulary`.
 
-Both nonlinearities are built from `exp(-|x|)`, which lies in [0, 1], so nothing overflows, and
-infinities and NaN need no case of their own. Largest relative errors against float64, over all
+sigmoid, tanh and softplus are built from `exp(-|x|)`, which lies in [0, 1], so nothing overflows,
+and infinities and NaN need no case of their own. Largest relative errors against float64, over all
 float32 values, with a correctly rounded exponential and division (eps = 2**-23):
 
     sigmoid    2 eps         from x = -87 on; below, exp underflows, and the result is at most
                              2**-126 away from the true one
     tanh       2.5 eps       subnormals included: tanh(x) is x there
+    softplus   3.5 eps       from x = -87 on, as sigmoid
+    log1p      3.5 eps       subnormals included
+    exp, log   2 eps         numpy's own, in the interpreter; on a GPU log is CUDA's logf, 1 eps
+    sqrt       eps / 2       correctly rounded
 
 The GPU's ex2.approx adds up to 2 ulp, and the rounding of |x| * log2(e) up to |x| eps / 2, in
-exp: absolutely less than 1e-7 everywhere.
+exp. In sigmoid, tanh and softplus that is absolutely less than 1e-7 everywhere; of exp itself it is
+relative: 1e-6 for |x| up to 12, 6e-6 at the ends of its range.
 """
 
 import triton
@@ -45,15 +50,37 @@ def relu(x):
 
 
 @triton.jit
+def where(condition, x, y):
+    return tl.where(condition, x, y)
+
+
+@triton.jit
 def exp(x):
     return tl.exp(x)
 
 
 @triton.jit
+def log(x):
+    return tl.log(x)
+
+
+@triton.jit
 def log1p(x):
-    # The rounding of 1 + x is undone by the quotient (W. Kahan); where it is all of x, x is exact.
+    # W. Kahan's: what 1 + x loses to rounding, log(1 + x) / (1 + x - 1) loses as well.
     u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+    near = tl.where(u == 1.0, 1.0, u - 1.0)
+    far = tl.where(u < float("inf"), tl.log(u) * (x / near), u)
+    return tl.where(u == 1.0, x, far)
+
+
+@triton.jit
+def softplus(x):
+    return tl.where(x < 0, tl.zeros_like(x), x) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sqrt(x):
+    return tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -62,8 +89,8 @@ def abs(x):
 
 
 @triton.jit
-def where(condition, x, y):
-    return tl.where(condition, x, y)
+def maximum(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

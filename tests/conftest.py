@@ -50,6 +50,19 @@ def _compiles_afresh():
         sys.modules["torch._dynamo"].reset()
 
 
+@pytest.fixture(autouse=True)
+def _forgets_cells():
+    """What a test registers is not there for the next one."""
+    from fusedrnn.cells import _cell
+
+    tables = _cell.REGISTRY, _cell._PROJECTED
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tensors here are tiny; threads would only fight over the cores with the other worker."""

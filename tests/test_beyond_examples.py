@@ -20,6 +20,13 @@ def test_rollouts(capsys):
     assert "stream: state (1, 8, 32)" in capsys.readouterr().out
 
 
+def test_own_cell(capsys):
+    load("own_cell").main(["--steps", "3"])
+    out = capsys.readouterr().out
+    assert out.startswith("def _backward(")
+    assert "step 3: loss 0." in out
+
+
 def test_derivatives(capsys):
     load("derivatives").main()
     assert "per-sample gradients of weight_hh_l0: (4, 32, 8)" in capsys.readouterr().out

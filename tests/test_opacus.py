@@ -67,7 +67,7 @@ def test_fix_does_not_forget_heads():
 
 
 def test_fix_does_not_take_one_cell_for_another():
-    with pytest.raises(ValueError, match="GRU: .* is torch's: torch has no gru_reset_before"):
+    with pytest.raises(ValueError, match=r"GRU: .* is torch's: torch has no gru_reset_before"):
         ModuleValidator.fix(Classifier(fusedrnn.GRU(3, 6, reset_after=False)))
 
 

@@ -18,7 +18,7 @@ from fusedrnn.cells.vocabulary import sigmoid, tanh, zeros_like
 
 T, B, I, H = 5, 3, 4, 6
 TORCHS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
-# One cell of each kind: a stage, two, three with means, a diagonal, four states; heads; a projection.
+# One cell of each kind: a stage, two, three with means, a diagonal, four states; with heads, too.
 KINDS = {name: (name, {}) for name in ("lstm", "rnn_relu", "gru_reset_before", "slstm")}
 KINDS |= {name: (name, {}) for name in ("layer_norm_lstm", "indrnn_relu")}
 KINDS |= {f"{name}-heads": (name, {"num_heads": 3}) for name in ("lstm", "gru_reset_before")}

@@ -28,6 +28,7 @@ from fusedrnn.cells._cell import (
     get,
     register,
 )
+from fusedrnn.cells.derived import cell
 
 __all__ = [
     "REGISTRY",
@@ -39,6 +40,7 @@ __all__ = [
     "Own",
     "Projection",
     "Stage",
+    "cell",
     "coupled_lstm",
     "family",
     "get",

@@ -12,7 +12,7 @@ Source: Beck et al. 2024, arXiv:2405.04517, eqs. 8-18, with the gates of its pub
 """
 
 from fusedrnn.cells._cell import Cell, Linear, Stage, register
-from fusedrnn.cells.vocabulary import abs, exp, log1p, sigmoid, tanh, where, zeros_like
+from fusedrnn.cells.vocabulary import exp, maximum, sigmoid, softplus, tanh, where, zeros_like
 
 
 def _forward(x_gates, h_gates, state, params):
@@ -24,14 +24,11 @@ def _forward(x_gates, h_gates, state, params):
     z = tanh(x_z + h_z)
     o = sigmoid(x_o + h_o)
     zeros = zeros_like(a_f)
-    # The comparisons are such that NaN, which fails them, is passed on.
-    log_f = where(a_f > 0, zeros, a_f) - log1p(exp(-abs(a_f)))
-    delta = log_f + m_prev - a_i
-    larger = where(delta < 0, zeros, delta)
-    larger = where(n_prev == 0, zeros, larger)
+    delta = m_prev - softplus(-a_f) - a_i
+    larger = where(n_prev == 0, zeros, maximum(delta, zeros))
     m = a_i + larger
     i = exp(-larger)
-    f = exp(where(delta > 0, zeros, delta))
+    f = exp(-maximum(-delta, zeros))
     c = f * c_prev + i * z
     n = f * n_prev + i
     return (o * c / n, c, n, m), (delta, sigmoid(-a_f), z, o)
@@ -43,8 +40,8 @@ def _backward(d_state, saved, prev, new, params):
     _h_prev, c_prev, n_prev, _m_prev = prev
     _h, c, n, _m = new
     zeros = zeros_like(dh)
-    i = where(n_prev == 0, zeros + 1, exp(-where(delta < 0, zeros, delta)))
-    f = exp(where(delta > 0, zeros, delta))
+    i = exp(-where(n_prev == 0, zeros, maximum(delta, zeros)))
+    f = exp(-maximum(-delta, zeros))
     ratio = c / n
     dc = dc_next + dh * o / n
     dn = dn_next - dh * o * ratio / n

@@ -12,13 +12,23 @@ from torch import Tensor
 sigmoid: Callable[..., Tensor] = torch.sigmoid
 tanh: Callable[..., Tensor] = torch.tanh
 relu: Callable[..., Tensor] = torch.relu
-exp: Callable[..., Tensor] = torch.exp
-log1p: Callable[..., Tensor] = torch.log1p
-abs: Callable[..., Tensor] = torch.abs
 where: Callable[..., Tensor] = torch.where
+exp: Callable[..., Tensor] = torch.exp
+log: Callable[..., Tensor] = torch.log
+log1p: Callable[..., Tensor] = torch.log1p
+sqrt: Callable[..., Tensor] = torch.sqrt
 rsqrt: Callable[..., Tensor] = torch.rsqrt
+abs: Callable[..., Tensor] = torch.abs
+maximum: Callable[..., Tensor] = torch.maximum
 zeros_like: Callable[..., Tensor] = torch.zeros_like
 
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)). torch's own rounds to x from x = 20 on, which float64 can tell."""
+    return torch.nn.functional.softplus(x, threshold=40)
+
+
 NAMES = frozenset(
-    {"sigmoid", "tanh", "relu", "exp", "log1p", "abs", "where", "rsqrt", "zeros_like"}
+    {"sigmoid", "tanh", "relu", "where", "rsqrt", "zeros_like"}
+    | {"exp", "log", "log1p", "softplus", "sqrt", "abs", "maximum"}
 )
