@@ -15,13 +15,14 @@ use_backend, BACKENDS, explain                which backend runs a call
 Regularizers                                  dropout of several kinds, zoneout, clipping
 Stream                                        carries the state from one chunk to the next
 init                                          initialisers: identity_, orthogonal_, chrono_, ...
+convert                                       weights of Keras, ONNX, haste, FlashRNN and others
 functional, gradient_flow, types              functions; gradients made visible; for annotations
 fusedrnn.onnx, fusedrnn.cells                 import these: export to ONNX; register your own cells
 
 help(fusedrnn.LSTM) and the like say more.
 """
 
-from fusedrnn import functional, gradient_flow, init, types
+from fusedrnn import convert, functional, gradient_flow, init, types
 from fusedrnn.cells import cell
 from fusedrnn.dispatch import BACKENDS, use_backend
 from fusedrnn.explain import explain
@@ -66,6 +67,7 @@ __all__ = [
     "Regularizers",
     "Stream",
     "cell",
+    "convert",
     "explain",
     "functional",
     "gradient_flow",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fusedrnn import modules
+from fusedrnn import keras_loop, modules
 
 OURS: dict[str, type[nn.Module]] = {name: getattr(modules, name) for name in modules.TORCH_CLASSES}
 
@@ -33,7 +33,8 @@ def replace_modules(model: nn.Module) -> Report:
     """Turns every LSTM, GRU, RNN and cell of torch.nn inside `model` into fusedrnn's, in place.
 
     The module objects stay the same objects and get another class: parameters, hooks, buffers,
-    the training flag and every reference to them are untouched.
+    the training flag and every reference to them are untouched. Built layers LSTM, GRU and
+    SimpleRNN of Keras 3 on its torch backend stay Keras's and get our time loop.
 
     Args:
         model: any module, which may itself be one of them.
@@ -42,7 +43,14 @@ def replace_modules(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is not a Module.
     """
-    return _swap(model, modules.TORCH_CLASSES, OURS)
+    report = _swap(model, modules.TORCH_CLASSES, OURS)
+    for layer in keras_loop.layers_of(model):
+        if "inner_loop" not in vars(layer):
+            try:
+                report.swapped[layer.path] = keras_loop.put_in(layer)
+            except ValueError as error:
+                report.left[layer.path] = str(error)
+    return report
 
 
 def restore_modules(model: nn.Module) -> Report:
@@ -50,9 +58,13 @@ def restore_modules(model: nn.Module) -> Report:
 
     One with heads, or with a cell that torch does not have, is left. So is one with regularizers,
     which torch.nn's would not apply; but not in evaluation mode, where only zoneout acts. (It is
-    nothing but torch.nn's then, in training mode too.)
+    nothing but torch.nn's then, in training mode too.) Layers of Keras get their own loop back.
     """
-    return _swap(model, {**OURS, "Recurrent": modules.Recurrent}, modules.TORCH_CLASSES)
+    report = _swap(model, {**OURS, "Recurrent": modules.Recurrent}, modules.TORCH_CLASSES)
+    for layer in keras_loop.layers_of(model):
+        if "inner_loop" in vars(layer):
+            report.swapped[layer.path] = keras_loop.take_out(layer)
+    return report
 
 
 def _swap(model, sources: dict[str, type], targets: dict[str, type]) -> Report:
