@@ -47,7 +47,7 @@ test: $(STAMP)-test  ## The tests that need no GPU
 
 # `make test` has the rest: what compiles, exports, draws cases by the hundred or starts processes.
 # Nothing has to be added to these two lists: a new file or test is checked until it is left out.
-SLOW_FILES := autocast beyond_derivatives beyond_examples beyond_export beyond_regularizers \
+SLOW_FILES := autocast convert beyond_derivatives beyond_examples beyond_export beyond_regularizers \
   beyond_robustness beyond_states compile demo dropin_hypothesis main module_db onnx opacus \
   packaging third_party
 FAST := not compile and not graph and not meta_device and not environment

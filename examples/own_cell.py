@@ -10,7 +10,7 @@ kernels where there is a GPU. The derived code can be read: the program prints i
 The network learns the parity of the bits that it has seen, after every bit: a task that needs a
 state, which models without a recurrence from h to the gates do not solve.
 
-Source: Beck et al. 2024, xLSTM: Extended Long Short-Term Memory, arXiv:2405.04517, equations 8-17.
+Source: Beck et al. 2024, xLSTM: Extended Long Short-Term Memory, arXiv:2405.04517.
 """
 
 import argparse

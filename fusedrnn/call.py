@@ -110,7 +110,7 @@ def split_weights(spec: Spec, flat: Sequence[Tensor]) -> list[Weights]:
         w_norm = None
         if cell.input_norm is not None:
             w_norm, params = rest[0], params[cell.own[0].vectors :]
-            b_ih, b_hh = None if b_ih is None else b_ih + b_hh, None
+            b_ih, b_hh = None if b_ih is None or b_hh is None else b_ih + b_hh, None
         groups.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(params), w_norm))
     return groups
 

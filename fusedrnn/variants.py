@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -165,7 +166,7 @@ class LayerNormLSTM(Recurrent[TwoStates]):
 
     Inputs, outputs, raises: as `fusedrnn.LSTM`.
 
-    Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450, eqs. 20-22.
+    Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
 
     Example::
 
@@ -208,9 +209,9 @@ class SLSTM(Recurrent[FourStates]):
         weight_hh_l[k]: [4 * H, H]. bias_ih_l[k], bias_hh_l[k]: [4 * H].
         (With heads, and how they start: `fusedrnn.Recurrent`.)
 
-    Inputs, outputs, raises: as `fusedrnn.LSTM`.
+    Inputs, outputs, raises: as `fusedrnn.LSTM`, with (h, c, n, m) in the place of (h, c).
 
-    Source: Beck et al. 2024, arXiv:2405.04517, eqs. 8-18.
+    Source: Beck et al. 2024, arXiv:2405.04517.
 
     Example::
 
@@ -438,7 +439,8 @@ class IndRNN(Recurrent[Tensor]):
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not -1e38 < value < 1e38:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
 

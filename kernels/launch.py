@@ -14,6 +14,7 @@ from fusedrnn.call import Weights
 from fusedrnn.cells import Cell, Mean, Projection
 from fusedrnn.kernels import layout, sync, tune
 from fusedrnn.kernels.bind import bind
+from fusedrnn.kernels.matmul import first_of, round_of
 from fusedrnn.kernels.plan import (
     INTERPRETER,
     PASSES,
@@ -196,11 +197,12 @@ def workspaces(
     stages = stage_sizes(cell, pass_, H // heads, P // heads)
     # What is published for each stage, in turn: backward, for the last one after the first.
     turns = stages if pass_ == "forward" else (stages[0], *stages[:0:-1])
+    first = first_of(stages)
     programs, *tiles_and_lanes = parts[0][0]
     return sync.workspaces(
         layers * len(parts), groups=math.prod(tiles_and_lanes), programs=programs,
-        planes=[stage.planes for stage in turns],
-        steps=rows.T * len(stages) + 1,  # h_0 is published too
+        planes=[0] * (first - 1) + [stage.planes for stage in turns],
+        steps=rows.T * round_of(stages) + first,  # h_0 is published too
         chunks=plan.chunks, block_b=plan.block_b, block_h=plan.block_h, block_k=plan.block_k,
         dtype=like.dtype, device=like.device, error=_error_word(like.device),
     )  # fmt: skip

@@ -264,6 +264,19 @@ def planes_of(STAGES):
 
 
 @triton.constexpr_function
+def round_of(STAGES):
+    """Steps of the exchange from one time step to the next: as many as stages, or a few more, so
+    that it is a power of two."""
+    return 1 << (len(STAGES) - 1).bit_length()
+
+
+@triton.constexpr_function
+def first_of(STAGES):
+    """The first step of the exchange: such that the last stage's are multiples of `round_of`."""
+    return (1 << (len(STAGES) - 1).bit_length()) - len(STAGES) + 1
+
+
+@triton.constexpr_function
 def chunks_of(STAGE, PLAN):
     """Chunks of K: the stage's own, which may be narrower than the layer."""
     return -(-STAGE.k // PLAN.block_k)

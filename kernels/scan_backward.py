@@ -12,8 +12,8 @@ keeps the gradients of its units' states in float32 registers, and the columns o
 to its units. What the programs hand each other is d_received, a plane for each gate of the stage,
 because every unit's gradient needs those of all units. It goes through the ring of `sync` although
 it is written out as well: a ring stays in L2, has no rows missing where sequences have ended, and
-has an order that suits its readers. Step 1 of the exchange publishes zeros, so that every step
-begins with a product; one more follows the last, for the initial state.
+has an order that suits its readers. The first step of the exchange publishes zeros, so that every
+step begins with a product; one more follows the last, for the initial state.
 
 The gradients of the weights are not summed here, but afterwards, as single large products of
 dx_gates and dh_gates with the layer's inputs and outputs.
@@ -24,10 +24,12 @@ import triton.language as tl
 
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.matmul import (
+    first_of,
     load_weights,
     matrices_of,
     planes_of,
     recurrent_matmul,
+    round_of,
     slot_size,
     stage_at,
 )
@@ -173,6 +175,8 @@ def scan_backward_kernel(
     PRECISION: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(STAGES)
+    ROUND: tl.constexpr = round_of(STAGES)
+    FIRST: tl.constexpr = first_of(STAGES)
     SLOT: tl.constexpr = slot_size(STAGES, PLAN)
     # Loaded once: weights, parameters, the states before the first step, what states start over
     # from, what multiplies h, and what goes round the loop.
@@ -203,13 +207,13 @@ def scan_backward_kernel(
     # What the first stage gave to its product in the step that the loop visited last.
     FIRST_PLANES: tl.constexpr = STAGES[0].planes
     rounded = zeros(FIRST_PLANES, DTYPE, PLAN)
-    last = T * COUNT + 1
+    last = T * ROUND + FIRST
     channel = None
     if PLAN.exchanged:
         channel = sync.connect(
             exchange, tile.head_units, PLANES=planes_of(STAGES), BLOCK_K=PLAN.block_k
         )
-        sync.publish(channel, rounded, 1, last, SLOT=SLOT, BLOCK_K=PLAN.block_k)
+        sync.publish(channel, rounded, FIRST, last, SLOT=SLOT, BLOCK_K=PLAN.block_k)
 
     for step in range(T):
         rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
@@ -233,7 +237,7 @@ def scan_backward_kernel(
             begins_here = (load_begins(ops, rows, tile.batch_mask, tile, D=D),)
 
         # dh_t += d_received_{t+1} @ W
-        exchanged = step * COUNT + 1  # the step of the exchange that is received next
+        exchanged = step * ROUND + FIRST  # the step of the exchange that is received next
         (product,) = recurrent_matmul(
             rounded, channel, weights[0], matrices[0], tile, exchanged,
             STAGE=stage_at(STAGES, 0), STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
@@ -294,7 +298,7 @@ def scan_backward_kernel(
             )  # fmt: skip
             if PLAN.exchanged:
                 sync.publish(
-                    channel, given, exchanged + (COUNT - s), last, SLOT=SLOT,
+                    channel, given, exchanged + (ROUND if s == 0 else COUNT - s), last, SLOT=SLOT,
                     BLOCK_K=PLAN.block_k, STAGE=s,
                 )  # fmt: skip
             dx_gates = dx + dx_gates

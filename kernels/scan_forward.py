@@ -11,8 +11,8 @@ in one lane: it keeps their states and their rows of the weights in registers fr
 to the last. Where one program owns all units (schedule single_block), nothing else is needed.
 Otherwise the programs of one batch tile and lane hand each other what they multiply, before every
 stage, through a ring in global memory (`sync`). With n stages, stage s of time step t receives what
-was published as step n * t + s + 1. Step 1 publishes h_0, so that the loop reads every h_{t-1} from
-the same place.
+was published as step n * t + s + 1 (of n = 3, and what else is no power of two: `round_of`). The
+first step publishes h_0, so that the loop reads every h_{t-1} from the same place.
 """
 
 import triton
@@ -20,10 +20,12 @@ import triton.language as tl
 
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.matmul import (
+    first_of,
     load_weights,
     matrices_of,
     planes_of,
     recurrent_matmul,
+    round_of,
     slot_size,
     stage_at,
 )
@@ -122,6 +124,8 @@ def scan_forward_kernel(
     PRECISION: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(STAGES)
+    ROUND: tl.constexpr = round_of(STAGES)
+    FIRST: tl.constexpr = first_of(STAGES)
     # Loaded once: weights, bias, parameters, states, what they start over from, what multiplies h.
     tile = program_tile(T, B, first_b, first_lane, lengths_ptr, H=H, HEADS=HEADS, PLAN=PLAN)
     h_tile = narrowed(tile, B, WIDTH=P, H=H)
@@ -144,13 +148,13 @@ def scan_forward_kernel(
         first = load_begins(ops, rows, tile.batch_mask, tile, D=D)
         state = start_over(state, reset_state, first)
     channel = None
-    last = T * COUNT + 1
+    last = T * ROUND + FIRST
     if PLAN.exchanged:
         channel = sync.connect(
             exchange, tile.head_units, PLANES=planes_of(STAGES), BLOCK_K=PLAN.block_k
         )
         publish_tiles(
-            channel, (masked(state[0], h_mask),), h_tile, 1, last,
+            channel, (masked(state[0], h_mask),), h_tile, FIRST, last,
             STAGE=0, STAGES=STAGES, PLAN=PLAN,
         )  # fmt: skip
 
@@ -174,7 +178,7 @@ def scan_forward_kernel(
             next_rows = row_of(t_next, tile, offsets_ptr, stride_t, stride_b)
             begins = load_begins(ops, next_rows, ahead, tile, D=D)
 
-        exchanged = step * COUNT + 1  # the step of the exchange that is received next
+        exchanged = step * ROUND + FIRST  # the step of the exchange that is received next
         new = state
         saved = ()
         published = ()
@@ -206,7 +210,7 @@ def scan_forward_kernel(
             state = start_over(new, reset_state, begins)
         if PLAN.exchanged:
             publish_tiles(
-                channel, (masked(state[0], h_mask),), h_tile, exchanged + COUNT, last,
+                channel, (masked(state[0], h_mask),), h_tile, exchanged + ROUND, last,
                 STAGE=0, STAGES=STAGES, PLAN=PLAN,
             )  # fmt: skip
 

@@ -27,8 +27,11 @@ The ring has 2 * LAP slots. When a program publishes step s, all have read step 
 s - 2. A stage that receives fewer units waits only for their owners; then this holds for one of the
 few steps before, since some stage of every cell receives all units.) That these reach everybody
 before the slot is polled again is what the one fence of a lap is for: in every LAP-th step all
-programs add to a counter with release, and every thread reads it with acquire until all have. A
-slot serves the same stage in every lap: LAP is a multiple of the number of stages.
+programs add to a counter with release, and every thread reads it with acquire until all have.
+
+A slot serves the same stage in every lap: from one time step to the next it is a power of two of
+the exchange's steps, as LAP is. A cell of three stages leaves out one (`matmul.round_of`), which
+nobody waits for; every LAP-th step is one that is published.
 
 What this rests on: elements of 16 or 32 bits are coherent, relaxed loads and stores of them are not
 torn, and a store does not overtake the loads that its value was computed from, or that a block
@@ -59,7 +62,7 @@ import triton.language as tl
 
 from fusedrnn.kernels.fragments import LANES, ROWS, offset_in_slot, vectors
 
-LAP = tl.constexpr(60)  # a multiple of every number of stages that a cell may have
+LAP = tl.constexpr(64)
 
 # A group's signal, in int32 words: the counter, and, 128 bytes further, the step at which somebody
 # gave up. Counters of different groups share no cache line.
@@ -370,7 +373,8 @@ def workspaces(
         groups: batch tiles times lanes, at most.
         programs: programs of each group, of block_h units each.
         steps: steps that are published, counted from 1.
-        planes: that steps 1, 2, ... publish, again and again: one number for each stage of a cell.
+        planes: that steps 1, 2, ... publish, again and again: one number for each stage of a cell,
+            0 for a step that is left out.
         chunks, block_b, block_k: of a slot, see `fragments.offset_in_slot`.
         error: [1] int32, zero, to use as the error word; by default one on the device.
     Raises:

@@ -49,7 +49,7 @@ def gru_reset_before_step(x, product, state, params):
 
 
 def peephole_lstm_step(x, product, state, params):
-    """Gers & Schmidhuber 2000, eqs. 2-9: the output gate sees the new cell, the others the old."""
+    """Gers & Schmidhuber 2000: the output gate sees the new cell, the others the old."""
     h, cell = state
     a = x + product(h)
     to_input, to_forget, to_output = params
@@ -67,7 +67,7 @@ def coupled_lstm_step(x, product, state, params):
 
 
 def multiplicative_lstm_step(x, product, state, params):
-    """Krause et al. 2016, eqs. 9-16: an LSTM that sees (W_mx x) * (W_mh h) for h."""
+    """Krause et al. 2016: an LSTM that sees (W_mx x) * (W_mh h) for h."""
     h, cell = state
     intermediate = x[0] * product(h)[0]
     i, f, g, o = (x + product(intermediate))[1:]
@@ -76,7 +76,7 @@ def multiplicative_lstm_step(x, product, state, params):
 
 
 def mgu_step(x, product, state, params):
-    """Zhou et al. 2016, eqs. 7-9."""
+    """Zhou et al. 2016."""
     (previous,) = state
     forget = sigmoid(x[0] + product(previous)[0])
     candidate = np.tanh(x[1] + product(forget * previous)[1])
@@ -84,7 +84,7 @@ def mgu_step(x, product, state, params):
 
 
 def ugrnn_step(x, product, state, params):
-    """Collins et al. 2016, eqs. of appendix B."""
+    """Collins et al. 2016."""
     (previous,) = state
     a_update, a_candidate = x + product(previous)
     update = sigmoid(a_update)
@@ -92,7 +92,7 @@ def ugrnn_step(x, product, state, params):
 
 
 def ligru_step(x, product, state, params):
-    """Ravanelli et al. 2018, eqs. 6-8, without batch normalisation."""
+    """Ravanelli et al. 2018, without batch normalisation."""
     (previous,) = state
     a_update, a_candidate = x + product(previous)
     update = sigmoid(a_update)
@@ -100,7 +100,7 @@ def ligru_step(x, product, state, params):
 
 
 def layer_norm_lstm_step(x, product, state, params):
-    """Ba et al. 2016, eqs. 20-22; x was normalised by `sequence`."""
+    """Ba et al. 2016; x was normalised by `sequence`."""
     h, cell = state
     a = x + layer_norm(product(h), 1e-5, product.heads) * np.stack(params[:4])
     cell = sigmoid(a[1]) * cell + sigmoid(a[0]) * np.tanh(a[2])
@@ -119,7 +119,7 @@ def layer_norm_gru_step(x, product, state, params):
 
 
 def slstm_step(x, product, state, params):
-    """Beck et al. 2024, eqs. 8-17, without a bound for what their stabiliser keeps finite."""
+    """Beck et al. 2024, without a bound for what their stabiliser keeps finite."""
     h, cell, normalizer, stabilizer = state
     a_input, a_forget, a_cell, a_output = x + product(h)
     log_forget = -np.log1p(np.exp(-a_forget)) + stabilizer

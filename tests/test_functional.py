@@ -172,7 +172,8 @@ MISUSE = {
         lambda **o: functional.gru(
             X, None, [GRU[0], GRU[1][:, :2], *GRU[2:], torch.zeros(2, H)], proj_size=2, **o
         ),
-        "proj_size: expected 0, since only lstm can project, got 2 for gru",
+        "proj_size: expected 0, since only lstm, coupled_lstm, peephole_lstm, slstm can project, "
+        "got 2 for gru",
     ),
     "nonlinearity": (
         lambda **o: functional.rnn(X, None, weights("RNN"), nonlinearity="sin", **o),

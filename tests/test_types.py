@@ -74,7 +74,7 @@ def test_signature_is_torchs_then_ours_by_keyword(kind):
     names = list(torchs)
     if kind == "RNN":
         names.insert(3, "nonlinearity")
-    own = ["forget_bias"] if kind == "LSTM" else []
+    own = {"LSTM": ["forget_bias"], "GRU": ["reset_after"]}.get(kind, [])
     own += [
         "num_heads",
         "backend",

@@ -6,7 +6,7 @@ and the transforms of `torch.func` go through it because nothing in it is hidden
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -101,11 +101,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def weights_in(dtype: torch.dtype, weights: Weights) -> Weights:
     """The weights, cast."""
 
-    def cast(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.to(dtype)
-
-    *matrices, params, w_norm = weights
-    return Weights(*map(cast, matrices), tuple([cast(p) for p in params]), cast(w_norm))
+    cast = {
+        name: tensor.to(dtype)
+        for name, tensor in weights._asdict().items()
+        if isinstance(tensor, Tensor)
+    }
+    return weights._replace(**cast, params=tuple([p.to(dtype) for p in weights.params]))
 
 
 def active_rows(lengths: Tensor, T: int) -> Tensor:

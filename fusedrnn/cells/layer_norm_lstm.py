@@ -9,7 +9,7 @@ the means of W_hh h and of its square, then those of c_t and of its square. A va
 difference of the second and of the first one's square: it is as exact as the dtype, unless the mean
 is far larger than what the values differ by.
 
-Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450, eqs. 20-22; gate order as torch.nn.LSTM.
+Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450; gate order as torch.nn.LSTM.
 """
 
 from fusedrnn.cells._cell import Cell, InputNorm, Linear, Mean, Own, Stage, family

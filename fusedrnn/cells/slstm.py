@@ -8,7 +8,7 @@
 
 Of i and f the larger one is 1; the difference of their exponents, l - (x_i + h_i), is what is kept.
 
-Source: Beck et al. 2024, arXiv:2405.04517, eqs. 8-18, with the gates of its published code.
+Source: Beck et al. 2024, arXiv:2405.04517, with the gates of its published code.
 """
 
 from fusedrnn.cells._cell import Cell, Linear, Stage, register

@@ -306,7 +306,7 @@ MATMUL = (
         always=True,
     ),
 )
-_LAST = "    last = T * COUNT + 1\n"
+_LAST = "    last = T * ROUND + FIRST\n"
 FORWARD = (
     Mutant(
         "forward publishes less than is polled",
@@ -317,11 +317,11 @@ FORWARD = (
     Mutant(
         "forward does not take the last steps back",
         (Race,),
-        kernel=(Change(_LAST, _LAST.replace("+ 1", "- 1")),),
+        kernel=(Change(_LAST, _LAST.replace("+ FIRST", "- 1")),),
         always=True,
     ),
 )
-_STAGE_BEFORE = "channel, given, exchanged + (COUNT - s), last"
+_STAGE_BEFORE = "channel, given, exchanged + (ROUND if s == 0 else COUNT - s), last"
 BACKWARD = (
     Mutant(
         "backward publishes less than is polled",
@@ -332,7 +332,7 @@ BACKWARD = (
     Mutant(
         "backward does not take the last step back",
         (Race,),
-        kernel=(Change(_LAST, _LAST.replace(" + 1", "")),),
+        kernel=(Change(_LAST, _LAST.replace(" + FIRST", "")),),
         always=True,
     ),
 )

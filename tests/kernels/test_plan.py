@@ -226,5 +226,8 @@ def test_readme_says_up_to_which_size():
             for dtype in (torch.bfloat16, torch.float32):
                 for pass_ in PASSES:
                     plan_scan(cell, pass_, dtype, B=1, H=most, D=1, device=device)
+                if cell.diagonal:  # whose programs need not run at the same time
+                    plan_scan(cell, "forward", dtype, B=1, H=most + 1, D=1, device=device)
+                    continue
                 with pytest.raises(ValueError, match="multiprocessors"):
                     plan_scan(cell, "forward", dtype, B=1, H=most + 1, D=1, device=device)
