@@ -11,13 +11,28 @@ from typing_extensions import Unpack
 
 from fusedrnn.cells import layer_norm_gru, layer_norm_lstm
 from fusedrnn.modules import Recurrent
-from fusedrnn.types import ModuleOptions, Nonlinearity
+from fusedrnn.types import ModuleOptions, Nonlinearity, State
 
 TwoStates = tuple[Tensor, Tensor]
 FourStates = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class PeepholeLSTM(Recurrent[TwoStates]):
+class Relative(Recurrent[State]):
+    """What cells without options of their own share: `Recurrent`, with the cell of the class."""
+
+    cell_name: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        super().__init__(self.cell_name, input_size, hidden_size, num_layers, **options)
+
+
+class PeepholeLSTM(Relative[TwoStates]):
     r"""Long short-term memory whose gates see the cell state.
 
         i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi + w_ci * c_{t-1})
@@ -49,17 +64,10 @@ class PeepholeLSTM(Recurrent[TwoStates]):
         >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        **options: Unpack[ModuleOptions],
-    ) -> None:
-        super().__init__("peephole_lstm", input_size, hidden_size, num_layers, **options)
+    cell_name = "peephole_lstm"
 
 
-class CoupledLSTM(Recurrent[TwoStates]):
+class CoupledLSTM(Relative[TwoStates]):
     r"""Long short-term memory with one gate for forgetting and for writing.
 
         f_t = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
@@ -89,17 +97,10 @@ class CoupledLSTM(Recurrent[TwoStates]):
         >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        **options: Unpack[ModuleOptions],
-    ) -> None:
-        super().__init__("coupled_lstm", input_size, hidden_size, num_layers, **options)
+    cell_name = "coupled_lstm"
 
 
-class MultiplicativeLSTM(Recurrent[TwoStates]):
+class MultiplicativeLSTM(Relative[TwoStates]):
     r"""Long short-term memory that sees a product of input and state instead of the state.
 
         m_t = (W_im x_t + b_im) * (W_hm h_{t-1} + b_hm)
@@ -131,14 +132,7 @@ class MultiplicativeLSTM(Recurrent[TwoStates]):
         >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        **options: Unpack[ModuleOptions],
-    ) -> None:
-        super().__init__("multiplicative_lstm", input_size, hidden_size, num_layers, **options)
+    cell_name = "multiplicative_lstm"
 
 
 class LayerNormLSTM(Recurrent[TwoStates]):
@@ -187,7 +181,7 @@ class LayerNormLSTM(Recurrent[TwoStates]):
         super().__init__(cell, input_size, hidden_size, num_layers, **options)
 
 
-class SLSTM(Recurrent[FourStates]):
+class SLSTM(Relative[FourStates]):
     r"""Long short-term memory with exponential gates, a normaliser and a stabiliser.
 
         a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
@@ -219,14 +213,7 @@ class SLSTM(Recurrent[FourStates]):
         >>> output, (h_n, c_n, n_n, m_n) = rnn(torch.randn(5, 3, 10))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        **options: Unpack[ModuleOptions],
-    ) -> None:
-        super().__init__("slstm", input_size, hidden_size, num_layers, **options)
+    cell_name = "slstm"
 
 
 class LayerNormGRU(Recurrent[Tensor]):
@@ -282,7 +269,7 @@ class LayerNormGRU(Recurrent[Tensor]):
         super().__init__(cell, input_size, hidden_size, num_layers, **options)
 
 
-class MGU(Recurrent[Tensor]):
+class MGU(Relative[Tensor]):
     r"""Minimal gated unit: one gate both forgets and resets.
 
         f_t = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
@@ -310,17 +297,10 @@ class MGU(Recurrent[Tensor]):
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        **options: Unpack[ModuleOptions],
-    ) -> None:
-        super().__init__("mgu", input_size, hidden_size, num_layers, **options)
+    cell_name = "mgu"
 
 
-class UGRNN(Recurrent[Tensor]):
+class UGRNN(Relative[Tensor]):
     r"""Update gate recurrent network: the least that has a gate.
 
         u_t = sigmoid(W_iu x_t + b_iu + W_hu h_{t-1} + b_hu)
@@ -348,17 +328,10 @@ class UGRNN(Recurrent[Tensor]):
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        **options: Unpack[ModuleOptions],
-    ) -> None:
-        super().__init__("ugrnn", input_size, hidden_size, num_layers, **options)
+    cell_name = "ugrnn"
 
 
-class LiGRU(Recurrent[Tensor]):
+class LiGRU(Relative[Tensor]):
     r"""Light gated recurrent unit: no reset gate, and a rectified candidate.
 
         z_t = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
@@ -386,14 +359,7 @@ class LiGRU(Recurrent[Tensor]):
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        **options: Unpack[ModuleOptions],
-    ) -> None:
-        super().__init__("ligru", input_size, hidden_size, num_layers, **options)
+    cell_name = "ligru"
 
 
 class IndRNN(Recurrent[Tensor]):
