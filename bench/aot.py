@@ -137,7 +137,9 @@ def arguments(job: Job) -> dict[str, Any]:
         "offsets_ptr": None if job.plain else "*i64",
         "lengths_ptr": None if job.plain else "*i64",
         "exchange": Exchange(sequence, "*i32", "*i32", *["i32"] * 3) if plan.exchanged else None,
-        **dict.fromkeys(("T", "B", "first_b", "first_lane", "stride_t", "stride_b"), "i32"),
+        **dict.fromkeys(
+            ("T", "B", "first_b", "first_lane", "reverse", "stride_t", "stride_b"), "i32"
+        ),
         # What regularizes is off: it adds loads and selects, and no product.
         "ops": StateOps(),
         "d_reset_state_ptrs": (),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fusedrnn import cells, packing
-from fusedrnn.call import Spec, directions, heads_of, widths
-from fusedrnn.types import Lengths
+from fusedrnn.call import Spec, directions, heads_of, output_features, size_of, widths
+from fusedrnn.types import Direction, HiddenSize, Lengths
 
 Shape = tuple[int, ...]
 
@@ -23,16 +23,17 @@ Shape = tuple[int, ...]
 def weight_shapes(spec: Spec) -> list[Shape]:
     """The shapes of all parameters, in torch's order."""
     cell, D = cells.get(spec.cell), directions(spec)
-    rows, width = len(cell.gates) * spec.hidden_size, widths(spec)[0]
-    heads = heads_of(spec)
-    recurrent = (rows, width) if heads == 1 else (heads, rows // heads, width // heads)
-    recurrent = (rows,) if cell.diagonal else recurrent
+    heads, P = heads_of(spec), spec.proj_size
     shapes: list[Shape] = []
-    for index in range(spec.num_layers * D):
-        shapes += [(rows, spec.input_size if index < D else D * width), recurrent]
-        shapes += [(rows,), (rows,)] if spec.bias else []
-        shapes += [(spec.proj_size, spec.hidden_size)] if spec.proj_size else []
-        shapes += [(own.vectors * spec.hidden_size,) for own in cell.own]
+    for layer in range(spec.num_layers):
+        H = size_of(spec, layer)
+        rows, width = len(cell.gates) * H, P or H
+        recurrent = (rows, width) if heads == 1 else (heads, rows // heads, width // heads)
+        own: list[Shape] = [(rows, output_features(spec, layer - 1))]
+        own += [(rows,) if cell.diagonal else recurrent]
+        own += [(rows,), (rows,)] if spec.bias else []
+        own += [(P, H)] if P else []
+        shapes += [*own, *((vector.vectors * H,) for vector in cell.own)] * D
     return shapes
 
 
@@ -60,6 +61,47 @@ def check_layers(cell: str, hidden_size: int, proj_size: int, num_heads: int) ->
         )
     if num_heads > 1 and proj_size:
         raise ValueError(f"num_heads: expected 1 beside proj_size={proj_size}, got {num_heads}")
+
+
+def sizes_of(hidden_size: HiddenSize, num_layers: int, proj_size: int) -> tuple[Any, Any]:
+    """`Spec.hidden_size` and `Spec.hidden_sizes`; raises for sizes that are not one for each layer,
+    or beside a projection."""
+    if not isinstance(hidden_size, Sequence) or isinstance(hidden_size, str):
+        return hidden_size, ()
+    sizes = tuple(hidden_size)
+    for size in sizes:
+        check_sizes(hidden_size=size)
+    if len(sizes) != num_layers or min(sizes, default=0) < 1:
+        raise ValueError(
+            f"hidden_size: expected an int, or a positive one for each of num_layers={num_layers} "
+            f"layers, got {hidden_size!r}"
+        )
+    if proj_size:
+        raise ValueError(
+            f"hidden_size: expected an int beside proj_size={proj_size}, got {hidden_size!r}"
+        )
+    return max(sizes), sizes if len(set(sizes)) > 1 else ()
+
+
+def check_direction(direction: Direction, num_layers: int, bidirectional: bool) -> int:
+    """`Spec.reversed_layers`; raises for what is no direction, or none of such layers."""
+    told = "expected 'forward', 'reverse', 'alternate', or one of the first two for each layer"
+    words: Any = (direction,) * num_layers
+    if direction == "alternate":
+        words = [("forward", "reverse")[layer % 2] for layer in range(num_layers)]
+    elif not isinstance(direction, str):
+        if not isinstance(direction, Sequence) or len(direction) != num_layers:
+            raise ValueError(f"direction: {told} (num_layers={num_layers}), got {direction!r}")
+        words = direction
+    for word in words:
+        if word not in ("forward", "reverse"):
+            raise ValueError(f"direction: {told}, got {direction!r}")
+    bits = sum([(word == "reverse") << layer for layer, word in enumerate(words)])
+    if bits and bidirectional:
+        raise ValueError(
+            f"direction: expected 'forward' beside bidirectional=True, got {direction!r}"
+        )
+    return bits
 
 
 def check_weights(spec: Spec, weights: Sequence[Tensor]) -> None:

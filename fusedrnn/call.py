@@ -1,9 +1,10 @@
 """A call's facts, gathered once and passed whole: what is static, and its tensors."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import cells
@@ -34,6 +35,10 @@ class Spec(NamedTuple):
         autocast: the dtype, as "bfloat16", in which an op is to run the aten backend, or None.
         clip: bound of the gradient of each h_t inside the loop; 0 for none.
         trained_from: the lowest layer that a gradient gets to.
+        reversed_layers: as bits, the layers of one direction that run backwards in time.
+        residual: whether a layer's input is added to its output, where they have one size.
+        hidden_sizes: of each layer, if they differ, or (). hidden_size is the largest then, and the
+            units of a smaller layer are the first of those of its states.
     """
 
     cell: str
@@ -52,11 +57,36 @@ class Spec(NamedTuple):
     autocast: str | None = None
     clip: float = 0.0
     trained_from: int = 0
+    reversed_layers: int = 0
+    residual: bool = False
+    hidden_sizes: tuple[int, ...] = ()
 
 
 def directions(spec: Spec) -> int:
     """D."""
     return 2 if spec.bidirectional else 1
+
+
+def reverses(spec: Spec, layer: int = 0) -> tuple[bool, ...]:
+    """Of each direction of that layer, whether it runs backwards in time."""
+    return (False, True) if spec.bidirectional else (bool(spec.reversed_layers >> layer & 1),)
+
+
+def adds_input(spec: Spec, layer: int = 0) -> bool:
+    """Whether that layer's input, before its noise, is added to its output."""
+    return spec.residual and output_features(spec, layer - 1) == output_features(spec, layer)
+
+
+def output_features(spec: Spec, layer: int) -> int:
+    """The features of that layer's output; before the first layer, of the input."""
+    if layer < 0:
+        return spec.input_size
+    return directions(spec) * (spec.proj_size or size_of(spec, layer))
+
+
+def size_of(spec: Spec, layer: int) -> int:
+    """H of that layer."""
+    return spec.hidden_sizes[layer] if spec.hidden_sizes else spec.hidden_size
 
 
 def cell_of(spec: Spec) -> cells.Cell:
@@ -178,8 +208,9 @@ def one_layer(
 ) -> tuple[Spec, Operands, Masks]:
     """The call of that layer alone. The input stays the stack's, before the layer's masks."""
     D, size = directions(spec), weights_per_direction(spec) * directions(spec)
-    part = slice(layer * D, (layer + 1) * D)
-    input_size = spec.input_size if layer == 0 else D * widths(spec)[0]
+    part: Any = slice(layer * D, (layer + 1) * D)
+    if spec.hidden_sizes:
+        part = (part, ..., slice(spec.hidden_sizes[layer]))
     operands = Operands(
         operands.input,
         tuple([s[part] for s in operands.state]),
@@ -187,7 +218,41 @@ def one_layer(
         operands.weights[layer * size : (layer + 1) * size],
     )
     masks = masks._replace(layers=(masks.of_layer(layer),) if masks.layers else ())
-    return spec._replace(num_layers=1, input_size=input_size, trained_from=0), operands, masks
+    one = spec._replace(
+        num_layers=1, input_size=output_features(spec, layer - 1), trained_from=0,
+        reversed_layers=spec.reversed_layers >> layer & 1, hidden_sizes=(),
+        hidden_size=size_of(spec, layer),
+    )  # fmt: skip
+    return one, operands, masks
+
+
+def in_turn(
+    spec: Spec, operands: Operands, masks: Masks, run: Callable[[Spec, Operands, Masks], Any]
+) -> tuple[Tensor, list[tuple[Any, ...]]]:
+    """A stack, of which `run` computes one layer after the other: the output, and of each layer the
+    rest of what `run` returned."""
+    input, rests = operands.input, []
+    for index in range(spec.num_layers):
+        one, here, noise = one_layer(spec, operands, masks, index)
+        here = here._replace(input=masked_input(spec, input, masks.of_layer(index)))
+        within = tuple([m._replace(dropout=None, input=None) for m in noise.layers])
+        one = one._replace(dropout=0.0, residual=False)
+        output, *rest = run(one, here, noise._replace(layers=within))
+        input = output + input if adds_input(spec, index) else output
+        rests.append(tuple(rest))
+    return input, rests
+
+
+def joined(finals: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The S states [L * D, *, H] from those of each layer, with zeros where one has fewer units."""
+    if len(finals) == 1:
+        return finals[0]
+    states = []
+    for parts in zip(*finals, strict=True):
+        H = max([s.shape[-1] for s in parts])
+        full = [s if s.shape[-1] == H else F.pad(s, (0, H - s.shape[-1])) for s in parts]
+        states.append(torch.cat(full))
+    return tuple(states)
 
 
 def masked_input(spec: Spec, input: Tensor, masks: LayerMasks, *, backward: bool = False) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn import cells, modules, variants
+from fusedrnn.call import reverses
 
 
 class Part(NamedTuple):
@@ -273,10 +274,16 @@ def _weights_of(
         raise ValueError(f"layer: expected 0 to {module.num_layers - 1}, got {layer!r}")
     if module.bidirectional and library not in ("keras", "onnx"):
         raise ValueError(f"module: expected bidirectional=False for {library}, got True")
+    if library != "onnx" and _runs_reversed(module, layer):
+        raise ValueError(f"module: expected forward layers for {library}, got {module}")
     names = [name.removesuffix("_l0") for name in module._all_weights[0]]
     ends = [f"_l{layer}", f"_l{layer}_reverse"][: 1 + module.bidirectional]
     weights = [{name: getattr(module, name + end).detach() for name in names} for end in ends]
     return module.mode.lower(), weights
+
+
+def _runs_reversed(module: nn.RNNBase, layer: int) -> bool:
+    return isinstance(module, modules.Recurrent) and reverses(module._spec(), layer) == (True,)
 
 
 def _named(thing: Any) -> str:
@@ -387,8 +394,9 @@ def from_onnx(
     given = {k: v.decode() if isinstance(v, bytes) else v for k, v in (attributes or {}).items()}
     given.pop("hidden_size", None)  # R has it
     layout, direction = given.pop("layout", 0), given.pop("direction", "forward")
-    if direction not in ("forward", "bidirectional"):
-        raise ValueError(f"direction: expected 'forward' or 'bidirectional', got {direction!r}")
+    ways = ("forward", "reverse", "bidirectional")
+    if direction not in ways:
+        raise ValueError(f"direction: expected one of {ways}, got {direction!r}")
     usual, D = _ONNX_ACTIVATIONS[op_type], 1 + (direction == "bidirectional")
     names = [a.decode() if isinstance(a, bytes) else a for a in given.pop("activations", usual * D)]
     wanted = ([name.title() for name in names], bool(given.pop("linear_before_reset", 0)))
@@ -410,7 +418,8 @@ def from_onnx(
         shapes = [tuple(stack.shape) for stack in stacks]
         raise ValueError(f"W, R, B: expected {D} in front for {direction!r}, got shapes {shapes}")
     directions = [read("onnx", name, *(stack[d] for stack in stacks)) for d in range(D)]
-    return _module(name, directions, batch_first=bool(layout))
+    way = "forward" if D == 2 else direction
+    return _module(name, directions, batch_first=bool(layout), direction=way)
 
 
 def to_onnx(module: nn.RNNBase, layer: int = 0) -> tuple[str, Any, Any, Any, dict[str, Any]]:
@@ -431,7 +440,8 @@ def to_onnx(module: nn.RNNBase, layer: int = 0) -> tuple[str, Any, Any, Any, dic
     W, R, B = (torch.stack(arrays).cpu().numpy() for arrays in written)
     onnx: Any = cells.get(cell).onnx
     attributes: dict[str, Any] = {"hidden_size": R.shape[2], "layout": int(module.batch_first)}
-    attributes["direction"] = "bidirectional" if len(directions) == 2 else "forward"
+    one_way = "reverse" if _runs_reversed(module, layer) else "forward"
+    attributes["direction"] = "bidirectional" if len(directions) == 2 else one_way
     if onnx.activations:
         attributes["activations"] = list(onnx.activations) * len(directions)
     if onnx.linear_before_reset:

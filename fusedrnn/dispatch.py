@@ -113,7 +113,7 @@ class Explanation(NamedTuple):
         flags += [name for name in call.loop_features if name not in flags]
         lines = [
             f"{spec.cell}: {spec.num_layers} layer(s) x {directions(spec)} direction(s), "
-            f"T={call.T} B={call.B} I={spec.input_size} H={spec.hidden_size}"
+            f"T={call.T} B={call.B} I={spec.input_size} H={spec.hidden_sizes or spec.hidden_size}"
             + (f" P={spec.proj_size}" if spec.proj_size else "")
             + f", {str(call.dtype).removeprefix('torch.')} on {call.device.type}"
             + (f" ({', '.join(flags)})" if flags else ""),

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from fusedrnn import arguments, cells, packing, stack
 from fusedrnn.call import Spec
 from fusedrnn.regularizers import Regularizers
-from fusedrnn.types import Backend, Lengths, Nonlinearity, Save
+from fusedrnn.types import Backend, Direction, HiddenSize, Lengths, Nonlinearity, Save
 
 SAVE: tuple[Save, ...] = ("gates", "states")
 
@@ -32,6 +32,8 @@ class Options(TypedDict, total=False):
     batch_first: bool
     proj_size: int
     num_heads: int
+    direction: Direction
+    residual: bool
     batch_sizes: Tensor | None
     lengths: Lengths | None
     reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None
@@ -47,7 +49,7 @@ def recurrent(
     hx: tuple[Tensor, ...] | None,
     weights: Iterable[Tensor],
     *,
-    hidden_size: int,
+    hidden_size: HiddenSize,
     return_states: Literal[False] = False,
     **options: Unpack[Options],
 ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
@@ -58,7 +60,7 @@ def recurrent(
     hx: tuple[Tensor, ...] | None,
     weights: Iterable[Tensor],
     *,
-    hidden_size: int,
+    hidden_size: HiddenSize,
     return_states: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]: ...
@@ -68,7 +70,7 @@ def recurrent(
     hx: tuple[Tensor, ...] | None,
     weights: Iterable[Tensor],
     *,
-    hidden_size: int,
+    hidden_size: HiddenSize,
     bias: bool = True,
     num_layers: int = 1,
     dropout: float = 0.0,
@@ -77,6 +79,8 @@ def recurrent(
     batch_first: bool = False,
     proj_size: int = 0,
     num_heads: int = 1,
+    direction: Direction = "forward",
+    residual: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Lengths | None = None,
     reset: Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]] | None = None,
@@ -95,12 +99,17 @@ def recurrent(
             zeros.
         weights: the parameters of layer 0 forward, layer 0 reverse, layer 1 forward, ...,
             each in the order weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, the cell's own.
-        hidden_size: H.
+        hidden_size: H; or a tuple, one of each layer. Then H is the largest where states are
+            concerned, and of them a smaller layer has the first units; the others are 0.
         bias, num_layers, bidirectional, batch_first: as torch.nn's modules.
         proj_size: P; h has this size instead of H. (Only for a cell that `projects`.)
         num_heads: divides H among so many heads, which see only their own part of h_{t-1}: each
             weight_hh is [num_heads, G * H / num_heads, H / num_heads], the blocks of the gates
             inside a head. Unit u of head k is k * H / num_heads + u everywhere else.
+        direction: "forward"; "reverse", every row from its last time step to its first;
+            "alternate", forward first; or one of the first two for each layer.
+        residual: adds a layer's input, without its dropout, to the layer's output, where they have
+            one size.
         batch_sizes: [T] int64 on the CPU: rows of each time step of packed input.
         dropout: probability, between layers, while `training`.
         lengths: [B] integers on any device, or a list or NumPy array of them: time steps of each
@@ -123,23 +132,29 @@ def recurrent(
         torch.nn's modules.
     """
     layout = {"bias": bias, "bidirectional": bidirectional, "batch_first": batch_first}
+    layout["residual"] = residual
     for option, value in layout.items():
         if not isinstance(value, bool):
             raise TypeError(f"{cell}: {option}: expected a bool, got {value!r}")
-    arguments.check_sizes(hidden_size=hidden_size, num_layers=num_layers, proj_size=proj_size)
+    arguments.check_sizes(num_layers=num_layers, proj_size=proj_size)
     if num_layers < 1:
         raise ValueError(f"{cell}: num_layers: expected at least 1, got {num_layers}")
+    H, sizes = arguments.sizes_of(hidden_size, num_layers, proj_size)
+    arguments.check_sizes(hidden_size=H)
     if not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
         raise ValueError(f"{cell}: dropout: expected a probability, from 0 to 1, got {dropout!r}")
     if save not in SAVE:
         raise ValueError(f"save: expected one of {SAVE}, got {save!r}")
-    arguments.check_layers(cell, hidden_size, proj_size, num_heads)
+    for size in sizes or (H,):
+        arguments.check_layers(cell, size, proj_size, num_heads)
+    reversed_layers = arguments.check_direction(direction, num_layers, bidirectional)
     weights = arguments.listed(weights)
     first = weights[0] if weights else None  # what is wrong with it, check_weights says
     input_size = first.shape[-1] if isinstance(first, Tensor) and first.dim() else 0
     spec = Spec(
-        cell, input_size, hidden_size, num_layers, bias, batch_first, float(dropout),
+        cell, input_size, H, num_layers, bias, batch_first, float(dropout),
         bidirectional, proj_size, num_heads, training, backend, save,
+        reversed_layers=reversed_layers, residual=residual, hidden_sizes=sizes,
     )  # fmt: skip
     arguments.check_weights(spec, weights)
     if batch_sizes is not None:

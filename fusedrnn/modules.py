@@ -34,7 +34,7 @@ from fusedrnn.backends import aten
 from fusedrnn.call import Spec
 from fusedrnn.regularizers import Regularizers
 from fusedrnn.scripting import Scriptable, ScriptableLSTM, ScriptableSequence, forward_of
-from fusedrnn.types import Backend, Lengths, Nonlinearity, Reset, Save, State
+from fusedrnn.types import Backend, Direction, HiddenSize, Lengths, Nonlinearity, Reset, Save, State
 
 # torch's own classes, kept here: a program may put ours in their place in torch.nn.
 TORCH_CLASSES: dict[str, type[nn.Module]] = {
@@ -63,7 +63,8 @@ class Recurrent(ScriptableSequence, Generic[State]):
     Args:
         cell: a name in `fusedrnn.cells.REGISTRY`, or the registered `fusedrnn.cells.Cell` itself.
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer. H is then the
+            largest in the states, of which a smaller layer has the first units; the others are 0.
         num_layers: L. Default: 1.
         bias: whether the layers have b_ih and b_hh. Default: True.
         batch_first: [B, T, I] instead of [T, B, I]. Default: False.
@@ -73,6 +74,11 @@ class Recurrent(ScriptableSequence, Generic[State]):
         device, dtype: of the parameters.
         num_heads: divides H among so many heads, which see only their own part of h_{t-1}.
             Default: 1.
+        direction: "forward"; "reverse", every row from its last time step to its first;
+            "alternate", forward first; or a tuple with one of the first two for each layer.
+            Default: "forward".
+        residual: adds a layer's input, without its dropout, to its output, where they have one
+            size. Default: False.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
@@ -99,7 +105,8 @@ class Recurrent(ScriptableSequence, Generic[State]):
             and shifts of normalisation, which start as ones and zeros, and a diagonal weight_hh,
             uniform in [0, 1].
         regularizers: None, or a `fusedrnn.Regularizers`.
-        backend, save: as given.
+        direction, residual, backend, save: as given.
+        hidden_size: H. hidden_sizes: of each layer, where they differ, else ().
 
     Raises:
         RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
@@ -120,12 +127,15 @@ class Recurrent(ScriptableSequence, Generic[State]):
     save: Save = "gates"
     regularizers: Regularizers | None = None
     num_heads: int = 1
+    direction: Direction = "forward"
+    residual: bool = False
+    hidden_sizes: tuple[int, ...] = ()
 
     def __init__(
         self,
         cell: str | cells.Cell,
         input_size: int,
-        hidden_size: int,
+        hidden_size: HiddenSize,
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
@@ -136,6 +146,8 @@ class Recurrent(ScriptableSequence, Generic[State]):
         dtype: torch.dtype | None = None,
         *,
         num_heads: int = 1,
+        direction: Direction = "forward",
+        residual: bool = False,
         backend: Backend | None = None,
         save: Save = "gates",
         input_dropout: float = 0.0,
@@ -157,14 +169,19 @@ class Recurrent(ScriptableSequence, Generic[State]):
         )
         # torch.nn knows its own cells. The others' parameters are made below; here they are checked
         # as an RNN's, on a device where that takes neither memory nor random numbers.
-        torchs = known.aten == name and num_heads == 1
+        H, sizes = arguments.sizes_of(hidden_size, num_layers, proj_size)
+        torchs = known.aten == name and num_heads == 1 and not sizes
         super().__init__(
-            name.upper() if torchs else "RNN_TANH", input_size, hidden_size, num_layers, bias,
+            name.upper() if torchs else "RNN_TANH", input_size, H, num_layers, bias,
             batch_first, dropout, bidirectional, proj_size, device if torchs else "meta", dtype,
         )  # fmt: skip
         if not isinstance(bidirectional, bool):
             raise TypeError(f"bidirectional should be of type bool, got: {bidirectional!r}")
-        arguments.check_layers(name, hidden_size, proj_size, num_heads)
+        if not isinstance(residual, bool):
+            raise TypeError(f"residual: expected a bool, got {residual!r}")
+        arguments.check_direction(direction, num_layers, bidirectional)
+        for size in sizes or (H,):
+            arguments.check_layers(name, size, proj_size, num_heads)
         if made != regularizers.NO_REGULARIZERS:
             self.regularizers = made
             made.zoneout_rates(len(known.states))
@@ -175,6 +192,12 @@ class Recurrent(ScriptableSequence, Generic[State]):
             self.save = save
         if num_heads > 1:
             self.num_heads = num_heads
+        if direction != "forward":
+            self.direction = direction if isinstance(direction, str) else tuple(direction)
+        if residual:
+            self.residual = True
+        if sizes:
+            self.hidden_sizes = sizes
         if not torchs:
             self.mode: str = name.upper()
             self._make_parameters(device, dtype)
@@ -201,6 +224,10 @@ class Recurrent(ScriptableSequence, Generic[State]):
         """Initialises all parameters: uniform in +-1/sqrt(H), but for those of which the cell says
         where they start; a diagonal weight_hh uniform in [0, 1], within which nothing explodes."""
         super().reset_parameters()
+        for layer, H in enumerate(self.hidden_sizes):
+            for name in self._flat_weights_names:
+                if name.removesuffix("_reverse").endswith(f"_l{layer}"):
+                    nn.init.uniform_(getattr(self, name), -(H**-0.5), H**-0.5)
         cell = cells.get(self.mode.lower())
         starts = {f"{own.name}_l": own.start for own in cell.own if own.start is not None}
         for name in self._flat_weights_names:
@@ -213,7 +240,10 @@ class Recurrent(ScriptableSequence, Generic[State]):
     def _torch_lacks(self) -> str | None:
         cell = self.mode.lower()
         lacking = None if cells.get(cell).aten in (None, cell) else f"torch.nn has no {cell}"
-        return aten.lacks(self._spec()) or lacking
+        spec = self._spec()
+        if lacking is None and not aten.whole(spec):
+            lacking = "torch has one size and one direction for all layers, and adds no input"
+        return aten.lacks(spec) or lacking
 
     def flatten_parameters(self) -> None:
         """As torch.nn's, for cuDNN; nothing where cuDNN does not know the cell, or the heads."""
@@ -299,6 +329,10 @@ class Recurrent(ScriptableSequence, Generic[State]):
             self.mode.lower(), self.input_size, self.hidden_size, self.num_layers, self.bias,
             self.batch_first, self.dropout, self.bidirectional, self.proj_size, self.num_heads,
             self.training, self.backend, self.save,
+            reversed_layers=0 if self.direction == "forward" else arguments.check_direction(
+                self.direction, self.num_layers, self.bidirectional
+            ),
+            residual=self.residual, hidden_sizes=self.hidden_sizes,
         )  # fmt: skip
 
     def _weights(self) -> list[Any]:
@@ -353,7 +387,12 @@ class Recurrent(ScriptableSequence, Generic[State]):
         options = "" if cell or "(" not in mode else ", " + mode.partition("(")[2][:-1]
         heads = "" if self.num_heads == 1 else f", num_heads={self.num_heads}"
         shown = "" if self.regularizers is None else f", {self.regularizers}"
-        return cell + super().extra_repr() + options + heads + shown
+        way = "" if self.direction == "forward" else f", direction={self.direction!r}"
+        way += ", residual=True" if self.residual else ""
+        sizes = super().extra_repr()
+        if self.hidden_sizes:
+            sizes = sizes.replace(f", {self.hidden_size}", f", {self.hidden_sizes}", 1)
+        return cell + sizes + options + heads + way + shown
 
 
 class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
@@ -368,7 +407,8 @@ class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer. H is then the
+            largest in the states, of which a smaller layer has the first units; the others are 0.
         num_layers: L. Default: 1.
         bias: whether the layers have b_ih and b_hh. Default: True.
         batch_first: [B, T, I] instead of [T, B, I]. Default: False.
@@ -381,6 +421,11 @@ class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
             None, as torch.nn.LSTM.
         num_heads: divides H among so many heads, which see only their own part of h_{t-1}; torch
             has no such thing. Default: 1.
+        direction: "forward"; "reverse", every row from its last time step to its first;
+            "alternate", forward first; or a tuple with one of the first two for each layer.
+            Default: "forward".
+        residual: adds a layer's input, without its dropout, to its output, where they have one
+            size. Default: False.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
@@ -438,7 +483,7 @@ class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: HiddenSize,
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
@@ -450,6 +495,8 @@ class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
         *,
         forget_bias: float | None = None,
         num_heads: int = 1,
+        direction: Direction = "forward",
+        residual: bool = False,
         backend: Backend | None = None,
         save: Save = "gates",
         input_dropout: float = 0.0,
@@ -470,7 +517,8 @@ class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
             self.forget_bias = float(forget_bias)  # before torch's constructor initialises
         super().__init__(
             "lstm", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, num_heads=num_heads, backend=backend, save=save,
+            proj_size, device, dtype, num_heads=num_heads, direction=direction, residual=residual,
+            backend=backend, save=save,
             input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
             weight_drop=weight_drop, zoneout=zoneout, clip_gradient=clip_gradient,
             generator=generator,
@@ -482,8 +530,7 @@ class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
         if self.forget_bias is not None:
             for name in self._flat_weights_names:
                 if name.startswith("bias_ih"):
-                    forget = getattr(self, name)[self.hidden_size : 2 * self.hidden_size]
-                    nn.init.constant_(forget, self.forget_bias)
+                    nn.init.constant_(getattr(self, name).chunk(4)[1], self.forget_bias)
 
     def extra_repr(self) -> str:
         """What repr shows of the module."""
@@ -508,7 +555,8 @@ class GRU(Recurrent[Tensor]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer. H is then the
+            largest in the states, of which a smaller layer has the first units; the others are 0.
         num_layers: L. Default: 1.
         bias: whether the layers have b_ih and b_hh. Default: True.
         batch_first: [B, T, I] instead of [T, B, I]. Default: False.
@@ -520,6 +568,11 @@ class GRU(Recurrent[Tensor]):
             or h_{t-1} itself, as the paper. Default: True.
         num_heads: divides H among so many heads, which see only their own part of h_{t-1}; torch
             has no such thing. Default: 1.
+        direction: "forward"; "reverse", every row from its last time step to its first;
+            "alternate", forward first; or a tuple with one of the first two for each layer.
+            Default: "forward".
+        residual: adds a layer's input, without its dropout, to its output, where they have one
+            size. Default: False.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
@@ -570,7 +623,7 @@ class GRU(Recurrent[Tensor]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: HiddenSize,
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
@@ -582,6 +635,8 @@ class GRU(Recurrent[Tensor]):
         *,
         reset_after: bool = True,
         num_heads: int = 1,
+        direction: Direction = "forward",
+        residual: bool = False,
         backend: Backend | None = None,
         save: Save = "gates",
         input_dropout: float = 0.0,
@@ -596,7 +651,8 @@ class GRU(Recurrent[Tensor]):
         cell = "gru" if reset_after else "gru_reset_before"
         super().__init__(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            proj_size, device, dtype, num_heads=num_heads, backend=backend, save=save,
+            proj_size, device, dtype, num_heads=num_heads, direction=direction, residual=residual,
+            backend=backend, save=save,
             input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
             weight_drop=weight_drop, zoneout=zoneout, clip_gradient=clip_gradient,
             generator=generator,
@@ -610,7 +666,8 @@ class RNN(Recurrent[Tensor]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer. H is then the
+            largest in the states, of which a smaller layer has the first units; the others are 0.
         num_layers: L. Default: 1.
         nonlinearity: "tanh" or "relu". Default: "tanh".
         bias: whether the layers have b_ih and b_hh. Default: True.
@@ -621,6 +678,11 @@ class RNN(Recurrent[Tensor]):
         device, dtype: of the parameters.
         num_heads: divides H among so many heads, which see only their own part of h_{t-1}; torch
             has no such thing. Default: 1.
+        direction: "forward"; "reverse", every row from its last time step to its first;
+            "alternate", forward first; or a tuple with one of the first two for each layer.
+            Default: "forward".
+        residual: adds a layer's input, without its dropout, to its output, where they have one
+            size. Default: False.
         backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
@@ -670,7 +732,7 @@ class RNN(Recurrent[Tensor]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: HiddenSize,
         num_layers: int = 1,
         nonlinearity: Nonlinearity = "tanh",
         bias: bool = True,
@@ -682,6 +744,8 @@ class RNN(Recurrent[Tensor]):
         dtype: torch.dtype | None = None,
         *,
         num_heads: int = 1,
+        direction: Direction = "forward",
+        residual: bool = False,
         backend: Backend | None = None,
         save: Save = "gates",
         input_dropout: float = 0.0,
@@ -696,10 +760,10 @@ class RNN(Recurrent[Tensor]):
         self.nonlinearity: Nonlinearity = nonlinearity
         super().__init__(
             f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, proj_size, device, dtype, num_heads=num_heads, backend=backend,
-            save=save, input_dropout=input_dropout, recurrent_dropout=recurrent_dropout,
-            weight_drop=weight_drop, zoneout=zoneout, clip_gradient=clip_gradient,
-            generator=generator,
+            bidirectional, proj_size, device, dtype, num_heads=num_heads, direction=direction,
+            residual=residual, backend=backend, save=save, input_dropout=input_dropout,
+            recurrent_dropout=recurrent_dropout, weight_drop=weight_drop, zoneout=zoneout,
+            clip_gradient=clip_gradient, generator=generator,
         )  # fmt: skip
 
 

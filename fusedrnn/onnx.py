@@ -20,9 +20,11 @@ from fusedrnn import cells
 from fusedrnn.call import (
     Masks,
     Spec,
+    adds_input,
     directions,
     masks_of,
     operands_of,
+    reverses,
     weights_per_direction,
 )
 
@@ -98,8 +100,8 @@ def lacks(spec: Spec, masks: Masks) -> str:
 # To a plain export that meets our operator, though ONNX lacks nothing for it.
 USE_EXPORT = (
     "torch.onnx.export cannot write lengths=, input_dropout and weight_drop in training mode, "
-    "a cell that torch lacks, or a program of torch.export: call fusedrnn.onnx.export(model, args, "
-    "f, ...) in its place"
+    "direction=, residual=, a cell that torch lacks, or a program of torch.export: call "
+    "fusedrnn.onnx.export(model, args, f, ...) in its place"
 )
 
 
@@ -115,10 +117,12 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def stack(
         operands, masks, cell, input_size, hidden_size, num_layers, bias, batch_first, dropout,
         bidirectional, proj_size, num_heads, training, backend, save, autocast, clip, trained_from,
+        reversed_layers, residual, hidden_sizes,
     ):  # fmt: skip
         spec = Spec(
             cell, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, num_heads, training, backend, save, autocast, clip, trained_from,
+            reversed_layers, residual, hidden_sizes,
         )  # fmt: skip
         given = masks_of(masks)
         if lacking := lacks(spec, given):
@@ -134,7 +138,6 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         if batch_first:
             input = op.Transpose(input, perm=[1, 0, 2])
         attributes = {"hidden_size": hidden_size}
-        attributes["direction"] = "bidirectional" if bidirectional else "forward"
         if known.linear_before_reset:
             attributes["linear_before_reset"] = 1
         if known.activations:
@@ -153,6 +156,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         finals = []
         for layer in range(num_layers):
+            reverse = "reverse" if reverses(spec, layer)[0] else "forward"
+            attributes["direction"] = "bidirectional" if bidirectional else reverse
+            below = input
             scales = (1 / (1 - dropout) if dropout < 1 else 0.0, 1.0)
             for mask, scale in zip(given.of_layer(layer)[:2], scales, strict=True):
                 if mask is not None:
@@ -180,10 +186,12 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
                 # A row without steps keeps its state, of which ONNX would make 0.
                 final = [op.Where(empty, s, f) for s, f in zip(state, final, strict=True)]
             finals.append(final)
-            # [T, D, B, H] -> [T, B, D * H], or at the end [B, T, D * H]
-            last = batch_first and layer + 1 == num_layers
-            output = op.Transpose(output, perm=[2, 0, 1, 3] if last else [0, 2, 1, 3])
-            input = op.Reshape(output, op.Constant(value_ints=[0, 0, -1]))
+            # [T, D, B, H] -> [T, B, D * H]
+            output = op.Transpose(output, perm=[0, 2, 1, 3])
+            output = op.Reshape(output, op.Constant(value_ints=[0, 0, -1]))
+            input = op.Add(output, below) if adds_input(spec, layer) else output
+        if batch_first:
+            input = op.Transpose(input, perm=[1, 0, 2])
         return input, *(joined(list(f)) for f in zip(*finals, strict=True))
 
     return {torch.ops.fusedrnn.stack.default: stack}

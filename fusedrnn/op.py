@@ -14,10 +14,22 @@ from torch import Tensor
 
 from fusedrnn import cells, onnx, packing
 from fusedrnn.backends import aten, reference, triton
-from fusedrnn.call import Call, Masks, Operands, Spec, directions, masks_of, operands_of, widths
+from fusedrnn.call import (
+    Call,
+    Masks,
+    Operands,
+    Spec,
+    directions,
+    in_turn,
+    joined,
+    masks_of,
+    operands_of,
+    widths,
+)
 
 # An op's arguments are plain: the fields of a Spec stand at the end of its schema, one by one.
 _TYPES = {str: "str", int: "SymInt", bool: "bool", float: "float", str | None: "str?"}
+_TYPES[tuple[int, ...]] = "SymInt[]"
 _SPEC = ", ".join(f"{_TYPES[t]} {name}" for name, t in Spec.__annotations__.items())
 
 
@@ -216,4 +228,7 @@ def execute(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[T
     plain = not compiling or call.transformed or "states" in call.loop_features
     if spec.backend == "reference" and plain:
         return reference.forward(spec, operands, masks)
+    if spec.hidden_sizes:  # a node for each layer, and a plan
+        output, finals = in_turn(spec, operands, masks, run)
+        return output, *joined(finals)
     return run(spec, operands, masks)

@@ -132,6 +132,8 @@ class Rows:
     Attributes:
         offsets: [T] int64 on the device; packed rows only.
         lengths: [B] int64 on the device; row b exists for t < lengths[b]. Packed rows have it.
+        reverse: whether a single direction runs from each row's last time step to its first, as
+            the second of two directions does.
     """
 
     T: int
@@ -140,6 +142,11 @@ class Rows:
     stride_b: int
     offsets: Tensor | None = None
     lengths: Tensor | None = None
+    reverse: bool = False
+
+    def reverses(self, D: int) -> tuple[bool, ...]:
+        """Of each of D directions, whether it runs backwards in time."""
+        return (False, True) if D == 2 else (self.reverse,)
 
 
 def rows_of(
@@ -170,36 +177,39 @@ def previous_h(output_ndh: Tensor, h_0: Tensor, rows: Rows) -> Tensor:
 
     Rows that do not exist hold anything; their gradient is 0.
     """
-    if rows.offsets is None and rows.stride_b == 1 and len(h_0) == 1:
+    reverses = rows.reverses(len(h_0))
+    if rows.offsets is None and rows.stride_b == 1 and reverses == (False,):
         return torch.cat([h_0.transpose(0, 1), output_ndh[: -rows.B]])
     h_prev = torch.empty_like(output_ndh)
     if rows.offsets is not None and rows.lengths is not None:
-        return _previous_h_packed(output_ndh, h_0, rows.offsets, rows.lengths, h_prev)
+        return _previous_h_packed(output_ndh, h_0, rows.offsets, rows.lengths, reverses, h_prev)
     if rows.stride_b == 1:
         steps, before = (t.view(rows.T, rows.B, *t.shape[1:]) for t in (output_ndh, h_prev))
     else:
         steps, before = (
             t.view(rows.B, rows.T, *t.shape[1:]).transpose(0, 1) for t in (output_ndh, h_prev)
         )
-    before[0, :, 0] = h_0[0]
-    before[1:, :, 0] = steps[:-1, :, 0]
-    if h_0.shape[0] == 2:
-        before[:-1, :, 1] = steps[1:, :, 1]
-        before[-1, :, 1] = h_0[1]
+    for d, reverse in enumerate(reverses):
+        if not reverse:
+            before[0, :, d] = h_0[d]
+            before[1:, :, d] = steps[:-1, :, d]
+            continue
+        before[:-1, :, d] = steps[1:, :, d]
+        before[-1, :, d] = h_0[d]
         if rows.lengths is not None:
             last = (rows.lengths - 1).clamp(min=0)
-            before[last, torch.arange(rows.B, device=last.device), 1] = h_0[1]
+            before[last, torch.arange(rows.B, device=last.device), d] = h_0[d]
     return h_prev
 
 
-def _previous_h_packed(output_ndh, h_0, offsets, lengths, h_prev):
+def _previous_h_packed(output_ndh, h_0, offsets, lengths, reverses, h_prev):
     N = output_ndh.shape[0]
     row = torch.arange(N, device=output_ndh.device)
     t = _packed_time(offsets, N)
     b = row - offsets[t]
-    for d in range(h_0.shape[0]):
-        edge = t == 0 if d == 0 else t == lengths[b] - 1
-        neighbour = (t - 1 if d == 0 else t + 1).clamp(0, offsets.numel() - 1)
+    for d, reverse in enumerate(reverses):
+        edge = t == lengths[b] - 1 if reverse else t == 0
+        neighbour = (t + 1 if reverse else t - 1).clamp(0, offsets.numel() - 1)
         # Where the neighbour is over the edge its row is another sequence's: masked by `edge`.
         source = torch.where(edge, row, offsets[neighbour] + b).clamp(max=N - 1)
         h_prev[:, d] = torch.where(edge[:, None], h_0[d, b], output_ndh[source, d])
@@ -229,21 +239,39 @@ def by_row(per_element: Tensor, rows: Rows, N: int) -> Tensor:
     return per_element[:, b].transpose(0, 1)
 
 
-def starts_of(reset: Tensor, lengths: Tensor | None, D: int) -> Tensor:
+def turned(sequence: Tensor, rows: Rows) -> Tensor:
+    """`sequence`, [T, B, *], [B, T, *] or [N, *], with the time steps of every row in reverse
+    order, up to its length. Its own inverse."""
+    if rows.lengths is None:
+        return sequence.flip(0 if rows.stride_b == 1 else 1)
+    if rows.offsets is not None:
+        row = torch.arange(len(sequence), device=sequence.device)
+        t = _packed_time(rows.offsets, len(sequence))
+        b = row - rows.offsets[t]
+        return sequence.index_select(0, rows.offsets[rows.lengths[b] - 1 - t] + b)
+    t = torch.arange(rows.T, device=sequence.device)[:, None]
+    t = torch.where(t < rows.lengths, rows.lengths - 1 - t, t)
+    row = t * rows.stride_t + torch.arange(rows.B, device=sequence.device) * rows.stride_b
+    row = row if rows.stride_b == 1 else row.T
+    return sequence.flatten(0, 1).index_select(0, row.flatten()).view_as(sequence)
+
+
+def starts_of(reset: Tensor, lengths: Tensor | None, reverses: tuple[bool, ...]) -> Tensor:
     """[T, B, D] bool: before which steps, in a direction's own order, its state starts over.
 
     `reset` is [T, B]: where a sequence begins inside a row; it means nothing beyond a row's
-    length. Backwards, the boundary before step t + 1 lies before step t.
+    length. `reverses`, of each direction: backwards, the boundary before step t + 1 lies before
+    step t.
     """
     if lengths is not None:
         reset = reset & (torch.arange(reset.shape[0], device=reset.device)[:, None] < lengths)
-    starts = [reset, torch.cat([reset[1:], torch.zeros_like(reset[:1])])]
-    return torch.stack(starts[:D], dim=-1)
+    back = torch.cat([reset[1:], torch.zeros_like(reset[:1])]) if any(reverses) else reset
+    return torch.stack([back if reverse else reset for reverse in reverses], dim=-1)
 
 
 def starts_by_row(reset: Tensor, rows: Rows, batch_first: bool, D: int) -> Tensor:
     """[N, D] int8: `starts_of` in the order of padded rows."""
-    starts = starts_of(reset.T if batch_first else reset, rows.lengths, D)
+    starts = starts_of(reset.T if batch_first else reset, rows.lengths, rows.reverses(D))
     if batch_first:
         starts = starts.transpose(0, 1)
     return starts.reshape(-1, D).to(torch.int8)

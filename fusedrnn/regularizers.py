@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.call import LayerMasks, Operands, Spec, directions, weights_per_direction, widths
+from fusedrnn.call import (
+    LayerMasks,
+    Operands,
+    Spec,
+    directions,
+    output_features,
+    weights_per_direction,
+)
 
 
 @dataclass(frozen=True)
@@ -264,10 +271,10 @@ def draw_masks(
 ) -> tuple[LayerMasks, ...]:
     """The noise of every layer, drawn in the order in which layers use it; () if there is none."""
     regularizers, input = noise.regularizers, operands.input
-    features = regularizers.loop_features(training=spec.training)
+    in_loop = regularizers.loop_features(training=spec.training)
     p = spec.dropout if spec.training and spec.num_layers > 1 else 0.0
     input_dropout = spec.training and regularizers.input_dropout > 0
-    recurrent, zoneout = "recurrent_dropout" in features, "zoneout" in features
+    recurrent, zoneout = "recurrent_dropout" in in_loop, "zoneout" in in_loop
     if not (p or input_dropout or recurrent or zoneout):
         return ()
     D, layers = directions(spec), []
@@ -275,8 +282,10 @@ def draw_masks(
     transposed = spec.batch_first and batch_sizes is None and spec.backend != "triton"
     transposed = transposed and not torch.compiler.is_compiling()
     for index in range(spec.num_layers):
-        width = spec.input_size if index == 0 else D * widths(spec)[0]
+        width = output_features(spec, index - 1)
         state = tuple([s[index * D : (index + 1) * D] for s in operands.state])
+        if spec.hidden_sizes:
+            state = tuple([s[..., : spec.hidden_sizes[index]] for s in state])
         rows = input.shape[:-1]
         masks = LayerMasks(
             dropout=kept_by_dropout(noise, (*rows, width), p, input, transposed)

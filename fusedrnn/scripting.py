@@ -23,6 +23,7 @@ class Scriptable:
     __overloads__: ClassVar[dict[str, list[str]]] = {"forward": ["forward__0"]}
     __jit_ignored_attributes__: ClassVar[tuple[str, ...]] = (
         "backend", "save", "regularizers", "forget_bias", "num_heads",
+        "direction", "residual", "hidden_sizes",
     )  # fmt: skip
     __jit_unused_properties__: ClassVar[tuple[str, ...]] = ("all_weights", "cell_name")
 

@@ -18,6 +18,7 @@ from fusedrnn.call import (
     Masks,
     Operands,
     Spec,
+    adds_input,
     directions,
     operands_of,
     weights_per_direction,
@@ -62,7 +63,7 @@ def run(given: Given) -> tuple[Any, ...]:
     spec, input, hx, weights, batch_sizes, lengths, reset, regularizers, return_states = given
     unbatched = batch_sizes is None and input.dim() == 2
     to_onnx = (torch.compiler.is_compiling() or is_tracing()) and onnx.plain_export()
-    plain = aten.lacks(spec) is None and not return_states and lengths is reset is None
+    plain = aten.whole(spec) and not return_states and lengths is reset is None
     if plain and (_exported if to_onnx else _is_torchs_own)(spec, input, regularizers):
         input, hx, _T, _B = batched(spec, input, hx, batch_sizes)
         final: Any
@@ -202,6 +203,8 @@ def settle(
     """The call as `backend` is to run it, with all its noise drawn."""
     spec, compiling = call.spec, torch.compiler.is_compiling()
     spec = spec._replace(backend=backend)
+    if adds_input(spec) and masks.lengths is not None:  # where a row is over the sum is 0, too
+        operands = operands._replace(input=_up_to(masks.lengths, operands.input, spec.batch_first))
     regularizers = regularizers or NO_REGULARIZERS
     noise = Noise(regularizers, operands.input)
     if regularizers.weight_drop and spec.training:
@@ -211,7 +214,7 @@ def settle(
         operands = operands_of(spec, cast)
     # torch's operator for a whole stack draws its own dropout, from torch's generator.
     drawn = spec.training and (regularizers.input_dropout or regularizers.generator is not None)
-    if backend != "aten" or compiling or call.return_states or drawn:
+    if backend != "aten" or compiling or call.return_states or drawn or not aten.whole(spec):
         masks = masks._replace(layers=draw_masks(spec, noise, operands, masks.batch_sizes))
     # With zoneout the stored states are not what the cell computed: that is redone.
     save = "states" if "zoneout" in call.loop_features else spec.save
@@ -223,6 +226,16 @@ def settle(
         trained_from=_trained_from(spec, operands),
     )
     return spec, operands, masks
+
+
+def _up_to(lengths: Tensor, input: Tensor, batch_first: bool) -> Tensor:
+    """The padded input, 0 where a row is over."""
+    t = torch.arange(input.shape[1 if batch_first else 0], device=input.device)
+    lengths = lengths.to(input.device)
+    here = t < lengths[:, None] if batch_first else t[:, None] < lengths
+    return torch.where(
+        here[:, :, None], input, torch.zeros((), dtype=input.dtype, device=input.device)
+    )
 
 
 def _trained_from(spec: Spec, operands: Operands) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,8 @@ from fusedrnn.call import (
     Operands,
     Spec,
     directions,
-    masked_input,
-    one_layer,
+    in_turn,
+    joined,
     operands_of,
 )
 
@@ -30,23 +31,16 @@ def run(
 ) -> tuple[Outputs, dict[str, Tensor]]:
     """The stack, layer by layer: (output, *final states), and each of the cell's states by name,
     [L * D, T, B, H], 0 where a row is over."""
-    input, finals, planes = operands.input, [], []
-    for index in range(spec.num_layers):
-        one, here, rest = one_layer(spec, operands, masks, index)
-        here = here._replace(input=masked_input(spec, input, masks.of_layer(index)))
-        rest = rest._replace(
-            layers=tuple(m._replace(dropout=None, input=None) for m in rest.layers)
-        )
-        (input, *final), states = _layer(one, here, rest, call)
-        finals.append(tuple(final))
-        planes.append(states)
-    names = cells.get(spec.cell).states
-    by_name = {name: torch.cat(p) for name, p in zip(names, zip(*planes, strict=True), strict=True)}
-    return (input, *reference.joined(finals)), by_name
+    output, layers = in_turn(spec, operands, masks, functools.partial(_layer, call))
+    finals, planes = zip(*layers, strict=True)
+    by_name = dict(zip(cells.get(spec.cell).states, joined(planes), strict=True))
+    return (output, *joined(finals)), by_name
 
 
-def _layer(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[Outputs, Outputs]:
-    """A layer: (output, *final states), and each of its S states, [D, T, B, H].
+def _layer(
+    call: Call, spec: Spec, operands: Operands, masks: Masks
+) -> tuple[Tensor, Outputs, Outputs]:
+    """A layer: its output, its final states, and each of its S states, [D, T, B, H].
 
     h is the output. The others, the reference computes anyway; the kernels store them, for
     backward; torch's operators return no other, and for these the reference's loop computes them
@@ -76,7 +70,7 @@ def _layer(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[Ou
         planes = reference.by_time(spec, planes, masks).permute(3, 2, 0, 1, 4).unbind()
         others = StoredStates.apply(again, S - 1, *planes, outputs[0], *operands.flat())
     h = reference.by_time(spec, outputs[0], masks).unflatten(-1, (D, -1)).permute(2, 0, 1, 3)
-    return tuple(outputs), (h, *others)
+    return outputs[0], tuple(outputs[1:]), (h, *others)
 
 
 def _stack_steps(steps: list[reference.Steps], masks: Masks, dtype: torch.dtype) -> Outputs:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import arguments, cells, dispatch, stack
 from fusedrnn.backends import aten
-from fusedrnn.call import Spec, weights_per_direction, widths
+from fusedrnn.call import Spec, adds_input, weights_per_direction, widths
 from fusedrnn.types import Lengths, Reset, State, Steppable
 
 
@@ -25,22 +25,22 @@ def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     (pruning, weight_norm), that of a call of the module.
 
     Args:
-        module: a recurrent module of fusedrnn, not bidirectional.
+        module: a recurrent module of fusedrnn, whose layers all run forward.
         x: [B, I] or [I].
         state: as the module's hx: [L, B, H] or [L, H], a tuple of these where the cell has several
             states; None for zeros.
     Returns:
         output [B, H] or [H], and the next state.
     Raises:
-        ValueError: a bidirectional module, or x of another number of dimensions or dtype.
+        ValueError: a layer that runs backwards in time, or x of another number of dimensions or
+            dtype.
         TypeError: x, or a state, that is no tensor, or another number of states.
         RuntimeError: a shape, a state's dtype or device; or a regulariser that draws one mask for
             a whole sequence.
     Numerics: equal to the sequence call but for the rounding of another order of summation.
     """
     name = type(module).__name__
-    if module.bidirectional:
-        raise ValueError(f"{name}.step: {needs_one_direction}")
+    check_runs_forward(module, f"{name}.step")
     spec = module._spec()
     weights = module._weights()
     states = None
@@ -67,7 +67,12 @@ def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     unbatched = x.dim() == 1
     if unbatched:
         x, states = x.unsqueeze(0), tuple([s.unsqueeze(1) for s in states])
-    plain = plain and not spec.proj_size and regularizers is None and aten.lacks(spec) is None
+    plain = (
+        plain
+        and not (spec.proj_size or spec.hidden_sizes)
+        and regularizers is None
+        and aten.lacks(spec) is None
+    )
     if plain and stack.autocast_dtype(x) is None:  # under which they leave another dtype
         output, final = _step_by_cells(spec, x, states, weights)
     else:
@@ -87,6 +92,7 @@ def _step_by_cells(spec: Spec, x: Tensor, states: tuple[Tensor, ...], weights: l
     columns = [s.unbind(0) for s in states]
     finals = []
     for layer in range(spec.num_layers):
+        below = x
         if layer and spec.dropout:
             x = F.dropout(x, spec.dropout, spec.training)
         previous = tuple([c[layer] for c in columns])
@@ -96,7 +102,7 @@ def _step_by_cells(spec: Spec, x: Tensor, states: tuple[Tensor, ...], weights: l
         )  # fmt: skip
         final = final if isinstance(final, tuple) else (final,)
         finals.append(final)
-        x = final[0]
+        x = final[0] + below if adds_input(spec, layer) else final[0]
     stacked = tuple([
         parts[0].unsqueeze(0) if spec.num_layers == 1 else torch.stack(parts)
         for parts in zip(*finals, strict=True)
@@ -113,10 +119,15 @@ def _cast(state: Any, dtype: torch.dtype) -> Any:
     return state.to(dtype) if same else state
 
 
-needs_one_direction = (
-    "expected a unidirectional module, got bidirectional=True: the reverse direction needs the "
-    "end of the sequence first"
-)
+def check_runs_forward(module: Any, name: str) -> None:
+    """Raises for a module of which some layer runs backwards in time."""
+    got = f"direction={module.direction!r}" if module._spec().reversed_layers else ""
+    got = "bidirectional=True" if module.bidirectional else got
+    if got:
+        raise ValueError(
+            f"{name}: expected a unidirectional module, whose layers run forward, got {got}: the "
+            f"reverse direction needs the end of the sequence first"
+        )
 
 
 class Stream(Generic[State]):
@@ -127,14 +138,14 @@ class Stream(Generic[State]):
     1990).
 
     Args:
-        module: a recurrent module of fusedrnn, not bidirectional.
+        module: a recurrent module of fusedrnn, whose layers all run forward.
         state: where to begin, as hx; None for zeros.
         detach: False lets gradients cross from chunk to chunk.
     Attributes:
         state: the state after the last chunk, as hx, or None before the first. Save it and set
             it to go back.
     Raises:
-        TypeError, ValueError: not a module of fusedrnn, or a bidirectional one.
+        TypeError, ValueError: not a module of fusedrnn, or a layer that runs backwards in time.
 
     Example::
 
@@ -152,8 +163,7 @@ class Stream(Generic[State]):
             raise TypeError(
                 f"module: expected an LSTM, GRU, RNN or Recurrent of fusedrnn, got {got}"
             )
-        if module.bidirectional:
-            raise ValueError(f"{type(module).__name__}.stream: {needs_one_direction}")
+        check_runs_forward(module, f"{type(module).__name__}.stream")
         parts = state if isinstance(state, (tuple, list)) else (state,)
         if state is not None and not all(isinstance(part, Tensor) for part in parts):
             got = ", ".join(type(part).__name__ for part in parts)

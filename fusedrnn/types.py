@@ -23,6 +23,12 @@ else:
 Backend: TypeAlias = Literal["auto", "triton", "aten", "reference"]
 Save: TypeAlias = Literal["gates", "states"]
 Nonlinearity: TypeAlias = Literal["tanh", "relu"]
+# Units of a layer; or of each layer.
+HiddenSize: TypeAlias = int | Sequence[int]
+# Which way layers of one direction run through time; "alternate": forward, reverse, forward, ...
+Direction: TypeAlias = (
+    Literal["forward", "reverse", "alternate"] | Sequence[Literal["forward", "reverse"]]
+)
 
 # What a module carries from step to step: h, or a tuple where the cell has several states, as
 # (h, c) of an LSTM. Of a Recurrent only the cell's name tells, which a type checker cannot look up.
@@ -38,6 +44,7 @@ class Steppable(Protocol[State]):
     """What has such a state: LSTM, GRU, RNN and Recurrent."""
 
     bidirectional: bool
+    direction: Direction
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One time step."""
@@ -55,6 +62,8 @@ class ModuleOptions(TypedDict, total=False):
     device: Device
     dtype: torch.dtype | None
     num_heads: int
+    direction: Direction
+    residual: bool
     backend: Backend | None
     save: Save
     input_dropout: float

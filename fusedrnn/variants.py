@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from fusedrnn.cells import layer_norm_gru, layer_norm_lstm
 from fusedrnn.modules import Recurrent
-from fusedrnn.types import ModuleOptions, Nonlinearity, State
+from fusedrnn.types import HiddenSize, ModuleOptions, Nonlinearity, State
 
 TwoStates = tuple[Tensor, Tensor]
 FourStates = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -25,7 +25,7 @@ class Relative(Recurrent[State]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: HiddenSize,
         num_layers: int = 1,
         **options: Unpack[ModuleOptions],
     ) -> None:
@@ -171,7 +171,7 @@ class LayerNormLSTM(Recurrent[TwoStates]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: HiddenSize,
         num_layers: int = 1,
         *,
         eps: float = 1e-5,
@@ -254,7 +254,7 @@ class LayerNormGRU(Recurrent[Tensor]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: HiddenSize,
         num_layers: int = 1,
         *,
         eps: float = 1e-3,
@@ -393,7 +393,7 @@ class IndRNN(Recurrent[Tensor]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: HiddenSize,
         num_layers: int = 1,
         nonlinearity: Nonlinearity = "relu",
         **options: Unpack[ModuleOptions],

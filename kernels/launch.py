@@ -233,7 +233,8 @@ def _launch(
             compiled = kernel[grid](
                 **arguments, exchange=next(exchanges, None), offsets_ptr=rows.offsets,
                 lengths_ptr=rows.lengths, T=rows.T, B=rows.B, first_b=first_b,
-                first_lane=first_lane, stride_t=rows.stride_t, stride_b=rows.stride_b, **constants,
+                first_lane=first_lane, reverse=int(rows.reverse), stride_t=rows.stride_t,
+                stride_b=rows.stride_b, **constants,
             )  # fmt: skip
             if plan.exchanged and compiled is not None:  # None: interpreted
                 layout.check(compiled)
@@ -404,6 +405,8 @@ def _check_layer(
     _check_choice("the dtype of a sequence", like.dtype, DTYPES)
     if len(directions) != D:
         raise ValueError(f"directions must be {D}, got {len(directions)}")
+    if rows.reverse and D == 2:
+        raise ValueError("rows.reverse must be False with two directions, got True")
     if rows.offsets is None and N != rows.T * B:
         raise ValueError(f"rows must be T * B = {rows.T} * {B}, got {N}")
     if rows.offsets is not None and rows.lengths is None:

@@ -65,8 +65,8 @@ def load_states_at(
 ):  # fmt: skip
     """The S states after step t, `initial` in rows that have not begun then.
 
-    One direction begins at t = 0, the other at each row's last step: a t outside of the sequence
-    or of the row's own length lies before the beginning.
+    Time begins at t = 0, or where it is reversed at each row's last step: a t outside of the
+    sequence or of the row's own length lies before the beginning.
     """
     rows = row_of(tl.where((t >= 0) & (t < T), t, 0), tile, offsets_ptr, stride_t, stride_b)
     times = t + tl.zeros_like(tile.length)
@@ -145,7 +145,9 @@ def receive(d_values, product, h_mask, STAGE: tl.constexpr):
     return passed + d_values[COUNT:]
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_b", "first_lane", "stride_t", "stride_b"])
+@triton.jit(
+    do_not_specialize=["T", "B", "first_b", "first_lane", "reverse", "stride_t", "stride_b"]
+)
 def scan_backward_kernel(
     d_output_ptr,  # [N, D, P]
     d_final_ptrs,  # as state_ptrs
@@ -168,7 +170,7 @@ def scan_backward_kernel(
     exchange,  # `sync.Exchange`, or None where one program owns all units
     forward_bodies,  # of the stages: compute `saved` again from the gates; () where it was saved
     bodies,  # of the stages
-    T, B, first_b, first_lane, stride_t, stride_b,  # strides in rows
+    T, B, first_b, first_lane, reverse, stride_t, stride_b,  # strides in rows
     STAGES: tl.constexpr,  # `StageSizes` of each
     KEPT: tl.constexpr,  # planes of each of kept_ptrs
     G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
@@ -180,7 +182,9 @@ def scan_backward_kernel(
     SLOT: tl.constexpr = slot_size(STAGES, PLAN)
     # Loaded once: weights, parameters, the states before the first step, what states start over
     # from, what multiplies h, and what goes round the loop.
-    tile = program_tile(T, B, first_b, first_lane, lengths_ptr, H=H, HEADS=HEADS, PLAN=PLAN)
+    tile = program_tile(
+        T, B, first_b, first_lane, reverse, lengths_ptr, H=H, HEADS=HEADS, PLAN=PLAN
+    )
     h_tile = narrowed(tile, B, WIDTH=P, H=H)
     matrices = ()
     weights = ()
@@ -198,8 +202,8 @@ def scan_backward_kernel(
     if ops.reset is not None:
         begins = (tl.zeros_like(tile.length) != 0,)
     h_mask = load_h_mask(ops, h_tile)
-    back = 2 * tile.direction - 1
-    t = (1 - tile.direction) * (T - 1)
+    back = 2 * tile.reverse - 1
+    t = (1 - tile.reverse) * (T - 1)
     new = load_states_at(
         t, initial, output_ptr, states_ptr, offsets_ptr, T, stride_t, stride_b, h_tile, tile,
         D=D, H=H, P=P,

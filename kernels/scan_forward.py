@@ -101,7 +101,9 @@ def run_stage(
     return BODY(as_float32(x_gates[FIRST:LAST]), received, values, own)
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_b", "first_lane", "stride_t", "stride_b"])
+@triton.jit(
+    do_not_specialize=["T", "B", "first_b", "first_lane", "reverse", "stride_t", "stride_b"]
+)
 def scan_forward_kernel(
     x_gates_ptr,  # [N, D, G, H]
     w_ptrs,  # of each stage, of D directions, as `matrices_of` takes them
@@ -118,7 +120,7 @@ def scan_forward_kernel(
     ops,  # `StateOps`
     exchange,  # `sync.Exchange`, or None where one program owns all units
     bodies,  # of the stages
-    T, B, first_b, first_lane, stride_t, stride_b,  # strides in rows
+    T, B, first_b, first_lane, reverse, stride_t, stride_b,  # strides in rows
     STAGES: tl.constexpr,  # `StageSizes` of each
     G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr, PLAN: tl.constexpr,
@@ -127,7 +129,9 @@ def scan_forward_kernel(
     ROUND: tl.constexpr = round_of(STAGES)
     FIRST: tl.constexpr = first_of(STAGES)
     # Loaded once: weights, bias, parameters, states, what they start over from, what multiplies h.
-    tile = program_tile(T, B, first_b, first_lane, lengths_ptr, H=H, HEADS=HEADS, PLAN=PLAN)
+    tile = program_tile(
+        T, B, first_b, first_lane, reverse, lengths_ptr, H=H, HEADS=HEADS, PLAN=PLAN
+    )
     h_tile = narrowed(tile, B, WIDTH=P, H=H)
     matrices = ()
     weights = ()
@@ -142,7 +146,7 @@ def scan_forward_kernel(
     reset_state = load_states(ops.reset_state, h_tile, tile)
     h_mask = load_h_mask(ops, h_tile)
 
-    t = tile.direction * (T - 1)
+    t = tile.reverse * (T - 1)
     if ops.reset is not None:
         rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
         first = load_begins(ops, rows, tile.batch_mask, tile, D=D)
@@ -174,7 +178,7 @@ def scan_forward_kernel(
         x_gates = load_planes(x_gates_ptr, rows, tile, exists, D=D, PLANES=G, H=H)
         if ops.reset is not None:
             ahead = tile.batch_mask & (step + 1 + tl.zeros_like(tile.length) < T)
-            t_next = tl.where(step + 1 < T, t + 1 - 2 * tile.direction, t)  # a step that there is
+            t_next = tl.where(step + 1 < T, t + 1 - 2 * tile.reverse, t)  # a step that there is
             next_rows = row_of(t_next, tile, offsets_ptr, stride_t, stride_b)
             begins = load_begins(ops, next_rows, ahead, tile, D=D)
 
@@ -222,7 +226,7 @@ def scan_forward_kernel(
             store_planes(published_ptr, published, rows, tile, active, exists, D=D, H=H)
         if states_ptr is not None:
             store_planes(states_ptr, new[1:], rows, tile, active, exists, D=D, H=H)
-        t += 1 - 2 * tile.direction
+        t += 1 - 2 * tile.reverse
 
     store_states(final_ptrs, state, h_tile, tile)
     if PLAN.exchanged:

@@ -23,6 +23,7 @@ class Tile(NamedTuple):
     """
 
     direction: Any
+    reverse: Any  # 1 where time runs from the last step to the first, else 0
     head: Any
     first_unit: Any  # of the head
     head_units: Any  # [1, BLOCK_H], of the head
@@ -37,11 +38,12 @@ class Tile(NamedTuple):
 
 @triton.jit
 def program_tile(
-    T, B, first_b, first_lane, lengths_ptr,
+    T, B, first_b, first_lane, reverse, lengths_ptr,
     H: tl.constexpr, HEADS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """The tile of this program. The launch covers the batch and the lanes from `first_b` and
-    `first_lane` on; lengths_ptr: [B], or None."""
+    `first_lane` on. reverse: 1 where the first direction runs backwards in time, as the second
+    always does. lengths_ptr: [B], or None."""
     lane = first_lane + tl.program_id(2)
     direction = lane // HEADS
     head = lane % HEADS
@@ -62,8 +64,8 @@ def program_tile(
     state_offsets = (direction * tl.cast(B, tl.int64) + batch[:, None]) * H + units
     mask = batch_mask & unit_mask
     return Tile(
-        direction, head, first_unit, head_units, units, batch, length, unit_mask, batch_mask, mask,
-        state_offsets,
+        direction, direction + reverse, head, first_unit, head_units, units, batch, length,
+        unit_mask, batch_mask, mask, state_offsets,
     )  # fmt: skip
 
 
@@ -75,8 +77,8 @@ def narrowed(tile, B, WIDTH: tl.constexpr, H: tl.constexpr):
         mask = tile.batch_mask & unit_mask
         rows = tile.direction * tl.cast(B, tl.int64) + tile.batch[:, None]
         tile = Tile(
-            tile.direction, tile.head, tile.first_unit, tile.head_units, tile.units, tile.batch,
-            tile.length, unit_mask, tile.batch_mask, mask, rows * WIDTH + tile.units,
+            tile.direction, tile.reverse, tile.head, tile.first_unit, tile.head_units, tile.units,
+            tile.batch, tile.length, unit_mask, tile.batch_mask, mask, rows * WIDTH + tile.units,
         )  # fmt: skip
     return tile
 

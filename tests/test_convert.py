@@ -272,13 +272,17 @@ def test_replaced_in_a_keras_model(keras, tmp_path):
 # ----------------------------------------------------------------------------------------- ONNX
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
+WAYS = {"forward": {}, "reverse": {"direction": "alternate"}, "both": {"bidirectional": True}}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cell", KERAS)
-def test_onnx(cell, bias, bidirectional):
+def test_onnx(cell, bias, way):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    bidirectional = way == "both"
     D, S = 1 + bidirectional, STATES.get(cell, 1)
-    module = fusedrnn.Recurrent(cell, I, H, 2, bias=bias, bidirectional=bidirectional)
+    module = fusedrnn.Recurrent(cell, I, H, 2, bias=bias, **WAYS[way])
     module = randomise(module)
     node = convert.to_onnx(module, layer=1)
     op_type, W, R, given, attributes = node
@@ -313,7 +317,8 @@ def test_onnx(cell, bias, bidirectional):
     actual = final(again(x, tuple(states) if S > 1 else states[0]))
     torch.testing.assert_close(actual, expected, **VALUES32)
     weights = [w for name, w in module.named_parameters() if "_l1" in name]
-    options = {"bias": bias, "bidirectional": bidirectional, "hidden_size": H}
+    options = {"bias": bias, "hidden_size": H, "bidirectional": bidirectional}
+    options["direction"] = "reverse" if way == "reverse" else "forward"
     output, _ = functional.recurrent(cell, x, tuple(states), weights, **options)
     torch.testing.assert_close(output, expected[0], **VALUES32)
     # A program reads the attributes as get_attribute_value returns them, strings as bytes.
@@ -327,7 +332,7 @@ def test_onnx(cell, bias, bidirectional):
 def test_onnx_refuses():
     W, R = np.zeros((1, 4 * H, I)), np.zeros((1, 4 * H, H))
     wrong = {
-        "direction: expected 'forward' or 'bidirectional', got 'reverse'": {"direction": "reverse"},
+        "direction: expected one of .*, got 'back'": {"direction": "back"},
         "attributes: expected no clip, got {'clip': 3.0}": {"clip": 3.0},
         "got {'input_forget': 1}": {"input_forget": 1},
         "got ..'Sigmoid', 'Relu', 'Tanh'., False.": {"activations": [b"Sigmoid", b"Relu", b"Tanh"]},
@@ -434,6 +439,8 @@ def test_haste_regularisers_and_refusals():
     assert convert.from_haste(haste_layer("gru", False, zoneout=0.1)).regularizers.zoneout == 0.1
     with pytest.raises(TypeError, match=r"layer: expected an LSTM or GRU of haste, got torch.nn"):
         convert.from_haste(torch.nn.LSTM(3, 4))
+    with pytest.raises(ValueError, match=r"expected forward layers for haste, got LSTM\(3, 4, dir"):
+        convert.to_haste(fusedrnn.LSTM(3, 4, direction="reverse"))
     with pytest.raises(ValueError, match="expected bidirectional=False for haste, got True"):
         convert.to_haste(torch.nn.LSTM(3, 4, bidirectional=True))
     with pytest.raises(ValueError, match="num_heads: expected 1, since haste has no heads, got 2"):

@@ -21,8 +21,8 @@ from fusedrnn.call import (
     Operands,
     Spec,
     directions,
-    masked_input,
-    one_layer,
+    in_turn,
+    joined,
     operands_of,
 )
 
@@ -56,6 +56,11 @@ def lacks(spec: Spec) -> str | None:
     return "torch's operators have no heads" if spec.num_heads > 1 else None
 
 
+def whole(spec: Spec) -> bool:
+    """Whether torch has one operator for such a stack, noise aside."""
+    return lacks(spec) is None and not (spec.reversed_layers or spec.residual or spec.hidden_sizes)
+
+
 def output_dtypes(
     spec: Spec, input: Tensor, state: Sequence[Tensor], masks: Masks
 ) -> list[torch.dtype]:
@@ -79,17 +84,13 @@ def output_dtypes(
 def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
     """A stack of layers through torch's operator: (output, *final states).
 
-    One call for all layers, with torch's dropout between them, unless there is noise of ours.
+    One call for all layers, with torch's dropout between them, unless there is noise of ours, or
+    what no operator of torch's has between layers.
     """
-    if not masks.layers:
+    if not masks.layers and whole(spec):
         return _run(spec, operands, masks)
-    input, finals = operands.input, []
-    for index in range(spec.num_layers):
-        one, here, _ = one_layer(spec, operands, masks, index)
-        here = here._replace(input=masked_input(spec, input, masks.of_layer(index)))
-        input, *final = _run(one._replace(dropout=0.0), here, masks)
-        finals.append(tuple(final))
-    return input, *reference.joined(finals)
+    output, finals = in_turn(spec, operands, masks, _run_turned)
+    return output, *joined(finals)
 
 
 def forward_on(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[Tensor, ...]:
@@ -113,6 +114,17 @@ def forward_on(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tupl
         return reference.forward(spec, operands_of(spec, tensors), masks)
 
     return DifferentiableTwice.apply(run, again, *operands.flat())
+
+
+def _run_turned(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
+    """A layer that may run backwards in time: forwards, over a sequence that was turned round."""
+    if not spec.reversed_layers:
+        return _run(spec, operands, masks)
+    lengths = None if operands.input.device.type == "meta" else masks.lengths
+    rows = packing.rows_of(operands.input, spec.batch_first, lengths, masks.batch_sizes)
+    turned = operands._replace(input=packing.turned(operands.input, rows))
+    output, *final = _run(spec, turned, masks)
+    return packing.turned(output, rows), *final
 
 
 def _run(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:

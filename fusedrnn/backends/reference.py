@@ -19,9 +19,12 @@ from fusedrnn.call import (
     Operands,
     Spec,
     Weights,
+    adds_input,
     cell_of,
+    joined,
     masked_input,
     one_layer,
+    reverses,
     split_weights,
 )
 from fusedrnn.cells import Cell, Mean
@@ -68,22 +71,16 @@ def run(
             cell_of(spec), by_time(spec, masked_input(spec, input, noise), masks),
             here.state, split_weights(one, here.weights), lengths=lengths, reset=reset,
             reset_state=here.reset_state, h_mask=noise.h, zoneout=zoneout, clip=spec.clip,
-            given=given,
+            given=given, reverses=reverses(one),
         )  # fmt: skip
         if masks.batch_sizes is not None:
-            input = packing.unpad(output, masks.batch_sizes)
-        else:
-            input = output.transpose(0, 1) if spec.batch_first else output
+            output = packing.unpad(output, masks.batch_sizes)
+        elif spec.batch_first:
+            output = output.transpose(0, 1)
+        input = output + input if adds_input(spec, index) else output
         finals.append(final)
         steps += layer_steps
     return input, joined(finals), steps
-
-
-def joined(finals: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The S states [L * D, B, H] from those of each layer."""
-    return (
-        finals[0] if len(finals) == 1 else tuple([torch.cat(f) for f in zip(*finals, strict=True)])
-    )
 
 
 def by_time(spec: Spec, tensor: Tensor, masks: Masks) -> Tensor:
@@ -236,6 +233,7 @@ def layer(
     zoneout: Tensor | None = None,
     clip: float = 0.0,
     given: Tensor | None = None,
+    reverses: tuple[bool, ...] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Steps]]:
     """One layer in one or two directions.
 
@@ -248,22 +246,25 @@ def layer(
             Beyond a row's length it means nothing.
         h_mask: [D, B, H]. zoneout: bool [T, B, D, S, H] or [S] floats. clip: see `scan`.
         given: [T, B, D * H]; see `scan`.
+        reverses: of each direction, whether it runs backwards in time. Default: the second does.
     Returns:
         output [T, B, D * H]; S final states [D, B, H]; the states of every step of each direction.
     """
     active = None
+    if reverses is None:
+        reverses = (False, True)[: len(directions)]
     if lengths is not None:
         active = active_rows(lengths, input.shape[0])
         input = torch.where(active[:, :, None], input, torch.zeros_like(input))
-    starts = None if reset is None else packing.starts_of(reset, lengths, len(directions))
+    starts = None if reset is None else packing.starts_of(reset, lengths, reverses)
     outputs, finals, states = [], [], []
-    for d, weights in enumerate(directions):
+    for d, (weights, reverse) in enumerate(zip(directions, reverses, strict=True)):
         output, final, steps = scan(
             cell,
             input,
             tuple(s[d] for s in state),
             weights,
-            reverse=d == 1,
+            reverse=reverse,
             active=active,
             reset=None if starts is None else starts[:, :, d],
             reset_state=tuple(f[d] for f in reset_state),

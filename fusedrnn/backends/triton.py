@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from fusedrnn import cells, packing
 from fusedrnn.backends import stages
-from fusedrnn.backends.reference import joined
 from fusedrnn.call import (
     STATES_COMPILED,
     TRANSFORMED,
@@ -27,10 +27,13 @@ from fusedrnn.call import (
     Operands,
     Spec,
     Weights,
+    adds_input,
     cell_of,
     directions,
     heads_of,
+    joined,
     masked_input,
+    reverses,
     split_weights,
     widths,
 )
@@ -124,13 +127,13 @@ def fp32_precision() -> str:
 
 
 class _Pass(NamedTuple):
-    """What the layers of one pass of a stack share; and of each, its states and weights."""
+    """What the layers of one pass of a stack share; and of each, its rows, states and weights."""
 
-    rows: packing.Rows
-    reset: Tensor | None
     precision: str
     plan: Any
     exchanges: Iterator[Any]
+    rows: list[packing.Rows]
+    reset: list[Tensor | None]
     state: list[tuple[Tensor, ...]]
     reset_state: list[tuple[Tensor, ...]]
     weights: list[list[Weights]]
@@ -147,8 +150,14 @@ def _begin(spec: Spec, operands: Operands, masks: Masks, pass_: str, layers: int
     plan = kernels.plan_for(cell, pass_, input, rows.B, H, D, precision, **rest)
     exchanges = kernels.workspaces(cell, plan, pass_, rows, input, H=H, D=D, layers=layers, **rest)
     weights = split_weights(spec, operands.weights)
+    ways = [rows] * L
+    if spec.reversed_layers:
+        back = replace(rows, reverse=True)
+        ways = [back if reverses(spec, index)[0] else rows for index in range(L)]
+    reset = {way.reverse: way for way in ways}
+    reset = {reverse: _reset_flags(spec, masks, way) for reverse, way in reset.items()}
     return _Pass(
-        rows, _reset_flags(spec, masks, rows), precision, plan, exchanges,
+        precision, plan, exchanges, ways, [reset[way.reverse] for way in ways],
         _by_layer(L, operands.state), _by_layer(L, operands.reset_state),
         [weights[first : first + D] for first in range(0, L * D, D)],
     )  # fmt: skip
@@ -166,16 +175,21 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
         noise, save, weights = masks.of_layer(index), _save_of(spec, index), given.weights[index]
         if index > 0 and save:
             kept.append(input)
-        input = masked_input(spec, input, noise)
+        entering = masked_input(spec, input, noise)
         with matmul_precision(input, given.precision):
-            x_gates = _input_gates(cell, input.reshape(-1, input.shape[-1]), weights)
+            x_gates = _input_gates(cell, entering.reshape(-1, input.shape[-1]), weights)
         output, _, *saved = kernels.scan_forward(
-            cell, x_gates, weights, given.state[index], rows=given.rows, save=save,
+            cell, x_gates, weights, given.state[index], rows=given.rows[index], save=save,
             input_precision=given.precision, heads=heads_of(spec),
             state_ops=_state_ops(spec, given, index, noise, x_gates.shape[0]),
             plan=given.plan, exchanges=given.exchanges, final=final,
         )  # fmt: skip
-        input = output.view(shape)
+        output = output.view(shape)
+        if adds_input(spec, index):
+            if save:
+                kept.append(output)
+            output = output + input
+        input = output
         kept += [t for t in saved if t is not None]
     return [input, *finals, *kept]
 
@@ -189,16 +203,17 @@ def _by_layer(L: int, states: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
     """Of each layer, the shapes of what `forward` keeps for `backward`: the output of the layer
-    below, what the cell saved, what its stages but the first multiplied, and its states but h, as
-    far as there are such."""
+    below, its own h where its input is added to that, what the cell saved, what its stages but the
+    first multiplied, and its states but h, as far as there are such."""
     cell, D, H = cell_of(spec), directions(spec), spec.hidden_size
     N = input.numel() // input.shape[-1]
     shapes = []
     for index in range(spec.num_layers):
         save = _save_of(spec, index)
-        layer: list[tuple[int, ...]] = (
-            [(*input.shape[:-1], D * widths(spec)[0])] if index and save else []
-        )
+        layer: list[tuple[int, ...]] = []
+        if save:
+            sequences = (index > 0) + adds_input(spec, index)
+            layer += [(*input.shape[:-1], D * widths(spec)[0])] * sequences
         if save == "gates" and cell.saved:
             layer.append((N, D, len(cell.saved), H))
         if save == "gates" and len(cell.weighted) > 1:
@@ -239,13 +254,15 @@ def backward(
         noise, first = masks.of_layer(index), len(kept) - len(shapes)
         kept, of_layer = kept[:first], kept[first:]
         below = of_layer.pop(0) if index > 0 else input
+        h = of_layer.pop(0) if adds_input(spec, index) else output
         wanted = index > spec.trained_from or (index == 0 and d_input_wanted)
         d_input, d_state, gradients = _layer_backward(
             spec, given, index, masked_input(spec, below, noise), noise, d_output,
-            d_finals[index], output, of_layer, d_input_wanted=wanted,
+            d_finals[index], h, of_layer, d_input_wanted=wanted,
         )  # fmt: skip
         output = below
-        d_output = masked_input(spec, d_input, noise, backward=True) if wanted else d_input
+        d_input = masked_input(spec, d_input, noise, backward=True) if wanted else d_input
+        d_output = d_input + d_output if wanted and adds_input(spec, index) else d_input
         d_states.insert(0, d_state)
         d_weights = [*gradients, *d_weights]
     gradients = [d_output, *joined(d_states), *d_weights]
@@ -263,7 +280,7 @@ def _layer_backward(
     import fusedrnn.kernels as kernels
 
     cell, heads, P = cell_of(spec), heads_of(spec), widths(spec)[0]
-    weights, rows, precision = given.weights[index], given.rows, given.precision
+    weights, rows, precision = given.weights[index], given.rows[index], given.precision
     D = len(weights)
     input_ni = input.reshape(-1, input.shape[-1])
     output_ndh = output.reshape(-1, D, P)
@@ -329,10 +346,11 @@ def _layer_backward(
 
 def _previous(stored: Tensor, given: _Pass, index: int, s: int) -> Tensor:
     """[N, D, *]: the state s that each step of a layer began from, from what is stored of all."""
-    prev = packing.previous_h(stored, given.state[index][s], given.rows)
-    if given.reset is not None:
+    rows, reset = given.rows[index], given.reset[index]
+    prev = packing.previous_h(stored, given.state[index][s], rows)
+    if reset is not None:
         reset_state = given.reset_state[index][s : s + 1]
-        prev = packing.started_over(prev, given.reset, reset_state, given.rows)
+        prev = packing.started_over(prev, reset, reset_state, rows)
     return prev
 
 
@@ -351,7 +369,7 @@ def _state_ops(spec: Spec, given: _Pass, index: int, noise: LayerMasks, N: int):
         S = len(cell_of(spec).states)
         zoneout = zoneout.reshape(N, directions(spec), S, -1).view(torch.int8)
     reset_state = tuple([s.contiguous() for s in given.reset_state[index]])
-    return kernels.StateOps(given.reset, reset_state, noise.h, zoneout, spec.clip or None)
+    return kernels.StateOps(given.reset[index], reset_state, noise.h, zoneout, spec.clip or None)
 
 
 def _input_gates(cell: Cell, input_ni: Tensor, weights: list[Weights]) -> Tensor:

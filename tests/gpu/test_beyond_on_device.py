@@ -25,7 +25,10 @@ def test_inside_the_loop(module, option, batch_first, rows, H):
 @pytest.mark.parametrize("H", [18, 300, 768])
 @pytest.mark.parametrize(
     ("module", "option"),
-    [("reset before", "all"), ("heads", "all"), ("means", "all"), ("projected", "all but zoneout")],
+    [
+        *((m, "all") for m in ("reset before", "heads", "means", "alternating", "narrowing")),
+        ("projected", "all but zoneout"),
+    ],
 )
 @pytest.mark.parametrize(("batch_first", "rows"), [(False, "all"), (True, "lengths")])
 def test_stages_and_heads(batch_first, rows, module, option, H):

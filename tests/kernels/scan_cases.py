@@ -27,6 +27,10 @@ class Case:
     save: str = "gates"
     P: int = 0  # what h is projected to
     heads: int = 1
+    reverse: bool = False  # a single direction, backwards in time
+
+    def reverses(self, d: int) -> bool:
+        return d == 1 or self.reverse
 
     @property
     def whole_cell(self) -> Cell:
@@ -137,7 +141,7 @@ def loop(case: Case, p: Problem, dtype: torch.dtype) -> Answer:
     for d in range(D):
         state = tuple(s[d] for s in p.state)
         params = tuple(q[d] for q in p.params)
-        for t in range(T) if d == 0 else range(T - 1, -1, -1):
+        for t in range(T - 1, -1, -1) if case.reverses(d) else range(T):
             x = p.x_gates[t, :, d].unbind(1)
             new, _, _ = run_stages(case, p, d, x, state, params)
             active = (t < p.lengths)[:, None]
@@ -196,12 +200,12 @@ class Layout:
             offsets = counts.cumsum(0) - counts
             self.index = (offsets[:, None] + b)[t < lengths]
             self.reached = t < lengths
-            self.rows = Rows(T, B, 0, 0, offsets, lengths)
+            self.rows = Rows(T, B, 0, 0, offsets, lengths, case.reverse)
         else:
             strides = (B, 1) if case.layout == "time_first" else (1, T)
             self.index = (t * strides[0] + b * strides[1]).flatten()
             self.reached = torch.ones(T, B, dtype=torch.bool)
-            self.rows = Rows(T, B, *strides, None, given)
+            self.rows = Rows(T, B, *strides, None, given, case.reverse)
 
     def pack(self, x: Tensor) -> Tensor:
         rows = x.new_empty(len(self.index), *x.shape[2:])
@@ -295,7 +299,7 @@ def previous(case: Case, p: Problem, stored: Tensor, index: int = 0) -> Tensor:
         for b in range(case.B):
             length = int(p.lengths[b])
             before[length:, b, d] = 0
-            steps = list(range(length)) if d == 0 else list(range(length - 1, -1, -1))
+            steps = list(range(length))[:: -1 if case.reverses(d) else 1]
             for i, t in enumerate(steps):
                 before[t, b, d] = p.state[index][d, b] if i == 0 else stored[steps[i - 1], b, d]
     return before

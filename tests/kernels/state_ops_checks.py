@@ -11,6 +11,17 @@ import torch
 import fusedrnn
 from fusedrnn import cells
 
+
+def alternating(I, H, bidirectional, **options):
+    """Layers of one direction, the first of them backwards in time."""
+    way = ("reverse", "forward")
+    return fusedrnn.LSTM(I, H, num_layers=2, direction=way, residual=True, **options)
+
+
+def narrowing(I, H, **options):
+    return fusedrnn.GRU(I, (H, H - 6, H - 6), num_layers=3, residual=True, **options)
+
+
 MODULES = {
     "LSTM": fusedrnn.LSTM,
     "GRU": fusedrnn.GRU,
@@ -18,6 +29,8 @@ MODULES = {
     "projected": partial(fusedrnn.LSTM, proj_size=5),
     "reset before": partial(fusedrnn.Recurrent, "gru_reset_before"),
     "heads": partial(fusedrnn.LSTM, num_heads=3),
+    "alternating": alternating,
+    "narrowing": narrowing,
     "means": partial(fusedrnn.LayerNormGRU, num_heads=2),
     **{cell: partial(fusedrnn.Recurrent, cell) for cell in cells.REGISTRY},
 }
@@ -55,8 +68,9 @@ def run(module, option, backend, dtype, batch_first, rows, device="cpu", H=H):
     S = len(names)
     widths = [rnn.proj_size or H] + [H] * (S - 1)
     input = draw(*((B, T) if batch_first else (T, B)), I).requires_grad_()
-    states = [draw(2, B, width) for width in widths]
-    fresh = [draw(2, 1, width) for width in widths]
+    layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
+    states = [draw(layers, B, width) for width in widths]
+    fresh = [draw(layers, 1, width) for width in widths]
     for values in (states, fresh):  # a normaliser, which divides, is not near 0
         values[:] = [v.abs() + 1 if n == "n" else v for n, v in zip(names, values, strict=True)]
         values[:] = [v.requires_grad_() for v in values]

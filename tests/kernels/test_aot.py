@@ -111,8 +111,8 @@ MUTANTS = (
             ),
             (f"        x_gates = {X_GATES}\n", "        x_gates = x_next\n"),
             (
-                "        t += 1 - 2 * tile.direction\n",
-                f"        x_next = {X_GATES}\n        t += 1 - 2 * tile.direction\n",
+                "        t += 1 - 2 * tile.reverse\n",
+                f"        x_next = {X_GATES}\n        t += 1 - 2 * tile.reverse\n",
             ),
         ),
         "fetched ahead, and waited for before the poll",

@@ -171,6 +171,7 @@ LONG = torch.zeros(3, dtype=torch.int64)
         ({"state": (torch.ones(2, 4, 4),)}, r"state \(h\) must be .* \(2, 3, 4\) .* \(2, 4, 4\)"),
         ({"state": (torch.ones(2, 3, 4).half(),)}, "state .*float32 .* got torch.float16"),
         ({"state": (torch.ones(2, 3, 4, device="meta"),)}, "state .* on cpu, got .* on meta"),
+        ({"rows": Rows(2, 3, 3, 1, reverse=True)}, "rows.reverse must be False"),
         ({"rows": Rows(3, 3, 3, 1)}, r"rows must be T \* B = 3 \* 3, got 6"),
         ({"rows": Rows(2, 3, 0, 0, LONG[:2])}, "rows.lengths must be given with rows.offsets"),
         ({"rows": Rows(2, 3, 3, 1, None, LONG.int())}, "rows.lengths must be .*int64 .*int32"),

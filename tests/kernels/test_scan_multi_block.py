@@ -64,6 +64,11 @@ def test_packed(save):
     check(case, MULTI_BLOCK)
 
 
+def test_one_direction_backwards():
+    case = replace(Case(REGISTRY["lstm"], **RAGGED), D=1, reverse=True)
+    check(case, MULTI_BLOCK)
+
+
 def test_several_launches():
     """A grid for two rows of one direction, so four launches for three rows of two."""
     check(

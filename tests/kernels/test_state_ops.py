@@ -27,6 +27,8 @@ STAGED = {
     "means": (18, "all"),
     "indrnn_tanh": (40, "all"),
     "slstm": (9, "all"),
+    "alternating": (5, "all"),
+    "narrowing": (11, "all"),
 }
 
 
@@ -34,6 +36,11 @@ STAGED = {
 def test_stages_as_the_reference(module):
     H, option = STAGED[module]
     assert_as_the_reference(module, option, True, "lengths", H=H)
+
+
+@pytest.mark.parametrize("module", ["alternating", "narrowing"])
+def test_packed_stacks_as_the_reference(module):
+    assert_as_the_reference(module, "recurrent_dropout", False, "packed", H=11)
 
 
 @pytest.mark.parametrize(
