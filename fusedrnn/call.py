@@ -37,8 +37,8 @@ class Spec(NamedTuple):
         trained_from: the lowest layer that a gradient gets to.
         reversed_layers: as bits, the layers of one direction that run backwards in time.
         residual: whether a layer's input is added to its output, where they have one size.
-        hidden_sizes: of each layer, if they differ, or (). hidden_size is the largest then, and the
-            units of a smaller layer are the first of those of its states.
+        hidden_sizes: of each layer, if they differ, or None. hidden_size is the largest then, and
+            the units of a smaller layer are the first of those of its states. An op has one size.
     """
 
     cell: str
@@ -59,7 +59,7 @@ class Spec(NamedTuple):
     trained_from: int = 0
     reversed_layers: int = 0
     residual: bool = False
-    hidden_sizes: tuple[int, ...] = ()
+    hidden_sizes: tuple[int, ...] | None = None
 
 
 def directions(spec: Spec) -> int:
@@ -220,7 +220,7 @@ def one_layer(
     masks = masks._replace(layers=(masks.of_layer(layer),) if masks.layers else ())
     one = spec._replace(
         num_layers=1, input_size=output_features(spec, layer - 1), trained_from=0,
-        reversed_layers=spec.reversed_layers >> layer & 1, hidden_sizes=(),
+        reversed_layers=spec.reversed_layers >> layer & 1, hidden_sizes=None,
         hidden_size=size_of(spec, layer),
     )  # fmt: skip
     return one, operands, masks

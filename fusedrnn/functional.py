@@ -154,7 +154,7 @@ def recurrent(
     spec = Spec(
         cell, input_size, H, num_layers, bias, batch_first, float(dropout),
         bidirectional, proj_size, num_heads, training, backend, save,
-        reversed_layers=reversed_layers, residual=residual, hidden_sizes=sizes,
+        reversed_layers=reversed_layers, residual=residual, hidden_sizes=sizes or None,
     )  # fmt: skip
     arguments.check_weights(spec, weights)
     if batch_sizes is not None:

@@ -332,7 +332,7 @@ class Recurrent(ScriptableSequence, Generic[State]):
             reversed_layers=0 if self.direction == "forward" else arguments.check_direction(
                 self.direction, self.num_layers, self.bidirectional
             ),
-            residual=self.residual, hidden_sizes=self.hidden_sizes,
+            residual=self.residual, hidden_sizes=self.hidden_sizes or None,
         )  # fmt: skip
 
     def _weights(self) -> list[Any]:

@@ -29,7 +29,7 @@ from fusedrnn.call import (
 
 # An op's arguments are plain: the fields of a Spec stand at the end of its schema, one by one.
 _TYPES = {str: "str", int: "SymInt", bool: "bool", float: "float", str | None: "str?"}
-_TYPES[tuple[int, ...]] = "SymInt[]"
+_TYPES[tuple[int, ...] | None] = "SymInt[]?"
 _SPEC = ", ".join(f"{_TYPES[t]} {name}" for name, t in Spec.__annotations__.items())
 
 

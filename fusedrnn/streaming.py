@@ -125,7 +125,7 @@ def check_runs_forward(module: Any, name: str) -> None:
     got = "bidirectional=True" if module.bidirectional else got
     if got:
         raise ValueError(
-            f"{name}: expected a unidirectional module, whose layers run forward, got {got}: the "
+            f"{name}: expected a module whose layers run forward, got {got}: the "
             f"reverse direction needs the end of the sequence first"
         )
 

@@ -303,12 +303,12 @@ def test_memory_of_past_chunks_is_freed():
         (
             lambda: fusedrnn.GRU(I, H, bidirectional=True).step(torch.randn(B, I)),
             ValueError,
-            r"GRU.step: expected a unidirectional module, got bidirectional=True",
+            r"GRU.step: expected a module whose layers run forward, got bidirectional=True",
         ),
         (
             lambda: fusedrnn.GRU(I, H, bidirectional=True).stream(),
             ValueError,
-            r"GRU.stream: expected a unidirectional",
+            r"GRU.stream: expected a module whose layers run forward",
         ),
         (
             lambda: fusedrnn.GRU(I, H).stream(True),  # meant for detach
