@@ -85,6 +85,8 @@ def sizes_of(hidden_size: HiddenSize, num_layers: int, proj_size: int) -> tuple[
 
 def check_direction(direction: Direction, num_layers: int, bidirectional: bool) -> int:
     """`Spec.reversed_layers`; raises for what is no direction, or none of such layers."""
+    if direction == "forward":
+        return 0
     told = "expected 'forward', 'reverse', 'alternate', or one of the first two for each layer"
     words: Any = (direction,) * num_layers
     if direction == "alternate":

@@ -329,7 +329,7 @@ class Recurrent(ScriptableSequence, Generic[State]):
             self.mode.lower(), self.input_size, self.hidden_size, self.num_layers, self.bias,
             self.batch_first, self.dropout, self.bidirectional, self.proj_size, self.num_heads,
             self.training, self.backend, self.save,
-            reversed_layers=0 if self.direction == "forward" else arguments.check_direction(
+            reversed_layers=arguments.check_direction(
                 self.direction, self.num_layers, self.bidirectional
             ),
             residual=self.residual, hidden_sizes=self.hidden_sizes or None,
