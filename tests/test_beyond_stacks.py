@@ -217,7 +217,7 @@ def test_padding_reaches_nothing(stack, backend):
     assert dirty.grad[over].abs().sum() == 0
 
 
-@every_stack
+@pytest.mark.parametrize("stack", ["alternate", "listed"])
 def test_compile_and_export(stack):
     rnn, x = make(stack, dtype=torch.float32), torch.randn(T, B, I)
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=True)

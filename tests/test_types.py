@@ -77,6 +77,8 @@ def test_signature_is_torchs_then_ours_by_keyword(kind):
     own = {"LSTM": ["forget_bias"], "GRU": ["reset_after"]}.get(kind, [])
     own += [
         "num_heads",
+        "direction",
+        "residual",
         "backend",
         "save",
         *(f.name for f in dataclasses.fields(fusedrnn.Regularizers)),
