@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 from bench.machine_code import near, sass_step
 from bench.step_cost import MOST_WAVEFRONTS, Parameters, Reading, gate, load_parameters, read
 from bench.timing import ROOT
-from fusedrnn.cells import REGISTRY, Mean, get
+from fusedrnn.cells import REGISTRY, Cell, Mean, Projection, get
 from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.plan import (
     ITEM_SIZE,
@@ -109,9 +109,14 @@ class Job:
         )
 
 
+def cell_of(name: str, P: int) -> Cell:
+    """The cell that runs where h has P features, or as many as there are units."""
+    return get(name, projected=P > 0 and not get(name).widest)
+
+
 def arguments(job: Job) -> dict[str, Any]:
     """Types of the kernel's pointers and integers, values of its constants."""
-    cell, plan = get(job.cell, projected=job.P > 0), job.plan
+    cell, plan = cell_of(job.cell, job.P), job.plan
     G, K, S, stages = len(cell.gates), len(cell.saved), len(cell.states), len(cell.stages)
     sequence = f"*{job.dtype}"
     D = 1 if job.plain else 2
@@ -133,7 +138,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "states_ptr": sequence if S > 1 else None,
         "kept_ptrs": (sequence, sequence) if recompute else (sequence,) if K else (),
         "dh_gates_ptr": None if cell.additive else sequence,
-        "d_projected_ptr": sequence if job.P else None,
+        "d_projected_ptr": sequence if isinstance(cell.stages[-1].receives, Projection) else None,
         "offsets_ptr": None if job.plain else "*i64",
         "lengths_ptr": None if job.plain else "*i64",
         "exchange": Exchange(sequence, "*i32", "*i32", *["i32"] * 3) if plan.exchanged else None,
@@ -146,7 +151,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "bodies": tuple(bind(s.backward if backward else s.forward) for s in cell.stages),
         "forward_bodies": tuple(bind(s.forward) for s in cell.stages if recompute),
         "STAGES": stage_sizes(cell, job.pass_, job.H // job.heads, P // job.heads),
-        "KEPT": (G, G + means) if recompute else (K,),
+        "KEPT": (G, len(cell.sums) + means) if recompute else (K,),
         "G": G,
         "H": job.H,
         "P": P,
@@ -159,7 +164,7 @@ def arguments(job: Job) -> dict[str, Any]:
 
 def trips(job: Job) -> int:
     """To L2 in a step: what the stages load together."""
-    cell, plan, heads = get(job.cell, projected=job.P > 0), job.plan, job.heads
+    cell, plan, heads = cell_of(job.cell, job.P), job.plan, job.heads
     stages = stage_sizes(cell, job.pass_, job.H // heads, (job.P or job.H) // heads)
     chunks = [-(-stage.k // plan.block_k) for stage in stages]
     return sum(-(-count // plan.prefetch) for count in chunks)
@@ -340,8 +345,11 @@ def planned(
     Raises:
         ValueError: there is no plan.
     """
+    known = get(cell)
+    if known.units(H) > H:
+        H, P = known.units(H), H
     plan = plan_scan(
-        get(cell, projected=P > 0), pass_, DTYPES[dtype], B=B, H=H // heads, P=P, D=heads,
+        cell_of(cell, P), pass_, DTYPES[dtype], B=B, H=H // heads, P=P, D=heads,
         device=TARGETS[target], input_precision=precision,
     )  # fmt: skip
     return Job(target, cell, pass_, "gates", dtype, precision, H, plan, True, P, heads)

@@ -7,7 +7,7 @@ fusedrnn.replace_modules(model)                                     # or a finis
 
 LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell    the modules of torch.nn
 PeepholeLSTM, CoupledLSTM, MultiplicativeLSTM, LayerNormLSTM, SLSTM, LayerNormGRU, MGU, UGRNN,
-LiGRU, IndRNN                                 their relatives, with the same arguments
+LiGRU, IndRNN, MLPTransitionRNN               their relatives, with the same arguments
 Recurrent                                     one for any cell: Recurrent("ugrnn", 8, 16)
 replace_modules, restore_modules              swap those of a finished model, and back
 cell                                          makes a cell of a function of one step
@@ -39,6 +39,7 @@ from fusedrnn.variants import (
     LayerNormGRU,
     LayerNormLSTM,
     LiGRU,
+    MLPTransitionRNN,
     MultiplicativeLSTM,
     PeepholeLSTM,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "LayerNormGRU",
     "LayerNormLSTM",
     "LiGRU",
+    "MLPTransitionRNN",
     "MultiplicativeLSTM",
     "PeepholeLSTM",
     "RNNCell",

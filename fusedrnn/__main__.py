@@ -58,6 +58,8 @@ def table_of_cells() -> str:
     for cell in cells.REGISTRY.values():
         own = [f"`{o.name}`" + (f" [{o.vectors} H]" if o.vectors > 1 else "") for o in cell.own]
         own += ["`weight_hh` [H]"] * cell.diagonal
+        matrices = [f"`{name}`" for name in cell.sums[len(cell.gates) :]]
+        own += ["matrices " + ", ".join(matrices)] * bool(matrices)
         row = (
             f"`{cell.module}`", f"`{cell.name}`", " ".join(cell.gates), " ".join(cell.states),
             ", ".join(own), cell.source,

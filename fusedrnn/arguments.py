@@ -27,13 +27,13 @@ def weight_shapes(spec: Spec) -> list[Shape]:
     shapes: list[Shape] = []
     for layer in range(spec.num_layers):
         H = size_of(spec, layer)
-        rows, width = len(cell.gates) * H, P or H
+        rows, width = len(cell.gates) * cell.gate_units(H), P or H
         recurrent = (rows, width) if heads == 1 else (heads, rows // heads, width // heads)
         own: list[Shape] = [(rows, output_features(spec, layer - 1))]
         own += [(rows,) if cell.diagonal else recurrent]
         own += [(rows,), (rows,)] if spec.bias else []
         own += [(P, H)] if P else []
-        shapes += [*own, *((vector.vectors * H,) for vector in cell.own)] * D
+        shapes += [*own, *cell.own_shapes(H, spec.bias).values()] * D
     return shapes
 
 
@@ -59,6 +59,8 @@ def check_layers(cell: str, hidden_size: int, proj_size: int, num_heads: int) ->
         raise ValueError(
             f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}"
         )
+    if num_heads > 1 and cells.get(cell).dense:
+        raise ValueError(f"num_heads: expected 1 for {cell}, got {num_heads}")
     if num_heads > 1 and proj_size:
         raise ValueError(f"num_heads: expected 1 beside proj_size={proj_size}, got {num_heads}")
 

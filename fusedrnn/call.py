@@ -94,6 +94,11 @@ def cell_of(spec: Spec) -> cells.Cell:
     return cells.get(spec.cell, projected=spec.proj_size > 0)
 
 
+def units_of(spec: Spec) -> int:
+    """Units of the widest stage of a layer."""
+    return cells.get(spec.cell).units(spec.hidden_size)
+
+
 def heads_of(spec: Spec) -> int:
     """Heads that have weights of their own: what is diagonal already has one."""
     return 1 if cells.get(spec.cell).diagonal else spec.num_heads
@@ -107,7 +112,9 @@ def widths(spec: Spec) -> tuple[int, ...]:
 
 def weights_per_direction(spec: Spec) -> int:
     """How many parameters a layer and direction has."""
-    return 2 + 2 * spec.bias + bool(spec.proj_size) + len(cells.get(spec.cell).own)
+    cell = cells.get(spec.cell)
+    own = len(cell.own_shapes(1, spec.bias)) if cell.dense else len(cell.own)
+    return 2 + 2 * spec.bias + bool(spec.proj_size) + own
 
 
 class Weights(NamedTuple):
@@ -124,6 +131,8 @@ class Weights(NamedTuple):
     w_hr: Tensor | None  # [P, H]
     params: tuple[Tensor, ...]  # the vectors of the cell's own, each [H]
     w_norm: Tensor | None = None  # [G * H], of the cell's `input_norm`
+    # Of each Dense stage, its matrices, one under the other, [sums * units, K], and biases.
+    dense: tuple[tuple[Tensor, Tensor | None], ...] = ()
 
 
 def split_weights(spec: Spec, flat: Sequence[Tensor]) -> list[Weights]:
@@ -134,6 +143,7 @@ def split_weights(spec: Spec, flat: Sequence[Tensor]) -> list[Weights]:
         w_ih, w_hh, rest = rest[0], rest[1], rest[2:]
         b_ih, b_hh, rest = (rest[0], rest[1], rest[2:]) if spec.bias else (None, None, rest)
         w_hr, rest = (rest[0], rest[1:]) if spec.proj_size else (None, rest)
+        rest, matrices = rest[: len(cell.own)], rest[len(cell.own) :]
         params = [
             part for own, t in zip(cell.own, rest, strict=True) for part in t.chunk(own.vectors)
         ]
@@ -141,8 +151,26 @@ def split_weights(spec: Spec, flat: Sequence[Tensor]) -> list[Weights]:
         if cell.input_norm is not None:
             w_norm, params = rest[0], params[cell.own[0].vectors :]
             b_ih, b_hh = None if b_ih is None or b_hh is None else b_ih + b_hh, None
-        groups.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(params), w_norm))
+        dense = _dense(cell, spec.bias, matrices)
+        groups.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr, tuple(params), w_norm, dense))
     return groups
+
+
+def _dense(
+    cell: cells.Cell, bias: bool, matrices: list[Tensor]
+) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """`Weights.dense`, from the parameters in order."""
+    found, given = [], iter(matrices)
+    for stage in cell.dense:
+        receives: Any = stage.receives
+        weights = [next(given) for _ in receives.weights]
+        biases = [next(given) for _ in receives.biases if bias]
+        found.append((_joined(weights), _joined(biases) if biases else None))
+    return tuple(found)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Operands(NamedTuple):

@@ -25,6 +25,7 @@ Module = TypeVar("Module", bound=nn.RNNBase)
 GATES: dict[str, tuple[str, str]] = {
     "lstm": ("f", "i"),
     "peephole_lstm": ("f", "i"),
+    "peephole_lstm_full": ("f", "i"),
     "multiplicative_lstm": ("f", "i"),
     "layer_norm_lstm": ("f", "i"),
     "coupled_lstm": ("f", ""),

@@ -102,8 +102,8 @@ class Recurrent(ScriptableSequence, Generic[State]):
         bias_ih_l[k], bias_hh_l[k]: [G * H]. weight_hr_l[k]: [P, H], with a projection.
         [param]_l[k]: [H], or a multiple, of each of the cell's own parameters.
         The reverse direction's end in _reverse. All start uniform in +-1/sqrt(H), but for scales
-            and shifts of normalisation, which start as ones and zeros, and a diagonal weight_hh,
-            uniform in [0, 1].
+            and shifts of normalisation, which start as ones and zeros, a diagonal weight_hh,
+            uniform in [0, 1], and the matrices of an MLPTransitionRNN.
         regularizers: None, or a `fusedrnn.Regularizers`.
         direction, residual, backend, save: as given.
         hidden_size: H. hidden_sizes: of each layer, where they differ, else ().
@@ -206,9 +206,8 @@ class Recurrent(ScriptableSequence, Generic[State]):
         """Parameters of any cell, under torch.nn's names, in the place of those there are."""
         spec = self._spec()
         kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * spec.bias
-        kinds += ["weight_hr"] * bool(spec.proj_size) + [
-            own.name for own in cells.get(spec.cell).own
-        ]
+        own = cells.get(spec.cell).own_shapes(1, spec.bias)
+        kinds += ["weight_hr"] * bool(spec.proj_size) + [*own]
         ends = [f"_l{k}{end}" for k in range(spec.num_layers) for end in ("", "_reverse")]
         ends = ends if spec.bidirectional else ends[::2]
         all_weights = [[kind + end for kind in kinds] for end in ends]
@@ -222,20 +221,32 @@ class Recurrent(ScriptableSequence, Generic[State]):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters: uniform in +-1/sqrt(H), but for those of which the cell says
-        where they start; a diagonal weight_hh uniform in [0, 1], within which nothing explodes."""
+        where they start; a diagonal weight_hh uniform in [0, 1], within which nothing explodes; and
+        matrices of a stage's own, and their biases, in +-1/sqrt(columns)."""
         super().reset_parameters()
-        for layer, H in enumerate(self.hidden_sizes):
-            for name in self._flat_weights_names:
-                if name.removesuffix("_reverse").endswith(f"_l{layer}"):
-                    nn.init.uniform_(getattr(self, name), -(H**-0.5), H**-0.5)
-        cell = cells.get(self.mode.lower())
-        starts = {f"{own.name}_l": own.start for own in cell.own if own.start is not None}
-        for name in self._flat_weights_names:
-            for kind, start in starts.items():
-                if name.startswith(kind):
-                    nn.init.constant_(getattr(self, name), start)
-            if cell.diagonal and name.startswith("weight_hh"):
-                nn.init.uniform_(getattr(self, name))
+        cell, D = cells.get(self.mode.lower()), 2 if self.bidirectional else 1
+        sizes = self.hidden_sizes or (self.hidden_size,) * self.num_layers
+        starts = {own.name: own.start for own in cell.own if own.start is not None}
+        groups: Any = self._all_weights
+        for index, group in enumerate(groups):
+            H = sizes[index // D]
+            columns = {
+                kind: k
+                for stage, (_units, k) in zip(cell.dense, cell.dense_sizes(H), strict=True)
+                for kind in (*stage.receives.weights, *stage.receives.biases)
+            }
+            for name in group:
+                kind, parameter = (
+                    name.removesuffix("_reverse").rpartition("_l")[0],
+                    getattr(self, name),
+                )
+                if kind in starts:
+                    nn.init.constant_(parameter, starts[kind])
+                elif cell.diagonal and kind == "weight_hh":
+                    nn.init.uniform_(parameter)
+                elif self.hidden_sizes or kind in columns:
+                    bound = columns.get(kind, H) ** -0.5
+                    nn.init.uniform_(parameter, -bound, bound)
 
     def _torch_lacks(self) -> str | None:
         cell = self.mode.lower()

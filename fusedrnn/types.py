@@ -23,6 +23,7 @@ else:
 Backend: TypeAlias = Literal["auto", "triton", "aten", "reference"]
 Save: TypeAlias = Literal["gates", "states"]
 Nonlinearity: TypeAlias = Literal["tanh", "relu"]
+Peephole: TypeAlias = Literal["diagonal", "full"]
 # Units of a layer; or of each layer.
 HiddenSize: TypeAlias = int | Sequence[int]
 # Which way layers of one direction run through time; "alternate": forward, reverse, forward, ...

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fusedrnn.cells import layer_norm_gru, layer_norm_lstm
+from fusedrnn import arguments
+from fusedrnn.cells import layer_norm_gru, layer_norm_lstm, mlp_transition
 from fusedrnn.modules import Recurrent
-from fusedrnn.types import HiddenSize, ModuleOptions, Nonlinearity, State
+from fusedrnn.types import HiddenSize, ModuleOptions, Nonlinearity, Peephole, State
 
 TwoStates = tuple[Tensor, Tensor]
 FourStates = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -32,7 +34,7 @@ class Relative(Recurrent[State]):
         super().__init__(self.cell_name, input_size, hidden_size, num_layers, **options)
 
 
-class PeepholeLSTM(Relative[TwoStates]):
+class PeepholeLSTM(Recurrent[TwoStates]):
     r"""Long short-term memory whose gates see the cell state.
 
         i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi + w_ci * c_{t-1})
@@ -46,17 +48,21 @@ class PeepholeLSTM(Relative[TwoStates]):
         input_size: I, features of the input.
         hidden_size: H, units of a layer and direction.
         num_layers: L. Default: 1.
+        peephole: "diagonal", a gate sees its own unit's cell state; or "full", those of all units,
+            so that w_ci, w_cf and w_co are matrices. Default: "diagonal".
         options: the further arguments of `fusedrnn.Recurrent`, by name.
 
     Attributes:
         weight_ih_l[k]: [4 * H, I], for k > 0 [4 * H, D * H]; rows i, f, g, o.
         weight_hh_l[k]: [4 * H, H]. bias_ih_l[k], bias_hh_l[k]: [4 * H].
-        weight_ci_l[k], weight_cf_l[k], weight_co_l[k]: [H].
-        (With heads, projections, and how they start: `fusedrnn.Recurrent`.)
+        weight_ci_l[k], weight_cf_l[k], weight_co_l[k]: [H], or [H, H].
+        (With heads, projections, which full peepholes do not have, and how they start:
+        `fusedrnn.Recurrent`.)
 
     Inputs, outputs, raises: as `fusedrnn.LSTM`.
 
-    Source: Gers & Schmidhuber 2000, doi:10.1109/IJCNN.2000.861302.
+    Source: Gers & Schmidhuber 2000, doi:10.1109/IJCNN.2000.861302; with matrices: Graves 2013,
+    arXiv:1308.0850, equations 7 to 11, before it says that they are diagonal.
 
     Example::
 
@@ -64,7 +70,23 @@ class PeepholeLSTM(Relative[TwoStates]):
         >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
     """
 
-    cell_name = "peephole_lstm"
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: HiddenSize,
+        num_layers: int = 1,
+        *,
+        peephole: Peephole = "diagonal",
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        if peephole not in ("diagonal", "full"):
+            raise ValueError(f"peephole: expected 'diagonal' or 'full', got {peephole!r}")
+        cell = "peephole_lstm" if peephole == "diagonal" else "peephole_lstm_full"
+        super().__init__(cell, input_size, hidden_size, num_layers, **options)
+
+    def extra_repr(self) -> str:
+        """What repr shows of the module."""
+        return super().extra_repr() + ", peephole='full'" * self.mode.endswith("FULL")
 
 
 class CoupledLSTM(Relative[TwoStates]):
@@ -402,6 +424,62 @@ class IndRNN(Recurrent[Tensor]):
             raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
         self.nonlinearity: Nonlinearity = nonlinearity
         super().__init__(f"indrnn_{nonlinearity}", input_size, hidden_size, num_layers, **options)
+
+
+class MLPTransitionRNN(Recurrent[Tensor]):
+    r"""Simple recurrent network whose step is a perceptron of several layers.
+
+        a_1 = leaky_relu(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+        a_k = leaky_relu(weight_mlp[k-1] a_{k-1} + bias_mlp[k-1])      for k = 2 ... n
+        h_t = weight_mlp[n] a_n + bias_mlp[n]
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of a layer and direction.
+        num_layers: L. Default: 1.
+        layer_sizes: the n hidden layers' units, of one to five. Default: (100, 100).
+        negative_slope: of leaky_relu; 0 makes it relu. Default: 0.01.
+        options: the further arguments of `fusedrnn.Recurrent`, by name.
+
+    Attributes:
+        weight_ih_l[k]: [layer_sizes[0], I], for k > 0 [layer_sizes[0], D * H].
+        weight_hh_l[k]: [layer_sizes[0], H]. bias_ih_l[k], bias_hh_l[k]: [layer_sizes[0]].
+        weight_mlp1_l[k], ...: [layer_sizes[1], layer_sizes[0]], ..., [H, layer_sizes[-1]], and
+            bias_mlp1_l[k], ...: [layer_sizes[1]], ..., [H], all uniform in +-1/sqrt(columns), as
+            torch.nn.Linear's.
+        (Without heads and projections; how the others start: `fusedrnn.Recurrent`.)
+
+    Inputs, outputs, raises: as `fusedrnn.RNN`.
+
+    Source: Pascanu et al. 2014, arXiv:1312.6026 (DT-RNN), here with a linear last layer.
+
+    Example::
+
+        >>> rnn = fusedrnn.MLPTransitionRNN(10, 20, layer_sizes=(64, 32))
+        >>> output, h_n = rnn(torch.randn(5, 3, 10))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: HiddenSize,
+        num_layers: int = 1,
+        *,
+        layer_sizes: Sequence[int] = (100, 100),
+        negative_slope: float = 0.01,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        if not isinstance(layer_sizes, Sequence) or isinstance(layer_sizes, str):
+            raise TypeError(f"layer_sizes: expected a tuple of ints, got {layer_sizes!r}")
+        for size in layer_sizes:
+            arguments.check_sizes(layer_sizes=size)
+        if not 1 <= len(layer_sizes) <= 5 or min(layer_sizes) < 1:
+            raise ValueError(f"layer_sizes: expected 1 to 5 positive ints, got {layer_sizes!r}")
+        if (slope := _number("negative_slope", negative_slope)) < 0:
+            raise ValueError(f"negative_slope: expected at least 0, got {negative_slope}")
+        sizes = tuple(map(int, layer_sizes))
+        cell = mlp_transition.mlp_transition(layer_sizes=sizes, negative_slope=slope)
+        super().__init__(cell, input_size, hidden_size, num_layers, **options)
 
 
 def _number(name: str, value: Any) -> float:

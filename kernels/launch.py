@@ -44,9 +44,10 @@ def scan_forward(
     """Runs a layer's time loop, all directions, in one launch.
 
     Args:
-        x_gates: [N, D, G, H], the input projection with its bias; float16, bfloat16 or float32.
-        directions: the weights of each of D directions, of the dtype of x_gates; w_hh, b_hh, w_hr
-            and params are read, matrices in place where their rows are multiples of 8 long.
+        x_gates: [N, D, G, H], the input projection with its bias, H being the units of the widest
+            stage, and 0 beyond those of the first; float16, bfloat16 or float32.
+        directions: the weights of each of D directions, of the dtype of x_gates; w_hh, b_hh, w_hr,
+            params and dense are read, matrices in place where their rows are multiples of 8 long.
         state: h [D, B, P], where it is projected, else [D, B, H]; S - 1 others [D, B, H].
         save: what backward will need: "gates" (the cell's saved values, what its stages multiply,
             and the states), "states" (the states alone), or None.
@@ -87,7 +88,7 @@ def scan_forward(
         published = x_gates.new_empty(N, D, len(cell.weighted) - 1, H)
     if save is not None and len(state) > 1:
         states = x_gates.new_empty(N, D, len(state) - 1, H)
-    biases = tuple([w.b_hh.contiguous() for w in directions if w.b_hh is not None])
+    biases = tuple([_bias(cell, w, H) for w in directions if w.b_hh is not None])
     _launch(
         scan_forward_kernel, cell, plan, rows, (D, H, P, heads), input_precision, exchanges,
         like=x_gates, x_gates_ptr=x_gates,
@@ -116,10 +117,10 @@ def scan_backward(
             what is stored then is not what the cell computed.
         output, states: as `scan_forward` returned them.
         saved_or_gates: with save="gates", what `scan_forward` returned as `saved`; with
-            save="states", (x_gates, h_gates), each [N, D, G, H], of all steps, b_hh included; a
-            cell's means stand behind its h_gates, [N, D, G + means, H].
+            save="states", (x_gates, h_gates), [N, D, G, H] and [N, D, sums, H], of all steps, b_hh
+            included; a cell's means stand behind its h_gates, [N, D, sums + means, H].
     Returns:
-        dx_gates and dh_gates [N, D, G, H] (one tensor where the cell is additive), the gradients
+        dx_gates [N, D, G, H], dh_gates [N, D, sums, H] (the same where additive), the gradients
         of the S initial states and after them of `state_ops.reset_state`, those of the cell's
         parameters [D, H], float32, and that of what a projection received, [N, D, P], or None.
     Raises:
@@ -130,6 +131,7 @@ def scan_backward(
     N, D, P = output.shape
     w_hh = directions[0].w_hh
     H = P if cell.diagonal else w_hh.numel() // (w_hh.shape[-1] * len(cell.gates))
+    H = cell.units(P) if cell.widest else H
     G, S = len(cell.gates), len(cell.states)
     state, d_final, d_output = _contiguous(state), _contiguous(d_final), d_output.contiguous()
     _check_layer(
@@ -142,7 +144,7 @@ def scan_backward(
     elif cell.saved:
         kept = (("saved_or_gates", saved_or_gates),)  # type: ignore[assignment]
     means = sum([stage.products for stage in cell.stages if isinstance(stage.receives, Mean)])
-    planes = (G, G + means) if recompute else (len(cell.saved),)
+    planes = (G, len(cell.sums) + means) if recompute else (len(cell.saved),)
     _check("output", output, (N, D, P), output)
     _check("d_output", d_output, (N, D, P), output)
     _check_states("d_final", d_final, cell, (D, rows.B, H, P), output)
@@ -153,7 +155,7 @@ def scan_backward(
     if plan is None:
         plan = plan_for(cell, "backward", d_output, rows.B, H, D, input_precision, P=P, heads=heads)
     dx_gates = d_output.new_empty(N, D, G, H)
-    dh_gates = dx_gates if cell.additive else torch.empty_like(dx_gates)
+    dh_gates = dx_gates if cell.additive else d_output.new_empty(N, D, len(cell.sums), H)
     d_state = tuple(torch.empty_like(s) for s in (*state, *state_ops.reset_state))
     batch_tiles = -(-rows.B // plan.block_b)
     d_params = tuple(
@@ -285,7 +287,27 @@ def _matrices(
     count = heads * len(cell.gates)
     linear = tuple([_in_rows(w.w_hh, count, transposed) for w in directions])
     projected = tuple([_in_rows(w.w_hr, 1, transposed) for w in directions if w.w_hr is not None])
-    return tuple([projected if isinstance(s.receives, Projection) else linear for s in cell.stages])
+    dense = [
+        tuple([_in_rows(w.dense[index][0], len(stage.sums), transposed) for w in directions])
+        for index, stage in enumerate(cell.dense)
+    ]
+    found = []
+    for stage in cell.stages:
+        others = projected if isinstance(stage.receives, Projection) else linear
+        found.append(dense.pop(0) if stage in cell.dense else others)
+    return tuple(found)
+
+
+def _bias(cell: Cell, weights: Weights, H: int) -> Tensor:
+    """[sums * H]: the biases of what all stages receive, 0 where there is none."""
+    assert weights.b_hh is not None
+    if not cell.dense:
+        return weights.b_hh.contiguous()
+    biases = [(weights.b_hh, len(cell.gates))]
+    for stage, (matrix, bias) in zip(cell.dense, weights.dense, strict=True):
+        biases.append((matrix.new_zeros(len(matrix)) if bias is None else bias, len(stage.sums)))
+    parts = [bias.detach().view(count, -1) for bias, count in biases]
+    return torch.cat([F.pad(part, (0, H - part.shape[1])) for part in parts]).flatten()
 
 
 def _in_rows(stacked: Tensor, count: int, transposed: bool) -> Tensor:
@@ -414,8 +436,9 @@ def _check_layer(
     _check_states("state", state, cell, (D, B, H, P), like)
     if ops.reset_state:
         _check_states("state_ops.reset_state", ops.reset_state, cell, (D, B, H, P), like)
-    matrix = (G * H, P) if heads == 1 else (heads, G * H // heads, H // heads)
-    matrix = (G * H,) if cell.diagonal else matrix
+    gate_rows = cell.gate_units(H) * G
+    matrix = (gate_rows, P) if heads == 1 else (heads, gate_rows // heads, H // heads)
+    matrix = (gate_rows,) if cell.diagonal else matrix
     projection = (P, H) if isinstance(cell.stages[-1].receives, Projection) else None
     biased = any([w.b_hh is not None for w in directions])
     for d, w in enumerate(directions):  # of which copies are made where they are not contiguous
@@ -423,7 +446,16 @@ def _check_layer(
         if projection is not None:
             _check(f"directions[{d}].w_hr", w.w_hr, projection, like, contiguous=False)
         if biased:
-            _check(f"directions[{d}].b_hh", w.b_hh, (G * H,), like, contiguous=False)
+            _check(f"directions[{d}].b_hh", w.b_hh, (gate_rows,), like, contiguous=False)
+        if len(w.dense) != len(cell.dense):
+            raise ValueError(f"directions[{d}].dense must be {len(cell.dense)}, got {len(w.dense)}")
+        for stage, (own, bias), (units, k) in zip(
+            cell.dense, w.dense, cell.dense_sizes(P), strict=True
+        ):
+            width = len(stage.sums) * units
+            _check(f"directions[{d}].dense", own, (width, k), like, contiguous=False)
+            if bias is not None:
+                _check(f"directions[{d}].dense", bias, (width,), like, contiguous=False)
         _check_each(f"directions[{d}].params", w.params, cell.params, (H,), like, contiguous=False)
     _check_given("rows.offsets", rows.offsets, (rows.T,), like, torch.int64)
     _check_given("rows.lengths", rows.lengths, (B,), like, torch.int64)

@@ -258,6 +258,12 @@ def stage_at(STAGES, s):
 
 
 @triton.constexpr_function
+def sums_of(STAGES):
+    """How many sums all stages receive through matrices of gates or of their own."""
+    return sum(stage.sums for stage in STAGES)
+
+
+@triton.constexpr_function
 def planes_of(STAGES):
     """How many tiles are exchanged before each stage."""
     return tuple(stage.planes for stage in STAGES)

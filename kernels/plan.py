@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fusedrnn.cells import Cell, Linear, Mean, Projection
+from fusedrnn.cells import Cell, Dense, Linear, Mean
 
 PASSES = ("forward", "backward")
 ITEM_SIZE = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
@@ -59,8 +59,9 @@ class StageSizes:
             mean, both are what it is the mean of, and there is no W.
         k, units: units that are summed over, and units of a sum.
         matrices, first_matrix: how many stand in the tensor that W is read from, and where W's do.
-        gates, first_gate: gates of the input, and where they stand among the cell's; of a mean,
-            where it stands among the means.
+        gates, first_gate: gates of the input, and where they stand among the cell's.
+        sums, first_sum: what it receives through matrices of gates or of its own, and where that
+            stands among the cell's; of a mean, where it stands among the means.
         params, first_param: the same of the cell's own parameters.
     """
 
@@ -72,6 +73,8 @@ class StageSizes:
     first_matrix: int
     gates: int
     first_gate: int
+    sums: int
+    first_sum: int
     params: int
     first_param: int
     mean: bool
@@ -85,29 +88,35 @@ class StageSizes:
     @property
     def projection(self) -> bool:
         """Whether it is one of h."""
-        return self.gates == 0 and not self.mean
+        return self.sums == 0 and not self.mean
 
 
 @functools.lru_cache(maxsize=4096)
 def stage_sizes(cell: Cell, pass_: str, H: int, P: int) -> tuple[StageSizes, ...]:
-    """The stages of a cell with heads of H units, whose h has P features."""
-    stages, gate, means, param, width = [], 0, 0, 0, P
+    """The stages of a cell with heads of H units, the widest stage's, whose h has P features."""
+    stages, gate, sums, means, param, width = [], 0, 0, 0, 0, P
     for stage in cell.stages:
-        mean, products = isinstance(stage.receives, Mean), stage.products
-        units = P if isinstance(stage.receives, Projection) else H
-        planes, results, k = stage.exchanged, products, width
+        receives, products, mean = stage.receives, stage.products, isinstance(stage.receives, Mean)
+        # The last stage makes h.
+        units = P if stage is cell.stages[-1] and not mean else H
+        if isinstance(receives, (Linear, Dense)) and receives.width is not None:
+            units = receives.width
+        planes, results, k, after = stage.exchanged, products, width, units
         if pass_ == "backward":
             planes, results, k, units = products, stage.exchanged, units, k
-        matrices, first = (len(cell.gates), gate) if stage.gates else (1, 0)
-        of_gates = (len(stage.gates), means if mean else gate)
+        matrices, first = (len(cell.gates), gate) if stage.gates else (len(stage.sums) or 1, 0)
+        of_gates = (len(stage.gates), gate)
+        of_sums = (len(stage.sums), means if mean else sums)
         of_params = (len(stage.params), param)
-        diagonal = isinstance(stage.receives, Linear) and stage.receives.diagonal
+        diagonal = isinstance(receives, Linear) and receives.diagonal
         sizes = StageSizes(
-            planes, results, k, units, matrices, first, *of_gates, *of_params, mean, diagonal
-        )
+            planes, results, k, units, matrices, first, *of_gates, *of_sums, *of_params, mean,
+            diagonal,
+        )  # fmt: skip
         stages.append(sizes)
-        means += products if mean else 0
-        gate, param, width = gate + len(stage.gates), param + len(stage.params), H
+        gate, sums = gate + len(stage.gates), sums + len(stage.sums)
+        means, param = means + products * mean, param + len(stage.params)
+        width = H if mean else after
     return tuple(stages)
 
 

@@ -32,6 +32,7 @@ from fusedrnn.kernels.matmul import (
     round_of,
     slot_size,
     stage_at,
+    sums_of,
 )
 from fusedrnn.kernels.state_ops import (
     clamp,
@@ -117,17 +118,19 @@ def run_stage_backward(
 
 @triton.jit
 def run_again(
-    gates, values, stored_h, params, BODY: tl.constexpr, STAGE: tl.constexpr, G: tl.constexpr
+    gates, values, stored_h, params,
+    BODY: tl.constexpr, STAGE: tl.constexpr, G: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """One stage's forward body, from x_gates, h_gates and means of all stages. What a projection
+    """One stage's forward body, from the x_gates, sums and means of all stages. What a projection
     received is the h that was stored."""
     FIRST: tl.constexpr = STAGE.first_gate
     LAST: tl.constexpr = STAGE.first_gate + STAGE.gates
     received = (stored_h,)
-    if STAGE.gates > 0:
-        received = gates[G + FIRST : G + LAST]
+    if STAGE.sums > 0:
+        received = gates[G + STAGE.first_sum : G + STAGE.first_sum + STAGE.sums]
     if STAGE.mean:
-        received = gates[2 * G + FIRST : 2 * G + FIRST + STAGE.planes]
+        MEAN: tl.constexpr = G + SUMS + STAGE.first_sum
+        received = gates[MEAN : MEAN + STAGE.planes]
     own = params[STAGE.first_param : STAGE.first_param + STAGE.params]
     return BODY(gates[FIRST:LAST], received, values, own)
 
@@ -139,7 +142,7 @@ def receive(d_values, product, h_mask, STAGE: tl.constexpr):
     passed = ()
     for i in tl.static_range(COUNT):
         x = product[i]
-        if STAGE.gates > 0:  # what a projection multiplied was not masked
+        if STAGE.gates > 0:  # what else was multiplied was not masked
             x = masked(x, h_mask)
         passed = passed + (d_values[i] + x,)
     return passed + d_values[COUNT:]
@@ -156,10 +159,10 @@ def scan_backward_kernel(
     state_ptrs,  # h [D, B, P], S - 1 others [D, B, H]
     output_ptr,  # [N, D, P]
     states_ptr,  # [N, D, S - 1, H], or None
-    kept_ptrs,  # (saved [N, D, K, H],), or x_gates [N, D, G, H] and h_gates, b_hh included, with
-    # the means behind them, [N, D, G + means, H]
+    kept_ptrs,  # (saved [N, D, K, H],), or x_gates [N, D, G, H] and the sums, b_hh included, with
+    # the means behind them, [N, D, sums + means, H]
     dx_gates_ptr,  # [N, D, G, H]
-    dh_gates_ptr,  # [N, D, G, H], or None where it equals dx_gates
+    dh_gates_ptr,  # [N, D, sums, H], or None where it equals dx_gates
     d_projected_ptr,  # [N, D, P]: what a projection received; or None
     d_state_ptrs,  # as state_ptrs
     d_param_ptrs,  # of each parameter [batch tiles, D, H] float32, to be summed over the tiles
@@ -269,6 +272,7 @@ def scan_backward_kernel(
                     BODY=forward_bodies[s],
                     STAGE=stage_at(STAGES, s),
                     G=G,
+                    SUMS=sums_of(STAGES),
                 )
                 saved = saved + more
         dh = d_state[0] + d_output.to(tl.float32)
@@ -295,7 +299,7 @@ def scan_backward_kernel(
                     STAGE=stage_at(STAGES, s + 1), STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
                 )  # fmt: skip
                 d_values = receive(d_values, product, h_mask, STAGE=stage_at(STAGES, s + 1))
-            unit_mask = h_tile.unit_mask if STAGES[s].projection else tile.unit_mask
+            unit_mask = tile.head_units < STAGES[s].k  # units of the stage
             dx, given, d_values, d_own = run_stage_backward(
                 d_values, saved, prev_32, new_32, params, active, unit_mask,
                 BODY=bodies[s], STAGE=stage_at(STAGES, s), DTYPE=DTYPE,
@@ -307,7 +311,7 @@ def scan_backward_kernel(
                 )  # fmt: skip
             dx_gates = dx + dx_gates
             d_param = d_own + d_param
-            if STAGES[s].gates > 0:
+            if STAGES[s].sums > 0:
                 dh_gates = given + dh_gates
             if STAGES[s].projection:
                 store_planes(d_projected_ptr, given, rows, h_tile, active, h_exists, D=D, H=P)

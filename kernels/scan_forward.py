@@ -28,6 +28,7 @@ from fusedrnn.kernels.matmul import (
     round_of,
     slot_size,
     stage_at,
+    sums_of,
 )
 from fusedrnn.kernels.state_ops import (
     load_begins,
@@ -60,7 +61,7 @@ def to_exchange(values, h_mask, like, STAGE: tl.constexpr):
     planes = ()
     for i in tl.static_range(PLANES):
         x = values[i]
-        if STAGE.gates > 0:  # what a projection multiplies is not masked
+        if STAGE.gates > 0:  # what else is multiplied is not masked
             x = masked(x, h_mask)
         planes = planes + (x.to(like.dtype.element_ty),)
     return planes
@@ -95,8 +96,8 @@ def run_stage(
         planes, channel, weights, w_ptr, tile, step,
         STAGE=STAGE, STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,
     )  # fmt: skip
-    if len(bias) > 0 and STAGE.gates > 0:
-        received = add(received, bias[FIRST:LAST])
+    if len(bias) > 0 and STAGE.sums > 0:
+        received = add(received, bias[STAGE.first_sum : STAGE.first_sum + STAGE.sums])
     own = params[STAGE.first_param : STAGE.first_param + STAGE.params]
     return BODY(as_float32(x_gates[FIRST:LAST]), received, values, own)
 
@@ -107,7 +108,7 @@ def run_stage(
 def scan_forward_kernel(
     x_gates_ptr,  # [N, D, G, H]
     w_ptrs,  # of each stage, of D directions, as `matrices_of` takes them
-    b_hh_ptrs,  # D x [G, H], or None
+    b_hh_ptrs,  # of the sums of all stages, D x [sums, H], or None
     param_ptrs,  # of each parameter, of D directions [H]
     state_ptrs,  # h [D, B, P], S - 1 others [D, B, H]
     output_ptr,  # [N, D, P]
@@ -140,7 +141,7 @@ def scan_forward_kernel(
         weights = weights + (load_weights(matrices[s], tile, STAGE=stage_at(STAGES, s), PLAN=PLAN),)
     bias = ()
     if b_hh_ptrs is not None:
-        bias = load_vectors(b_hh_ptrs, tile, PLANES=G, H=H)
+        bias = load_vectors(b_hh_ptrs, tile, PLANES=sums_of(STAGES), H=H)
     params = load_params(param_ptrs, tile, H=H)
     state = load_states(state_ptrs, h_tile, tile)
     reset_state = load_states(ops.reset_state, h_tile, tile)

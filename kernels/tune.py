@@ -127,18 +127,23 @@ def _measure(
     B, G = plan.block_b, len(cell.gates)
     lanes = _lanes_at_once(plan, H, D, properties)
     D, heads = (lanes, 1) if lanes <= 2 else (1, lanes)
-    projected, P, H = P > 0, P or H, H * heads
+    projected, P, H = P > 0 and not cell.widest, P or H, H * heads
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     rows = Rows(steps, B, B, 1)
-    w_hh = draw(G * H, P) / P**0.5 if heads == 1 else draw(heads, G * P, P) / P**0.5
+    rows_of = G * cell.gate_units(H)
+    w_hh = draw(rows_of, P) / P**0.5 if heads == 1 else draw(heads, G * P, P) / P**0.5
     w_hh = draw(G * H) if cell.diagonal else w_hh
     w_hr = draw(P, H) / H**0.5 if projected else None
     params = tuple(draw(H) for _ in cell.params)
-    weights = Weights(w_hh, w_hh, None, draw(G * H), w_hr, params)
+    dense = tuple(
+        (draw(len(stage.sums) * units, k) / k**0.5, None)
+        for stage, (units, k) in zip(cell.dense, cell.dense_sizes(P), strict=True)
+    )
+    weights = Weights(w_hh, w_hh, None, draw(rows_of), w_hr, params, dense=dense)
     widths = (P if heads == 1 else H, *(H for _ in cell.states[1:]))
     state = tuple(draw(D, B, width) for width in widths)
     x_gates = draw(steps * B, D, G, H)

@@ -118,6 +118,24 @@ def layer_norm_gru_step(x, product, state, params):
     return (update * np.tanh(sigmoid(reset) * candidate) + (1.0 - update) * previous,)
 
 
+def peephole_lstm_full_step(x, product, state, params):
+    """Graves 2013, eqs. 7-11: matrices from the cells to the gates."""
+    h, cell = state
+    a = x + product(h)
+    (to_input, _), (to_forget, _), (to_output, _) = product.dense
+    kept = sigmoid(a[1] + to_forget @ cell) * cell
+    cell = kept + sigmoid(a[0] + to_input @ cell) * np.tanh(a[2])
+    return sigmoid(a[3] + to_output @ cell) * np.tanh(cell), cell
+
+
+def mlp_transition_step(x, product, state, params):
+    """Linear layers with leaky rectifiers of slope 0.01 between them, none behind the last."""
+    a = (x + product(state[0]))[0]
+    for weight, bias in product.dense:
+        a = weight @ np.maximum(a, 0.01 * a) + (0.0 if bias is None else bias)
+    return (a,)
+
+
 def slstm_step(x, product, state, params):
     """Beck et al. 2024, without a bound for what their stabiliser keeps finite."""
     h, cell, normalizer, stabilizer = state
@@ -153,8 +171,10 @@ STEPS = {
     "layer_norm_lstm": (4, layer_norm_lstm_step),
     "ligru": (2, ligru_step),
     "mgu": (2, mgu_step),
+    "mlp_transition": (1, mlp_transition_step),
     "multiplicative_lstm": (5, multiplicative_lstm_step),
     "peephole_lstm": (4, peephole_lstm_step),
+    "peephole_lstm_full": (4, peephole_lstm_full_step),
     "slstm": (4, slstm_step),
     "ugrnn": (2, ugrnn_step),
 }
@@ -168,7 +188,8 @@ def sequence(cell, x, state, w, reverse=False):
         state: S arrays [H] (the first [P] with a projection).
         w: a namespace with w_ih, w_hh ([heads, gates * H / heads, H / heads] with heads, [gates *
             H] where a unit sees itself alone), b_ih, b_hh, w_hr, w_norm (these four or None; w_norm
-            scales W_ih x, normalised) and params.
+            scales W_ih x, normalised), params, and dense: a pair (weight, bias or None) for each
+            other matrix of the cell's.
     Returns:
         outputs [T, H], the final states.
     """
@@ -185,6 +206,7 @@ def sequence(cell, x, state, w, reverse=False):
             sums = np.concatenate([part.reshape(gates, -1) for part in parts], axis=1)
         return sums if w.b_hh is None else sums + w.b_hh.reshape(gates, -1)
 
+    product.dense = w.dense
     product.heads = len(w.w_hh) if w.w_hh.ndim == 3 else 1
     for t in range(len(x) - 1, -1, -1) if reverse else range(len(x)):
         from_input = w.w_ih @ x[t]

@@ -30,9 +30,11 @@ def test_backward_is_the_derivative_of_forward(cell, scale):
     assert_backward_is_the_derivative_of_forward(cell, scale)
 
 
-@pytest.mark.parametrize("cell", [c for c in ALL.values() if c.weighted == c.stages])
+@pytest.mark.parametrize(
+    "cell", [c for c in ALL.values() if c.weighted == c.stages and not c.dense]
+)
 def test_forward_is_the_papers(cell):
-    """(Of means, which no unit has by itself: tests/test_reference.py.)"""
+    """(Of means and matrices of its own, which no unit has by itself: tests/test_reference.py.)"""
     x_gates, received, state, params = arguments(cell, 2.0)
     new, _ = forward(cell, x_gates, received, state, params)
     gates, step = oracles.STEPS[cell.name]
@@ -120,6 +122,36 @@ def test_the_first_stage_is_a_product_with_weight_hh():
     with pytest.raises(ValueError, match="'x': expected a first stage of Linear gates"):
         dataclasses.replace(
             cells.get("layer_norm_gru"), name="x", stages=cells.get("layer_norm_gru").stages[1:]
+        )
+
+
+@pytest.mark.parametrize(
+    ("cell", "changes", "message"),
+    [
+        ("peephole_lstm_full", {"stages": slice(None, None, -1)}, "a first stage of Linear gates"),
+        ("gru_reset_before", {"dense": 0}, "expected Linear stages before Dense ones"),
+        (
+            "mlp_transition",
+            {"states": ("h", "c")},
+            "expected h alone, .* where stages have a width",
+        ),
+        ("gru_reset_before", {"width": 8}, "expected h alone, .* where stages have a width"),
+    ],
+)
+def test_what_dense_stages_stand_beside(cell, changes, message):
+    cell, changes = cells.get(cell), dict(changes)
+    stages = list(cell.stages)
+    if "dense" in changes:
+        dense = dataclasses.replace(stages[1], receives=cells.Dense(("weight_mlp1",)))
+        stages = [stages[0], dense, stages[1]]
+    elif "width" in changes:
+        wide = dataclasses.replace(stages[1].receives, width=changes["width"])
+        stages = [stages[0], dataclasses.replace(stages[1], receives=wide)]
+    elif "stages" in changes:
+        stages = stages[changes["stages"]]
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(
+            cell, name="x", stages=tuple(stages), states=changes.get("states", cell.states)
         )
 
 

@@ -21,11 +21,12 @@ from fusedrnn import cells
 from fusedrnn.cells._terms import Terms, minimum_cut, reached
 from fusedrnn.cells.derived import derive
 
-# All but those with means, which no step can spell, and with a diagonal, whose bodies others have.
+# All but those with means or other matrices, which no step can spell, and with a diagonal, whose
+# bodies others have.
 WRITTEN = [
     name
     for name, cell in cells.REGISTRY.items()
-    if cell.weighted == cell.stages and not cell.diagonal
+    if cell.weighted == cell.stages and not cell.diagonal and not cell.dense
 ]
 
 

@@ -41,6 +41,11 @@ ROWS = {
     ],
     "float64": [{"dtype": torch.float64}],
     "several layers, both directions": [{"num_layers": 2, "bidirectional": True}],
+    "`direction=`, `residual=`, layers of several sizes": [
+        {"reversed_layers": 1},
+        {"residual": True},
+        {"num_layers": 2, "hidden_sizes": (4, 3)},
+    ],
     "`proj_size`": [{"proj_size": 4}],
     "`num_heads`": [{"num_heads": 2}],
     "`PackedSequence`": [{"packed": True}],
@@ -71,7 +76,7 @@ def test_table_is_what_dispatch_does(row, monkeypatch, imaginary_gpu):
         refusals = [
             dispatch.REFUSES[backend](call_of(**{**plain, **changed})) for changed in ROWS[row]
         ]
-        if said == "yes":
+        if said.split()[0] == "yes":
             assert refusals == [None] * len(refusals)
         else:
             assert said.split()[0] == "no"

@@ -25,6 +25,7 @@ KINDS |= {f"{name}-heads": (name, {"num_heads": 3}) for name in ("lstm", "gru_re
 # (Two values have a variance near 0 too easily: normalised heads have three units.)
 KINDS |= {"layer_norm_lstm-heads": ("layer_norm_lstm", {"num_heads": 2})}
 KINDS |= {"lstm-projected": ("lstm", {"proj_size": 2})}
+KINDS |= {"widths": ("mlp_transition(layer_sizes=(3, 8), negative_slope=0.1)", {})}
 EVERY = KINDS | {name: (name, {}) for name in cells.REGISTRY}
 EVERY |= {f"{n}-projected": (n, {"proj_size": 2}) for n, c in cells.REGISTRY.items() if c.projects}
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -239,26 +240,35 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("kind", EVERY)
+MATRICES = {
+    "peephole_lstm_full": dict.fromkeys(("weight_ci", "weight_cf", "weight_co"), (H, H)),
+    "mlp_transition": {
+        "weight_mlp1": (100, 100), "bias_mlp1": (100,), "weight_mlp2": (H, 100), "bias_mlp2": (H,),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "widths"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_parameters_and_their_start(kind, bidirectional):
     cell, own = EVERY[kind]
     module = make(kind, bidirectional=bidirectional)
     G, D, heads = len(cells.get(cell).gates), 1 + bidirectional, own.get("num_heads", 1)
     P = own.get("proj_size", H)
-    expected = {}
+    expected, rows = {}, 100 if cell == "mlp_transition" else G * H
     for layer in range(2):
         for end in ("", "_reverse")[:D]:
             end = f"_l{layer}{end}"
-            expected[f"weight_ih{end}"] = (G * H, I if layer == 0 else D * P)
+            expected[f"weight_ih{end}"] = (rows, I if layer == 0 else D * P)
             square = (heads, G * H // heads, H // heads)
-            expected[f"weight_hh{end}"] = square if heads > 1 else (G * H, P)
+            expected[f"weight_hh{end}"] = square if heads > 1 else (rows, P)
             if "indrnn" in cell:
                 expected[f"weight_hh{end}"] = (H,)
-            expected[f"bias_ih{end}"] = expected[f"bias_hh{end}"] = (G * H,)
+            expected[f"bias_ih{end}"] = expected[f"bias_hh{end}"] = (rows,)
             if P != H:
                 expected[f"weight_hr{end}"] = (P, H)
             expected |= {name + end: (n * H,) for name, n in OWN.get(cell, {}).items()}
+            expected |= {name + end: shape for name, shape in MATRICES.get(cell, {}).items()}
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == expected
     assert list(expected) == [name for group in module._all_weights for name in group]
     assert [p.shape for group in module.all_weights for p in group] == list(expected.values())
@@ -271,7 +281,7 @@ def test_parameters_and_their_start(kind, bidirectional):
             assert (p >= 0).all()
             assert H**-0.5 < p.max() <= 1
         else:
-            assert p.abs().max() <= H**-0.5
+            assert p.abs().max() <= (100 if "_mlp" in name else H) ** -0.5
     assert module.mode == cell.upper()
     assert all(a is b for a, b in zip(module._flat_weights, module.parameters(), strict=True))
     assert ("num_heads" in vars(module)) == (heads > 1)

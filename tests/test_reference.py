@@ -24,16 +24,21 @@ def double(*shape):
 
 
 def make_weights(cell, *, bias=True, projection=False, heads=1):
-    G, width = len(cell.gates), P if projection else H
-    recurrent = (G * H, width) if heads == 1 else (heads, G * H // heads, H // heads)
+    rows, width = len(cell.gates) * cell.gate_units(H), P if projection else H
+    recurrent = (rows, width) if heads == 1 else (heads, rows // heads, H // heads)
+    dense = [
+        (double(len(stage.sums) * units, k) / k**0.5, stage.receives.biases and bias)
+        for stage, (units, k) in zip(cell.dense, cell.dense_sizes(H), strict=True)
+    ]
     return Weights(
-        double(G * H, I) / 2,
-        double(*((G * H,) if cell.diagonal else recurrent)) / 2,
-        double(G * H) / 2 if bias else None,
-        double(G * H) / 2 if bias and cell.input_norm is None else None,
+        double(rows, I) / 2,
+        double(*((rows,) if cell.diagonal else recurrent)) / 2,
+        double(rows) / 2 if bias else None,
+        double(rows) / 2 if bias and cell.input_norm is None else None,
         double(P, H) if projection else None,
         tuple(double(H) for _ in cell.params),
-        None if cell.input_norm is None else double(G * H),
+        None if cell.input_norm is None else double(rows),
+        tuple((w, double(len(w)) / 2 if biased else None) for w, biased in dense),
     )
 
 
@@ -46,9 +51,15 @@ def as_numpy(weights):
     arrays = {
         name: None if value is None else value.detach().numpy()
         for name, value in weights._asdict().items()
-        if name != "params"
+        if name not in ("params", "dense")
     }
-    return SimpleNamespace(**arrays, params=tuple(p.detach().numpy() for p in weights.params))
+    dense = [  # of a stage's matrices, one under the other, each
+        (part.numpy(), None if bias is None else bias.numpy())
+        for weight, bias in weights.dense
+        for part in (weight.split(H) if bias is None and weight.shape == (2 * H, H) else (weight,))
+    ]
+    params = tuple(p.detach().numpy() for p in weights.params)
+    return SimpleNamespace(**arrays, params=params, dense=dense)
 
 
 def check_against_numpy(cell, D, *, lengths=None, reset=None, projection=False, **weights):
@@ -103,7 +114,7 @@ HEADS = [
     pytest.param(cell, heads, id=f"{cell.name}-{heads}")
     for cell in cells.REGISTRY.values()
     for heads in (2, 3, 6)
-    if heads != 3 or cell.name != "layer_norm_lstm"
+    if not cell.dense and (heads != 3 or cell.name != "layer_norm_lstm")
 ]
 
 
@@ -113,19 +124,24 @@ def test_heads(cell, heads):
     check_against_numpy(cell, 1, heads=heads, bias=False, lengths=torch.tensor([3, 5, 0, 1]))
 
 
+SMALL = {"mlp_transition": "mlp_transition(layer_sizes=(3, 4), negative_slope=0.1)"}
 # All cells, and one of each kind in all ways.
-GRADIENTS = [("plain", 1, cell) for cell in cells.REGISTRY] + [
-    (case, D, cell)
-    for case in ("lengths", "reset", "heads")
-    for D in (1, 2)
-    for cell in ("lstm", "gru_reset_before", "indrnn_tanh", "layer_norm_gru")
-]
+GRADIENTS = (
+    [("plain", 1, cell) for cell in cells.REGISTRY]
+    + [
+        (case, D, cell)
+        for case in ("lengths", "reset", "heads")
+        for D in (1, 2)
+        for cell in ("lstm", "gru_reset_before", "indrnn_tanh", "layer_norm_gru")
+    ]
+    + [("lengths", 2, "peephole_lstm_full"), ("lengths", 2, "mlp_transition")]
+)
 
 
 @pytest.mark.parametrize(("case", "D", "cell"), GRADIENTS)
 def test_gradients_once_and_twice(cell, D, case):
     """Every input: the sequence, the initial states, all parameters."""
-    cell = cells.get(cell)
+    cell = cells.get(SMALL.get(cell, cell))
     if "relu" in cell.name or cell.name == "ligru":
         torch.manual_seed(3)  # no unit of this draw lies within a difference step of the kink
     T, B, I, H = 2, 2, 1, 2

@@ -103,7 +103,9 @@ def weights_in(dtype: torch.dtype, weights: Weights) -> Weights:
         for name, tensor in weights._asdict().items()
         if isinstance(tensor, Tensor)
     }
-    return weights._replace(**cast, params=tuple([p.to(dtype) for p in weights.params]))
+    dense = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in weights.dense]
+    params = [p.to(dtype) for p in weights.params]
+    return weights._replace(**cast, params=tuple(params), dense=tuple(dense))
 
 
 def active_rows(lengths: Tensor, T: int) -> Tensor:

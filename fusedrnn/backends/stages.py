@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.call import Weights
-from fusedrnn.cells import Cell, Mean, Projection
+from fusedrnn.cells import Cell, Dense, Mean, Projection
 
 
 def shared_out(cell: Cell, attribute: str, parts: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -25,13 +25,16 @@ def shared_out(cell: Cell, attribute: str, parts: Sequence[Any]) -> list[tuple[A
 
 def stage_weights(cell: Cell, weights: Weights) -> list[tuple[Tensor, Tensor | None]]:
     """W and b of every stage's product: rows of weight_hh (in every head; or its elements, where it
-    is diagonal) and of bias_hh. Of a mean, weight_hh."""
+    is diagonal) and of bias_hh, or matrices of its own. Of a mean, weight_hh."""
     if len(cell.stages) == 1:
         return [(weights.w_hh, weights.b_hh)]
-    found, first = [], 0
+    found, first, dense = [], 0, iter(weights.dense)
     for stage in cell.stages:
         if isinstance(stage.receives, Mean):
             found.append((weights.w_hh, None))
+            continue
+        if isinstance(stage.receives, Dense):
+            found.append(next(dense))
             continue
         if isinstance(stage.receives, Projection):
             assert weights.w_hr is not None
@@ -81,7 +84,7 @@ def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: Sequence[Tensor], heads: 
         if not stage.gates:
             continue
         d_gates = dh_gates
-        if len(stage.gates) < len(cell.gates):
+        if len(stage.gates) < dh_gates.shape[1]:
             d_gates = dh_gates[:, first : first + len(stage.gates)]
         first += len(stage.gates)
         if cell.diagonal:
@@ -96,6 +99,29 @@ def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: Sequence[Tensor], heads: 
     if cell.diagonal:
         return torch.cat(parts).to(dh_gates.dtype)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def d_dense(cell: Cell, d_sums: Tensor, factors: Sequence[Tensor], bias: bool) -> list[Tensor]:
+    """The gradients of the Dense stages' parameters, in their order, from that of all sums
+    [N, sums, H], and what the weighted stages multiplied; units beyond a stage's own are 0."""
+    gradients, first = [], len(cell.gates)
+    sizes = iter(cell.dense_sizes(factors[0].shape[-1]))
+    for stage, factor in zip(cell.weighted, factors, strict=True):
+        if not isinstance(stage.receives, Dense):
+            continue
+        units, k = next(sizes)
+        for column in range(first, first + len(stage.sums)):
+            gradients.append(d_sums[:, column, :units].T @ factor[:, :k])
+        for column in range(first, first + len(stage.receives.biases)) if bias else ():
+            gradients.append(d_bias(d_sums[:, column, :units]))
+        first += len(stage.sums)
+    return gradients
+
+
+def d_bias(d_sums: Tensor) -> Tensor:
+    """The sum over the rows of [N, *]. In float32: N is large, and a low-precision sum would stop
+    growing."""
+    return d_sums.sum(0, dtype=torch.float32).to(d_sums.dtype)
 
 
 def input_gates(cell: Cell, input: Tensor, weights: Weights) -> Tensor:

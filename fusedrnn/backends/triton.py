@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import cells, packing
@@ -35,9 +36,10 @@ from fusedrnn.call import (
     masked_input,
     reverses,
     split_weights,
+    units_of,
     widths,
 )
-from fusedrnn.cells import Cell, Mean
+from fusedrnn.cells import Mean
 
 OLDEST_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,7 +101,7 @@ def refuses(call: Call) -> str | None:
         spec, index = call.spec, call.device.index or 0
         # Numbers, where torch.compile has symbols.
         heads = operator.index(heads_of(spec))
-        H, P = operator.index(spec.hidden_size) // heads, operator.index(spec.proj_size)
+        H, P = (operator.index(n) // heads for n in (units_of(spec), widths(spec)[0]))
         return _no_plan(spec.cell, call.dtype, H, P, directions(spec) * heads, index)
     return None
 
@@ -111,7 +113,10 @@ def _no_plan(cell: str, dtype: torch.dtype, H: int, P: int, D: int, index: int) 
     from fusedrnn.kernels import refusal
 
     device = torch.device("cuda", index)
-    return refusal(cells.get(cell, projected=P > 0), dtype, H, D, device, P)
+    known = cells.get(cell)
+    if P < H and not known.widest:
+        known = cells.get(cell, projected=True)
+    return refusal(known, dtype, H, D, device, P if P < H else 0)
 
 
 # As torch.compiler.assume_constant_result, see `aten.lstm_autocast_failure`.
@@ -145,7 +150,7 @@ def _begin(spec: Spec, operands: Operands, masks: Masks, pass_: str, layers: int
 
     cell, input, precision = cell_of(spec), operands.input, fp32_precision()
     rows = packing.rows_of(input, spec.batch_first, masks.lengths, masks.batch_sizes)
-    L, D, H = spec.num_layers, directions(spec), spec.hidden_size
+    L, D, H = spec.num_layers, directions(spec), units_of(spec)
     rest = {"P": widths(spec)[0], "heads": heads_of(spec)}
     plan = kernels.plan_for(cell, pass_, input, rows.B, H, D, precision, **rest)
     exchanges = kernels.workspaces(cell, plan, pass_, rows, input, H=H, D=D, layers=layers, **rest)
@@ -177,7 +182,7 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
             kept.append(input)
         entering = masked_input(spec, input, noise)
         with matmul_precision(input, given.precision):
-            x_gates = _input_gates(cell, entering.reshape(-1, input.shape[-1]), weights)
+            x_gates = _input_gates(spec, entering.reshape(-1, input.shape[-1]), weights)
         output, _, *saved = kernels.scan_forward(
             cell, x_gates, weights, given.state[index], rows=given.rows[index], save=save,
             input_precision=given.precision, heads=heads_of(spec),
@@ -205,7 +210,7 @@ def kept_shapes(spec: Spec, input: Tensor) -> list[list[tuple[int, ...]]]:
     """Of each layer, the shapes of what `forward` keeps for `backward`: the output of the layer
     below, its own h where its input is added to that, what the cell saved, what its stages but the
     first multiplied, and its states but h, as far as there are such."""
-    cell, D, H = cell_of(spec), directions(spec), spec.hidden_size
+    cell, D, H = cell_of(spec), directions(spec), units_of(spec)
     N = input.numel() // input.shape[-1]
     shapes = []
     for index in range(spec.num_layers):
@@ -303,8 +308,8 @@ def _layer_backward(
     with matmul_precision(input, precision):
         values = saved
         if recompute:
-            x_gates = _input_gates(cell, input_ni, weights)
-            h_gates, factors = _recurrent_gates(cell, x_gates, prev, weights, h_mask)
+            x_gates = _input_gates(spec, input_ni, weights)
+            h_gates, factors = _recurrent_gates(spec, x_gates, prev, weights, h_mask)
             values = (x_gates, h_gates)
         else:
             stacked = [prev[0] if h_mask is None else prev[0] * h_mask]
@@ -317,6 +322,7 @@ def _layer_backward(
             heads=heads, state_ops=_state_ops(spec, given, index, noise, len(input_ni)),
             plan=given.plan, exchanges=given.exchanges,
         )  # fmt: skip
+        dx_gates = dx_gates[..., : cell.gate_units(dx_gates.shape[-1])]
         d_sums, d_norms = dx_gates.flatten(2), []
         if cell.input_norm is not None:
             d_sums, d_norms = stages.input_norm_backward(cell, d_sums, input_ni, weights)
@@ -325,15 +331,13 @@ def _layer_backward(
             d_input = (d_sums.flatten(1) @ _joined_weights(weights)[0]).view(input.shape)
         gradients: list[Tensor] = []
         for d in range(D):
-            dx, dh = dx_gates[:, d].flatten(1), dh_gates[:, d].flatten(1)
-            d_w_hh = stages.d_weight_hh(cell, dh_gates[:, d], factors[d], heads)
+            dx, dh = dx_gates[:, d], dh_gates[:, d, : len(cell.gates), : dx_gates.shape[-1]]
+            d_w_hh = stages.d_weight_hh(cell, dh, factors[d], heads)
             gradients += [d_sums[:, d].T @ input_ni, d_w_hh]
             if spec.bias:
-                # Summed in float32: N is large, and a low-precision sum would stop growing.
-                d_b_ih = dx.sum(0, dtype=torch.float32).to(dx.dtype)
+                d_b_ih = stages.d_bias(dx).flatten()
                 shared = cell.additive or cell.input_norm is not None
-                d_b_hh = d_b_ih if shared else dh.sum(0, dtype=torch.float32).to(dh.dtype)
-                gradients += [d_b_ih, d_b_hh.clone()]
+                gradients += [d_b_ih, d_b_ih.clone() if shared else stages.d_bias(dh).flatten()]
             if d_projected is not None:
                 gradients.append(d_projected[:, d].T @ factors[d][-1])
             gradients += d_norms[d : d + 1]
@@ -341,6 +345,8 @@ def _layer_backward(
             for own in cell.own[len(d_norms) > 0 :]:
                 parts = [next(vectors)[d] for _ in range(own.vectors)]
                 gradients.append(torch.cat(parts).to(input.dtype))
+            if cell.dense:
+                gradients += stages.d_dense(cell, dh_gates[:, d], factors[d], spec.bias)
     return d_input, d_state, gradients
 
 
@@ -368,18 +374,27 @@ def _state_ops(spec: Spec, given: _Pass, index: int, noise: LayerMasks, N: int):
     if zoneout is not None and zoneout.dim() > 1:
         S = len(cell_of(spec).states)
         zoneout = zoneout.reshape(N, directions(spec), S, -1).view(torch.int8)
+        zoneout = _to_units(spec, zoneout)
     reset_state = tuple([s.contiguous() for s in given.reset_state[index]])
     return kernels.StateOps(given.reset[index], reset_state, noise.h, zoneout, spec.clip or None)
 
 
-def _input_gates(cell: Cell, input_ni: Tensor, weights: list[Weights]) -> Tensor:
+def _to_units(spec: Spec, tensor: Tensor) -> Tensor:
+    """`tensor` [*, H], with zeros for units that only wider stages have."""
+    missing = units_of(spec) - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _input_gates(spec: Spec, input_ni: Tensor, weights: list[Weights]) -> Tensor:
     """x_gates [N, D, G, H]: the input projection of all time steps and both directions."""
+    cell = cell_of(spec)
     if cell.input_norm is not None:
         x_gates = torch.stack([stages.input_gates(cell, input_ni, w) for w in weights], dim=1)
     else:
         w_ih, b_ih = _joined_weights(weights)
-        x_gates = torch.nn.functional.linear(input_ni, w_ih, b_ih)
-    return x_gates.view(input_ni.shape[0], len(weights), len(cell.gates), -1)
+        x_gates = F.linear(input_ni, w_ih, b_ih)
+    x_gates = x_gates.view(input_ni.shape[0], len(weights), len(cell.gates), -1)
+    return _to_units(spec, x_gates)
 
 
 def _joined_weights(weights: list[Weights]) -> tuple[Tensor, Tensor | None]:
@@ -395,15 +410,16 @@ def _joined_weights(weights: list[Weights]) -> tuple[Tensor, Tensor | None]:
 
 
 def _recurrent_gates(
-    cell: Cell, x_gates: Tensor, prev: list[Tensor], weights: list[Weights], h_mask: Tensor | None
+    spec: Spec, x_gates: Tensor, prev: list[Tensor], weights: list[Weights], h_mask: Tensor | None
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """What all stages received but a projection, [N, D, G + means, H], the means behind the gates,
-    of all time steps at once, from the states before each of them; and of each direction what every
-    stage multiplied, [N, K]."""
-    h_gates, factors = [], []
+    """What all stages received but a projection, [N, D, sums + means, H], the means behind the
+    sums, of all time steps at once, from the states before each of them; and of each direction what
+    every stage multiplied, [N, K]."""
+    cell, h_gates, factors = cell_of(spec), [], []
     for d, w in enumerate(weights):
         several = len(cell.stages) > 1
-        x = stages.shared_out(cell, "gates", x_gates[:, d].float().unbind(1) if several else ())
+        entered = x_gates[:, d, :, : cell.gate_units(x_gates.shape[-1])]
+        x = stages.shared_out(cell, "gates", entered.float().unbind(1) if several else ())
         params = stages.shared_out(cell, "params", [p.float() for p in w.params])
         matrices = stages.stage_weights(cell, w)
         heads = len(w.w_hh) if w.w_hh.dim() == 3 else 1
@@ -418,14 +434,14 @@ def _recurrent_gates(
                 if h_mask is not None and stage.gates:
                     factor = factor * h_mask[:, d]
                 multiplied.append(factor)
-                if not stage.gates:  # a projection: h was stored
+                if not stage.sums:  # a projection: h was stored
                     break
                 received = stages.product(factor, *matrices[s], stage.products)
                 gates += received
             if s + 1 < len(cell.stages):
                 sums, wide = ([t.float() for t in part] for part in (received, values))
                 values, _saved = stage.forward(x[s], tuple(sums), tuple(wide), params[s])
-        h_gates.append(torch.stack([*gates, *means], dim=1))
+        h_gates.append(torch.stack([_to_units(spec, g) for g in (*gates, *means)], dim=1))
         factors.append(multiplied)
     return torch.stack(h_gates, dim=1), factors
 

@@ -19,10 +19,31 @@ _VARIANTS: dict[str, "Cell"] = {}  # those with other options than the registere
 @dataclass(frozen=True)
 class Linear:
     """The product of values[0] with the rows of weight_hh that belong to `gates`, plus their part
-    of bias_hh. `diagonal`: weight_hh is a vector, [G * H], and a unit sees nothing but itself."""
+    of bias_hh.
+
+    Attributes:
+        diagonal: weight_hh is a vector, [G * H], and a unit sees nothing but itself.
+        width: units of each gate; by default H.
+    """
 
     gates: tuple[str, ...]
     diagonal: bool = False
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The products of values[0] with matrices of the stage's own, in which the input has no part.
+
+    Attributes:
+        weights: names of parameters [units, K], where K is what the stage before has of units.
+        biases: names of theirs, [units], of a module with biases; or ().
+        width: units of each sum; by default H.
+    """
+
+    weights: tuple[str, ...]
+    biases: tuple[str, ...] = ()
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,14 +108,14 @@ class Stage:
     loop adds the mean of all units' to each.
 
     Attributes:
-        receives: a Linear, or a Projection or a Mean, which have no gates of the input.
+        receives: a Linear; or a Dense, a Projection or a Mean, which have no gates of the input.
         saved: names of the values that `forward` keeps for the backward bodies.
         own: the parameters of its own, whose vectors the bodies read as `params`.
         additive: whether the body reads the gates only as the sums x_gates[k] + received[k].
             Then dx_gates and d_received are equal, and are stored once.
     """
 
-    receives: Linear | Projection | Mean
+    receives: Linear | Dense | Projection | Mean
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     additive: bool
@@ -111,6 +132,11 @@ class Stage:
         return self.receives.gates if isinstance(self.receives, Linear) else ()
 
     @property
+    def sums(self) -> tuple[str, ...]:
+        """Names of what the hidden units have a part in: the gates, or the matrices of a Dense."""
+        return self.receives.weights if isinstance(self.receives, Dense) else self.gates
+
+    @property
     def params(self) -> tuple[str, ...]:
         """Names of the vectors of `own`, one value a unit each."""
         return tuple(
@@ -121,7 +147,7 @@ class Stage:
     @property
     def products(self) -> int:
         """How many sums or means a unit receives."""
-        return self.receives.count if isinstance(self.receives, Mean) else len(self.gates) or 1
+        return self.receives.count if isinstance(self.receives, Mean) else len(self.sums) or 1
 
     @property
     def exchanged(self) -> int:
@@ -159,12 +185,14 @@ class Cell:
         aten: the function of torch that computes this cell, or None. onnx: ONNX's operator for it.
         source: where the equations come from.
         gates: names of the G gates of all stages, in the order in which the weights stack them.
+        sums: the same, and behind them the matrices of Dense stages.
+        widest: units of the widest stage that does not have H of them, or 0.
         saved: names of the K values that all stages keep for backward, besides the states.
         own: the parameters that only this cell has, that of `input_norm` first.
         params: names of the vectors of all stages' own, one value a unit each.
         diagonal: whether weight_hh is a vector.
-        weighted: the stages that multiply values[0] with weights.
-        additive: whether dx_gates and dh_gates are equal in every stage.
+        weighted: the stages that multiply values[0] with weights. dense: the Dense ones of them.
+        additive: whether dx_gates and dh_gates are equal, in every stage, and are all there is.
     """
 
     name: str
@@ -178,11 +206,14 @@ class Cell:
     source: str = ""
     # Worked out at once: torch.compile cannot look into a functools.cached_property.
     gates: tuple[str, ...] = field(init=False)
+    sums: tuple[str, ...] = field(init=False)
+    widest: int = field(init=False)
     saved: tuple[str, ...] = field(init=False)
     own: tuple[Own, ...] = field(init=False)
     params: tuple[str, ...] = field(init=False)
     diagonal: bool = field(init=False)
     weighted: tuple[Stage, ...] = field(init=False)
+    dense: tuple[Stage, ...] = field(init=False)
     additive: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -199,7 +230,11 @@ class Cell:
         def over(attribute: str) -> tuple[Any, ...]:
             return tuple(part for stage in self.stages for part in getattr(stage, attribute))
 
-        derived: dict[str, Any] = {name: over(name) for name in ("gates", "saved", "own", "params")}
+        derived: dict[str, Any] = {
+            name: over(name) for name in ("gates", "sums", "saved", "own", "params")
+        }
+        if derived["sums"][: len(derived["gates"])] != derived["gates"]:
+            raise ValueError(f"cell {self.name!r}: expected Linear stages before Dense ones")
         if self.input_norm is not None:
             scale = Own(self.input_norm.name, len(derived["gates"]), 1.0)
             derived["own"] = (scale, *derived["own"])
@@ -209,10 +244,46 @@ class Cell:
         if derived["diagonal"] and len(self.stages) > 1:
             got = len(self.stages)
             raise ValueError(f"cell {self.name!r}: expected one stage, being diagonal, got {got}")
+        wide = [r.width or 0 for r in receives if isinstance(r, (Linear, Dense))]
+        derived["widest"] = max(wide)
+        plain = len(linear) == 1 and len(wide) == len(receives) and self.states == ("h",)
+        if derived["widest"] and (derived["own"] or not plain):
+            raise ValueError(
+                f"cell {self.name!r}: expected h alone, one Linear stage and Dense ones beside it, "
+                "and no vectors, where stages have a width"
+            )
         derived["weighted"] = tuple(s for s in self.stages if not isinstance(s.receives, Mean))
-        derived["additive"] = all(stage.additive for stage in self.stages)
+        derived["dense"] = tuple(s for s in self.stages if isinstance(s.receives, Dense))
+        derived["additive"] = not derived["dense"] and all(s.additive for s in self.stages)
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def units(self, H: int) -> int:
+        """Units of the widest stage, of a layer with H."""
+        return max(self.widest, H)
+
+    def gate_units(self, H: int) -> int:
+        """Units of each of `gates`."""
+        receives = self.stages[0].receives
+        return (isinstance(receives, Linear) and receives.width) or H
+
+    def own_shapes(self, H: int, bias: bool) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that only this cell has, in order: vectors, matrices."""
+        shapes: dict[str, tuple[int, ...]] = {own.name: (own.vectors * H,) for own in self.own}
+        for stage, (units, k) in zip(self.dense, self.dense_sizes(H), strict=True):
+            receives: Any = stage.receives
+            shapes |= dict.fromkeys(receives.weights, (units, k))
+            shapes |= dict.fromkeys(receives.biases if bias else (), (units,))
+        return shapes
+
+    def dense_sizes(self, H: int) -> list[tuple[int, int]]:
+        """(units, K) of each Dense stage of a layer with H units."""
+        sizes, k = [], self.gate_units(H)
+        for stage in self.dense:
+            receives: Any = stage.receives
+            sizes.append((receives.width or H, k))
+            k = sizes[-1][0]
+        return sizes
 
 
 def check_body(body: Callable[..., Any]) -> None:

@@ -43,8 +43,10 @@ SAMPLE = [
     ("sm_90", "layer_norm_lstm", "backward", "bf16", "tf32", 64, 16),
     ("sm_90", "ligru", "backward", "bf16", "tf32", 64, 16),
     ("sm_90", "mgu", "forward", "fp16", "tf32", 64, 16),
+    ("sm_90", "mlp_transition", "backward", "bf16", "tf32", 64, 16),
     ("sm_90", "multiplicative_lstm", "forward", "bf16", "tf32", 64, 16),
     ("sm_90", "peephole_lstm", "backward", "fp32", "tf32", 64, 16),
+    ("sm_90", "peephole_lstm_full", "forward", "fp32", "tf32", 64, 16),
     ("sm_90", "slstm", "forward", "bf16", "tf32", 64, 16),
     ("sm_90", "ugrnn", "backward", "bf16", "tf32", 64, 16),
 ]

@@ -8,7 +8,7 @@ from tolerances import assert_as_good
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn.cells import REGISTRY
+from fusedrnn.cells import REGISTRY, get
 
 
 def run(module, input, hx, lengths, reset):
@@ -42,10 +42,9 @@ def check(cell, T, B, I, H, rows, num_layers=1, bidirectional=False, seed=0, **o
     made = fusedrnn.Recurrent(cell, I, H, num_layers, bidirectional=bidirectional, **options)
     layers = num_layers * (1 + bidirectional)
     # A normaliser, which divides, is not near 0.
-    hx = [torch.randn(layers, B, H) for _ in REGISTRY[cell].states]
-    hx = [
-        h.abs() + 1 if name == "n" else h for name, h in zip(REGISTRY[cell].states, hx, strict=True)
-    ]
+    states = get(cell).states
+    hx = [torch.randn(layers, B, H) for _ in states]
+    hx = [h.abs() + 1 if name == "n" else h for name, h in zip(states, hx, strict=True)]
     input = torch.randn(T, B, I)
     lengths = {"packed": "packed", "lengths": torch.randint(0, T + 1, (B,))}.get(rows)
     reset = torch.rand(T, B) < 0.3 if rows == "reset" else None
@@ -59,6 +58,8 @@ def check(cell, T, B, I, H, rows, num_layers=1, bidirectional=False, seed=0, **o
         module = made.to(wide)
         module.backend = backend
         given = [t.detach().to(wide) for t in (input, *hx)]
+        if "generator" in options:
+            options["generator"].manual_seed(seed)
         found[backend, dtype] = run(module, given[0], given[1:], lengths, reset)
     exact = found["reference", "float64"]
     for name in exact:
@@ -69,6 +70,7 @@ def check(cell, T, B, I, H, rows, num_layers=1, bidirectional=False, seed=0, **o
 # Of every cell the quicker way, and of one of each kind the other: all is computed again.
 SAVED = [(cell, "gates") for cell in REGISTRY]
 SAVED += [(cell, "states") for cell in ("indrnn_tanh", "layer_norm_lstm", "mgu", "slstm")]
+SAVED += [("peephole_lstm_full", "states")]
 
 
 @pytest.mark.parametrize(("cell", "save"), SAVED)
@@ -91,4 +93,15 @@ def test_a_layer(cell, save):
     seed=st.integers(0, 9),
 )
 def test_drawn(cell, T, B, I, size, num_heads, rows, **options):
+    num_heads = 1 if REGISTRY[cell].dense else num_heads
     check(cell, T, B, I, size * num_heads, rows, num_heads=num_heads, **options)
+
+
+@pytest.mark.parametrize("widths", [(20, 9), (3, 9, 5), (4,)])
+@pytest.mark.parametrize("save", ["gates", "states"])
+def test_widths_of_stages(widths, save):
+    """The widest stage first, within, or last, which is h."""
+    cell = f"mlp_transition(layer_sizes={widths}, negative_slope=0.1)"
+    options = {"zoneout": 0.3, "recurrent_dropout": 0.4, "generator": torch.Generator()}
+    check(cell, 3, 2, 4, 7, "lengths", 2, True, save=save, **options)
+    check(cell, 3, 2, 4, 7, "packed", 2, bias=False, save=save)

@@ -13,6 +13,7 @@ from layer_checks import assert_as_good_as_torch
 from races import Detector
 from scan_cases import Case, assert_close, kernels, loop, problem
 from scheduler import cooperative
+from tolerances import assert_as_good
 
 import fusedrnn
 from fusedrnn.cells import REGISTRY
@@ -75,6 +76,36 @@ def test_several_launches():
         Case(REGISTRY["gru"], **RAGGED),
         replace(MULTI_BLOCK, batch_per_launch=2, lanes_per_launch=1),
     )
+
+
+@pytest.mark.parametrize(
+    ("cell", "H"),
+    [
+        ("peephole_lstm_full", 20),
+        ("mlp_transition(layer_sizes=(20, 9), negative_slope=0.1)", 7),
+        ("mlp_transition(layer_sizes=(5, 9), negative_slope=0.1)", 20),
+    ],
+)
+def test_stages_with_matrices_of_their_own(cell, H, monkeypatch):
+    """Of several widths: programs without a unit of a stage wait as the others do."""
+    rnn, x = fusedrnn.Recurrent(cell, 4, H, bidirectional=True), torch.randn(3, 3, 4)
+
+    def run(backend, dtype):
+        rnn.to(dtype).backend = backend
+        leaves = [x.to(dtype).requires_grad_(), *rnn.parameters()]
+        output, final = rnn(leaves[0], lengths=[3, 1, 2])
+        results = [output, *(final if isinstance(final, tuple) else (final,))]
+        loss = sum(result.square().sum() for result in results)
+        return [*results, *torch.autograd.grad(loss, leaves)]
+
+    exact, plain = run("reference", torch.float64), run("reference", torch.float32)
+    for owner in (fusedrnn.kernels, fusedrnn.kernels.launch):
+        monkeypatch.setattr(owner, "plan_for", lambda *_, **__: MULTI_BLOCK)
+    for seed in (1, 2, 3):
+        with cooperative(seed, detector=Detector()):
+            found = run("triton", torch.float32)
+        for number, parts in enumerate(zip(found, plain, exact, strict=True)):
+            assert_as_good(*parts, f"{cell}: result {number}")
 
 
 def test_the_layers_of_a_stack_exchange_beside_each_other(monkeypatch):

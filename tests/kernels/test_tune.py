@@ -108,9 +108,10 @@ def test_only_grids_that_fit_are_measured(H):
 def test_the_measurement_itself_runs(cell, P, lanes, pass_, monkeypatch):
     monkeypatch.setattr(tune, "REPEATS", 1)
     whole, cpu = get(cell, projected=P > 0), torch.device("cpu")
-    (plan,) = candidates(whole, pass_, torch.float32, 16, INTERPRETER, "ieee", P)
+    H, P = whole.units(16), 16 if whole.widest else P
+    (plan,) = candidates(whole, pass_, torch.float32, H, INTERPRETER, "ieee", P)
     microseconds = tune._measure(
-        PASSES, whole, pass_, torch.float32, 16, P, lanes, cpu, INTERPRETER, "ieee", plan, steps=2
+        PASSES, whole, pass_, torch.float32, H, P, lanes, cpu, INTERPRETER, "ieee", plan, steps=2
     )
     assert microseconds > 0
 
