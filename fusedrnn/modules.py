@@ -230,16 +230,10 @@ class Recurrent(ScriptableSequence, Generic[State]):
         groups: Any = self._all_weights
         for index, group in enumerate(groups):
             H = sizes[index // D]
-            columns = {
-                kind: k
-                for stage, (_units, k) in zip(cell.dense, cell.dense_sizes(H), strict=True)
-                for kind in (*stage.receives.weights, *stage.receives.biases)
-            }
+            columns = cell.columns(H)
             for name in group:
-                kind, parameter = (
-                    name.removesuffix("_reverse").rpartition("_l")[0],
-                    getattr(self, name),
-                )
+                kind = name.removesuffix("_reverse").rpartition("_l")[0]
+                parameter = getattr(self, name)
                 if kind in starts:
                     nn.init.constant_(parameter, starts[kind])
                 elif cell.diagonal and kind == "weight_hh":

@@ -276,6 +276,14 @@ class Cell:
             shapes |= dict.fromkeys(receives.biases if bias else (), (units,))
         return shapes
 
+    def columns(self, H: int) -> dict[str, int]:
+        """Of each matrix of a Dense stage, by name, and of each bias, columns of the matrix."""
+        found: dict[str, int] = {}
+        for stage, (_units, k) in zip(self.dense, self.dense_sizes(H), strict=True):
+            receives: Any = stage.receives
+            found |= dict.fromkeys((*receives.weights, *receives.biases), k)
+        return found
+
     def dense_sizes(self, H: int) -> list[tuple[int, int]]:
         """(units, K) of each Dense stage of a layer with H units."""
         sizes, k = [], self.gate_units(H)
