@@ -33,7 +33,10 @@ def weight_shapes(spec: Spec) -> list[Shape]:
         own += [(rows,) if cell.diagonal else recurrent]
         own += [(rows,), (rows,)] if spec.bias else []
         own += [(P, H)] if P else []
-        shapes += [*own, *cell.own_shapes(H, spec.bias).values()] * D
+        for shape in cell.own_shapes(H, spec.bias).values():
+            in_heads = heads > 1 and len(shape) == 2
+            own += [(heads, *(size // heads for size in shape)) if in_heads else shape]
+        shapes += own * D
     return shapes
 
 
@@ -59,7 +62,7 @@ def check_layers(cell: str, hidden_size: int, proj_size: int, num_heads: int) ->
         raise ValueError(
             f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}"
         )
-    if num_heads > 1 and cells.get(cell).dense:
+    if num_heads > 1 and cells.get(cell).widest:
         raise ValueError(f"num_heads: expected 1 for {cell}, got {num_heads}")
     if num_heads > 1 and proj_size:
         raise ValueError(f"num_heads: expected 1 beside proj_size={proj_size}, got {num_heads}")

@@ -131,7 +131,8 @@ class Weights(NamedTuple):
     w_hr: Tensor | None  # [P, H]
     params: tuple[Tensor, ...]  # the vectors of the cell's own, each [H]
     w_norm: Tensor | None = None  # [G * H], of the cell's `input_norm`
-    # Of each Dense stage, its matrices, one under the other, [sums * units, K], and biases.
+    # Of each Dense stage, its matrices, one under the other, [sums * units, K], in every head, and
+    # its biases.
     dense: tuple[tuple[Tensor, Tensor | None], ...] = ()
 
 
@@ -165,12 +166,12 @@ def _dense(
         receives: Any = stage.receives
         weights = [next(given) for _ in receives.weights]
         biases = [next(given) for _ in receives.biases if bias]
-        found.append((_joined(weights), _joined(biases) if biases else None))
+        found.append((_joined(weights, -2), _joined(biases, 0) if biases else None))
     return tuple(found)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class Operands(NamedTuple):

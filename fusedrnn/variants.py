@@ -56,8 +56,8 @@ class PeepholeLSTM(Recurrent[TwoStates]):
         weight_ih_l[k]: [4 * H, I], for k > 0 [4 * H, D * H]; rows i, f, g, o.
         weight_hh_l[k]: [4 * H, H]. bias_ih_l[k], bias_hh_l[k]: [4 * H].
         weight_ci_l[k], weight_cf_l[k], weight_co_l[k]: [H], or [H, H].
-        (With heads, projections, which full peepholes do not have, and how they start:
-        `fusedrnn.Recurrent`.)
+        (With heads, in which those matrices are blocks as weight_hh's are, with projections, which
+        full peepholes do not have, and how they start: `fusedrnn.Recurrent`.)
 
     Inputs, outputs, raises: as `fusedrnn.LSTM`.
 

@@ -288,7 +288,9 @@ def _matrices(
     linear = tuple([_in_rows(w.w_hh, count, transposed) for w in directions])
     projected = tuple([_in_rows(w.w_hr, 1, transposed) for w in directions if w.w_hr is not None])
     dense = [
-        tuple([_in_rows(w.dense[index][0], len(stage.sums), transposed) for w in directions])
+        tuple(
+            [_in_rows(w.dense[index][0], heads * len(stage.sums), transposed) for w in directions]
+        )
         for index, stage in enumerate(cell.dense)
     ]
     found = []
@@ -304,8 +306,9 @@ def _bias(cell: Cell, weights: Weights, H: int) -> Tensor:
     if not cell.dense:
         return weights.b_hh.contiguous()
     biases = [(weights.b_hh, len(cell.gates))]
-    for stage, (matrix, bias) in zip(cell.dense, weights.dense, strict=True):
-        biases.append((matrix.new_zeros(len(matrix)) if bias is None else bias, len(stage.sums)))
+    for stage, (_matrix, bias) in zip(cell.dense, weights.dense, strict=True):
+        sums = len(stage.sums)
+        biases.append((weights.b_hh.new_zeros(sums * H) if bias is None else bias, sums))
     parts = [bias.detach().view(count, -1) for bias, count in biases]
     return torch.cat([F.pad(part, (0, H - part.shape[1])) for part in parts]).flatten()
 
@@ -452,10 +455,11 @@ def _check_layer(
         for stage, (own, bias), (units, k) in zip(
             cell.dense, w.dense, cell.dense_sizes(P), strict=True
         ):
-            width = len(stage.sums) * units
-            _check(f"directions[{d}].dense", own, (width, k), like, contiguous=False)
+            rows_of = len(stage.sums) * units
+            shape = (rows_of, k) if heads == 1 else (heads, rows_of // heads, k // heads)
+            _check(f"directions[{d}].dense", own, shape, like, contiguous=False)
             if bias is not None:
-                _check(f"directions[{d}].dense", bias, (width,), like, contiguous=False)
+                _check(f"directions[{d}].dense", bias, (rows_of,), like, contiguous=False)
         _check_each(f"directions[{d}].params", w.params, cell.params, (H,), like, contiguous=False)
     _check_given("rows.offsets", rows.offsets, (rows.T,), like, torch.int64)
     _check_given("rows.lengths", rows.lengths, (B,), like, torch.int64)

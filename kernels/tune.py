@@ -134,16 +134,17 @@ def _measure(
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     rows = Rows(steps, B, B, 1)
-    rows_of = G * cell.gate_units(H)
-    w_hh = draw(rows_of, P) / P**0.5 if heads == 1 else draw(heads, G * P, P) / P**0.5
+    gate_rows = G * cell.gate_units(H)
+    w_hh = draw(gate_rows, P) / P**0.5 if heads == 1 else draw(heads, G * P, P) / P**0.5
     w_hh = draw(G * H) if cell.diagonal else w_hh
     w_hr = draw(P, H) / H**0.5 if projected else None
     params = tuple(draw(H) for _ in cell.params)
-    dense = tuple(
-        (draw(len(stage.sums) * units, k) / k**0.5, None)
-        for stage, (units, k) in zip(cell.dense, cell.dense_sizes(P), strict=True)
-    )
-    weights = Weights(w_hh, w_hh, None, draw(rows_of), w_hr, params, dense=dense)
+    dense = []
+    for stage, (units, k) in zip(cell.dense, cell.dense_sizes(P), strict=True):  # of one head
+        rows_of = len(stage.sums) * units
+        matrix = draw(rows_of, k) if heads == 1 else draw(heads, rows_of, k)
+        dense.append((matrix / k**0.5, None))
+    weights = Weights(w_hh, w_hh, None, draw(gate_rows), w_hr, params, dense=tuple(dense))
     widths = (P if heads == 1 else H, *(H for _ in cell.states[1:]))
     state = tuple(draw(D, B, width) for width in widths)
     x_gates = draw(steps * B, D, G, H)

@@ -51,7 +51,7 @@ def test_orthogonal_blocks(cell, heads):
         with pytest.raises(ValueError, match=f"expected a matrix weight_hh, {cell} has a vector"):
             init.orthogonal_(make(cell))
         return
-    heads = 1 if cells.get(cell).dense else heads
+    heads = 1 if cells.get(cell).widest else heads
     module = make(cell, num_heads=heads)
     assert changed(module, lambda m: init.orthogonal_(m, 2.0)) == {"weight_hh"}
     if cells.get(cell).widest:  # of more rows than columns

@@ -26,10 +26,11 @@ def double(*shape):
 def make_weights(cell, *, bias=True, projection=False, heads=1):
     rows, width = len(cell.gates) * cell.gate_units(H), P if projection else H
     recurrent = (rows, width) if heads == 1 else (heads, rows // heads, H // heads)
-    dense = [
-        (double(len(stage.sums) * units, k) / k**0.5, stage.receives.biases and bias)
-        for stage, (units, k) in zip(cell.dense, cell.dense_sizes(H), strict=True)
-    ]
+    dense = []
+    for stage, (units, k) in zip(cell.dense, cell.dense_sizes(H), strict=True):
+        size = (len(stage.sums) * units, k)
+        size = size if heads == 1 else (heads, size[0] // heads, k // heads)
+        dense.append((double(*size) / k**0.5, stage.receives.biases and bias))
     return Weights(
         double(rows, I) / 2,
         double(*((rows,) if cell.diagonal else recurrent)) / 2,
@@ -53,11 +54,14 @@ def as_numpy(weights):
         for name, value in weights._asdict().items()
         if name not in ("params", "dense")
     }
-    dense = [  # of a stage's matrices, one under the other, each
-        (part.numpy(), None if bias is None else bias.numpy())
-        for weight, bias in weights.dense
-        for part in (weight.split(H) if bias is None and weight.shape == (2 * H, H) else (weight,))
-    ]
+    dense = []
+    for weight, bias in weights.dense:
+        if weight.dim() == 3:  # in heads: blocks of one matrix for each sum
+            sums = weight.unflatten(1, (-1, weight.shape[2])).unbind(1)
+            parts = [torch.block_diag(*blocks) for blocks in sums]
+        else:  # a stage's matrices, one under the other
+            parts = weight.split(H) if weight.shape == (2 * H, H) else (weight,)
+        dense += [(part.numpy(), None if bias is None else bias.numpy()) for part in parts]
     params = tuple(p.detach().numpy() for p in weights.params)
     return SimpleNamespace(**arrays, params=params, dense=dense)
 
@@ -114,7 +118,7 @@ HEADS = [
     pytest.param(cell, heads, id=f"{cell.name}-{heads}")
     for cell in cells.REGISTRY.values()
     for heads in (2, 3, 6)
-    if not cell.dense and (heads != 3 or cell.name != "layer_norm_lstm")
+    if not cell.widest and (heads != 3 or cell.name != "layer_norm_lstm")
 ]
 
 

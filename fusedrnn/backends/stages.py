@@ -90,18 +90,24 @@ def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: Sequence[Tensor], heads: 
         if cell.diagonal:
             parts.append((d_gates * factor[:, None]).sum(0, dtype=torch.float32).flatten())
             continue
-        if heads == 1:
-            parts.append(d_gates.flatten(1).T @ factor)
-            continue
-        d_gates = d_gates.unflatten(-1, (heads, -1)).permute(2, 1, 3, 0)  # head, gate, unit, N
-        factor = factor.unflatten(-1, (heads, -1)).transpose(0, 1)
-        parts.append(d_gates.flatten(1, 2) @ factor)
+        parts.append(_d_matrix(d_gates, factor, heads))
     if cell.diagonal:
         return torch.cat(parts).to(dh_gates.dtype)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
-def d_dense(cell: Cell, d_sums: Tensor, factors: Sequence[Tensor], bias: bool) -> list[Tensor]:
+def _d_matrix(d_sums: Tensor, factor: Tensor, heads: int) -> Tensor:
+    """The gradient of matrices, one under the other in every head, from that of the sums [N, sums,
+    units] and what they multiplied [N, K]."""
+    if heads == 1:
+        return d_sums.flatten(1).T @ factor
+    d_sums = d_sums.unflatten(-1, (heads, -1)).permute(2, 1, 3, 0)  # head, sum, unit, N
+    return d_sums.flatten(1, 2) @ factor.unflatten(-1, (heads, -1)).transpose(0, 1)
+
+
+def d_dense(
+    cell: Cell, d_sums: Tensor, factors: Sequence[Tensor], heads: int, *, bias: bool
+) -> list[Tensor]:
     """The gradients of the Dense stages' parameters, in their order, from that of all sums
     [N, sums, H], and what the weighted stages multiplied; units beyond a stage's own are 0."""
     gradients, first = [], len(cell.gates)
@@ -111,7 +117,8 @@ def d_dense(cell: Cell, d_sums: Tensor, factors: Sequence[Tensor], bias: bool) -
             continue
         units, k = next(sizes)
         for column in range(first, first + len(stage.sums)):
-            gradients.append(d_sums[:, column, :units].T @ factor[:, :k])
+            d_sum = d_sums[:, column : column + 1, :units]
+            gradients.append(_d_matrix(d_sum, factor[:, :k], heads))
         for column in range(first, first + len(stage.receives.biases)) if bias else ():
             gradients.append(d_bias(d_sums[:, column, :units]))
         first += len(stage.sums)

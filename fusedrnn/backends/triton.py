@@ -346,7 +346,8 @@ def _layer_backward(
                 parts = [next(vectors)[d] for _ in range(own.vectors)]
                 gradients.append(torch.cat(parts).to(input.dtype))
             if cell.dense:
-                gradients += stages.d_dense(cell, dh_gates[:, d], factors[d], spec.bias)
+                all_sums = dh_gates[:, d]
+                gradients += stages.d_dense(cell, all_sums, factors[d], heads, bias=spec.bias)
     return d_input, d_state, gradients
 
 

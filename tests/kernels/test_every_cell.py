@@ -88,13 +88,21 @@ def test_a_layer(cell, save):
     num_heads=st.integers(1, 2),
     rows=st.sampled_from(["all", "packed", "lengths", "reset"]),
     save=st.sampled_from(["gates", "states"]),
-    bidirectional=st.booleans(),
+    way=st.sampled_from(["forward", "reverse", "both"]),
+    residual=st.booleans(),
     bias=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_drawn(cell, T, B, I, size, num_heads, rows, **options):
-    num_heads = 1 if REGISTRY[cell].dense else num_heads
+def test_drawn(cell, T, B, I, size, num_heads, rows, way, **options):
+    options["bidirectional"] = way == "both"
+    options["direction"] = "reverse" if way == "reverse" else "forward"
+    num_heads = 1 if REGISTRY[cell].widest else num_heads
     check(cell, T, B, I, size * num_heads, rows, num_heads=num_heads, **options)
+
+
+def test_heads_of_other_matrices():
+    check("peephole_lstm_full", 3, 2, 4, 6, "lengths", 2, True, num_heads=2)
+    check("peephole_lstm_full", 3, 2, 4, 6, "reset", num_heads=3, save="states", bias=False)
 
 
 @pytest.mark.parametrize("widths", [(20, 9), (3, 9, 5), (4,)])

@@ -227,7 +227,6 @@ def test_double_backward_and_compile():
     [
         ("lstm", "gates", 0, {}),
         ("lstm", "states", 1, {}),
-        ("rnn_tanh", "states", 0, {}),
         ("lstm", "states", 0, {"proj_size": 3}),
         ("gru_reset_before", "gates", 1, {"hidden_size": 6, "num_heads": 2}),
     ],

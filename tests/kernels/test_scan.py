@@ -91,15 +91,15 @@ def test_parameters_have_gradients(save):
 STAGED = {
     "projection": Case(REGISTRY["lstm"], P=5),
     "projection, one unit": Case(REGISTRY["lstm"], H=2, P=1, D=1),
-    "projection, fp16": Case(REGISTRY["lstm"], P=12, dtype=torch.float16),
+    "projection, fp16": Case(REGISTRY["lstm"], P=12, D=1, dtype=torch.float16),
     "reset before, one unit": Case(REGISTRY["gru_reset_before"], H=1, D=1),
     "lstm, 2 heads": Case(REGISTRY["lstm"], H=18, heads=2),
     "gru, 3 heads of 1": Case(REGISTRY["gru"], H=3, heads=3, D=1),
-    "gru, bf16": Case(REGISTRY["gru"], H=16, heads=4, dtype=torch.bfloat16),
+    "gru, bf16": Case(REGISTRY["gru"], H=16, heads=4, D=1, dtype=torch.bfloat16),
     "means": Case(REGISTRY["layer_norm_gru"], H=11),
     "means, bf16": Case(REGISTRY["layer_norm_gru"], H=16, D=1, dtype=torch.bfloat16),
-    "three stages, 2 heads": Case(REGISTRY["layer_norm_lstm"], H=12, heads=2),
-    "reset before, 2 heads": Case(REGISTRY["gru_reset_before"], H=10, heads=2),
+    "three stages, 2 heads": Case(REGISTRY["layer_norm_lstm"], H=12, heads=2, D=1),
+    "reset before, 2 heads": Case(REGISTRY["gru_reset_before"], H=10, heads=2, D=1),
 }
 
 
