@@ -68,20 +68,28 @@ def check_layers(cell: str, hidden_size: int, proj_size: int, num_heads: int) ->
         raise ValueError(f"num_heads: expected 1 beside proj_size={proj_size}, got {num_heads}")
 
 
-def sizes_of(hidden_size: HiddenSize, num_layers: int, proj_size: int) -> tuple[Any, Any]:
+def ints_of(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """`sizes` as Python's; raises for what is no integer."""
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"{name}: expected ints, got {sizes!r}")
+    return tuple([size if isinstance(size, torch.SymInt) else int(size) for size in sizes])
+
+
+def sizes_of(
+    hidden_size: HiddenSize, num_layers: int, proj_size: int
+) -> tuple[int, tuple[int, ...]]:
     """`Spec.hidden_size` and `Spec.hidden_sizes`; raises for sizes that are not one for each layer,
     or beside a projection."""
     if not isinstance(hidden_size, Sequence) or isinstance(hidden_size, str):
         return hidden_size, ()
-    sizes = tuple(hidden_size)
-    for size in sizes:
-        check_sizes(hidden_size=size)
+    sizes = ints_of("hidden_size", hidden_size)
     if len(sizes) != num_layers or min(sizes, default=0) < 1:
         raise ValueError(
             f"hidden_size: expected an int, or a positive one for each of num_layers={num_layers} "
             f"layers, got {hidden_size!r}"
         )
-    if proj_size:
+    if proj_size > 0:
         raise ValueError(
             f"hidden_size: expected an int beside proj_size={proj_size}, got {hidden_size!r}"
         )
@@ -90,25 +98,24 @@ def sizes_of(hidden_size: HiddenSize, num_layers: int, proj_size: int) -> tuple[
 
 def check_direction(direction: Direction, num_layers: int, bidirectional: bool) -> int:
     """`Spec.reversed_layers`; raises for what is no direction, or none of such layers."""
-    if direction == "forward":
+    if isinstance(direction, str) and direction == "forward":
         return 0
     told = "expected 'forward', 'reverse', 'alternate', or one of the first two for each layer"
     words: Any = (direction,) * num_layers
-    if direction == "alternate":
-        words = [("forward", "reverse")[layer % 2] for layer in range(num_layers)]
-    elif not isinstance(direction, str):
+    if not isinstance(direction, str):
         if not isinstance(direction, Sequence) or len(direction) != num_layers:
             raise ValueError(f"direction: {told} (num_layers={num_layers}), got {direction!r}")
         words = direction
+    elif direction == "alternate":
+        words = [("forward", "reverse")[layer % 2] for layer in range(num_layers)]
     for word in words:
         if word not in ("forward", "reverse"):
             raise ValueError(f"direction: {told}, got {direction!r}")
-    bits = sum([(word == "reverse") << layer for layer, word in enumerate(words)])
-    if bits and bidirectional:
+    if bidirectional:
         raise ValueError(
             f"direction: expected 'forward' beside bidirectional=True, got {direction!r}"
         )
-    return bits
+    return sum([(word == "reverse") << layer for layer, word in enumerate(words)])
 
 
 def check_weights(spec: Spec, weights: Sequence[Tensor]) -> None:

@@ -267,7 +267,8 @@ def in_turn(
         within = tuple([m._replace(dropout=None, input=None) for m in noise.layers])
         one = one._replace(dropout=0.0, residual=False)
         output, *rest = run(one, here, noise._replace(layers=within))
-        input = output + input if adds_input(spec, index) else output
+        # Under autocast torch's operators return another dtype than they are given.
+        input = output + input.to(output.dtype) if adds_input(spec, index) else output
         rests.append(tuple(rest))
     return input, rests
 

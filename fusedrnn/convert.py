@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn import cells, modules, variants
-from fusedrnn.call import reverses
+from fusedrnn.call import adds_input, reverses
 
 
 class Part(NamedTuple):
@@ -276,6 +276,8 @@ def _weights_of(
         raise ValueError(f"module: expected bidirectional=False for {library}, got True")
     if library != "onnx" and _runs_reversed(module, layer):
         raise ValueError(f"module: expected forward layers for {library}, got {module}")
+    if isinstance(module, modules.Recurrent) and adds_input(module._spec(), layer):
+        raise ValueError(f"module: expected a layer to whose output nothing is added, got {module}")
     names = [name.removesuffix("_l0") for name in module._all_weights[0]]
     ends = [f"_l{layer}", f"_l{layer}_reverse"][: 1 + module.bidirectional]
     weights = [{name: getattr(module, name + end).detach() for name in names} for end in ends]

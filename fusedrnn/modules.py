@@ -251,8 +251,10 @@ class Recurrent(ScriptableSequence, Generic[State]):
         return aten.lacks(spec) or lacking
 
     def flatten_parameters(self) -> None:
-        """As torch.nn's, for cuDNN; nothing where cuDNN does not know the cell, or the heads."""
-        if self._torch_lacks() is None:
+        """As torch.nn's, for cuDNN; nothing where it knows not the cell, the heads, or layers of
+        several sizes."""
+        cell = self.mode.lower()
+        if cells.get(cell).aten == cell and self.num_heads == 1 and not self.hidden_sizes:
             super().flatten_parameters()
 
     @overload

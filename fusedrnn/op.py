@@ -29,7 +29,7 @@ from fusedrnn.call import (
 
 # An op's arguments are plain: the fields of a Spec stand at the end of its schema, one by one.
 _TYPES = {str: "str", int: "SymInt", bool: "bool", float: "float", str | None: "str?"}
-_TYPES[tuple[int, ...] | None] = "SymInt[]?"
+_TYPES[tuple[int, ...] | None] = "SymInt[]?"  # None: layers of several sizes are several ops
 _SPEC = ", ".join(f"{_TYPES[t]} {name}" for name, t in Spec.__annotations__.items())
 
 
@@ -80,9 +80,14 @@ def _backward(
         outputs, leaves, [d.to(o.dtype) for d, o in zip(d_outputs, outputs, strict=True)],
         materialize_grads=True,
     )  # fmt: skip
-    # Outputs of an op may not share memory, as the gradients of two biases do that are added.
-    first = {id(g): i for i, g in reversed(list(enumerate(gradients)))}
-    return [g.contiguous() if first[id(g)] == i else g.clone() for i, g in enumerate(gradients)]
+    # Outputs of an op may not share memory, as the gradients do of two biases that are added, or of
+    # matrices that are multiplied as one.
+    first: dict[int, int] = {}
+    owners = [first.setdefault(g.untyped_storage()._cdata, i) for i, g in enumerate(gradients)]
+    return [
+        g.contiguous() if owner == i else g.clone(memory_format=torch.contiguous_format)
+        for i, (g, owner) in enumerate(zip(gradients, owners, strict=True))
+    ]
 
 
 stack_op: Any = torch.library.custom_op(

@@ -121,9 +121,8 @@ def _cast(state: Any, dtype: torch.dtype) -> Any:
 
 def check_runs_forward(module: Any, name: str) -> None:
     """Raises for a module of which some layer runs backwards in time."""
-    got = f"direction={module.direction!r}" if module._spec().reversed_layers else ""
-    got = "bidirectional=True" if module.bidirectional else got
-    if got:
+    if module.bidirectional or module._spec().reversed_layers:
+        got = "bidirectional=True" if module.bidirectional else f"direction={module.direction!r}"
         raise ValueError(
             f"{name}: expected a module whose layers run forward, got {got}: the "
             f"reverse direction needs the end of the sequence first"

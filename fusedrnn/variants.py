@@ -46,7 +46,7 @@ class PeepholeLSTM(Recurrent[TwoStates]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         peephole: "diagonal", a gate sees its own unit's cell state; or "full", those of all units,
             so that w_ci, w_cf and w_co are matrices. Default: "diagonal".
@@ -100,7 +100,7 @@ class CoupledLSTM(Relative[TwoStates]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         options: the further arguments of `fusedrnn.Recurrent`, by name.
 
@@ -135,7 +135,7 @@ class MultiplicativeLSTM(Relative[TwoStates]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         options: the further arguments of `fusedrnn.Recurrent`, by name.
 
@@ -168,7 +168,7 @@ class LayerNormLSTM(Recurrent[TwoStates]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         eps: is added to every variance. Default: 1e-5.
         options: the further arguments of `fusedrnn.Recurrent`, by name.
@@ -216,7 +216,7 @@ class SLSTM(Relative[FourStates]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         options: the further arguments of `fusedrnn.Recurrent`, by name.
 
@@ -250,7 +250,7 @@ class LayerNormGRU(Recurrent[Tensor]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         eps: is added to the variance. Default: 1e-3.
         update_bias: is added to what the update gate is the sigmoid of. Default: -1.
@@ -300,7 +300,7 @@ class MGU(Relative[Tensor]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         options: the further arguments of `fusedrnn.Recurrent`, by name.
 
@@ -331,7 +331,7 @@ class UGRNN(Relative[Tensor]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         options: the further arguments of `fusedrnn.Recurrent`, by name.
 
@@ -362,7 +362,7 @@ class LiGRU(Relative[Tensor]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         options: the further arguments of `fusedrnn.Recurrent`, by name.
 
@@ -391,7 +391,7 @@ class IndRNN(Recurrent[Tensor]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         nonlinearity: "relu" or "tanh". Default: "relu".
         options: the further arguments of `fusedrnn.Recurrent`, by name.
@@ -435,7 +435,7 @@ class MLPTransitionRNN(Recurrent[Tensor]):
 
     Args:
         input_size: I, features of the input.
-        hidden_size: H, units of a layer and direction.
+        hidden_size: H, units of a layer and direction; or a tuple, one of each layer.
         num_layers: L. Default: 1.
         layer_sizes: the n hidden layers' units, of one to five. Default: (100, 100).
         negative_slope: of leaky_relu; 0 makes it relu. Default: 0.01.
@@ -471,13 +471,11 @@ class MLPTransitionRNN(Recurrent[Tensor]):
     ) -> None:
         if not isinstance(layer_sizes, Sequence) or isinstance(layer_sizes, str):
             raise TypeError(f"layer_sizes: expected a tuple of ints, got {layer_sizes!r}")
-        for size in layer_sizes:
-            arguments.check_sizes(layer_sizes=size)
+        sizes = arguments.ints_of("layer_sizes", layer_sizes)
         if not 1 <= len(layer_sizes) <= 5 or min(layer_sizes) < 1:
             raise ValueError(f"layer_sizes: expected 1 to 5 positive ints, got {layer_sizes!r}")
         if (slope := _number("negative_slope", negative_slope)) < 0:
             raise ValueError(f"negative_slope: expected at least 0, got {negative_slope}")
-        sizes = tuple(map(int, layer_sizes))
         cell = mlp_transition.mlp_transition(layer_sizes=sizes, negative_slope=slope)
         super().__init__(cell, input_size, hidden_size, num_layers, **options)
 

@@ -3,9 +3,10 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from tolerances import GRADIENTS64, VALUES64
+from tolerances import GRADIENTS32, GRADIENTS64, VALUES64
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -222,7 +223,11 @@ def test_compile_and_export(stack):
     rnn, x = make(stack, dtype=torch.float32), torch.randn(T, B, I)
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=True)
     for count in (T, 3):
-        torch.testing.assert_close(compiled(x[:count]), rnn(x[:count]))
+        found, expected = compiled(x[:count]), rnn(x[:count])
+        torch.testing.assert_close(found, expected)
+        losses = [output.square().sum() + final[0].sum() for output, final in (found, expected)]
+        gradients = [torch.autograd.grad(loss, list(rnn.parameters())) for loss in losses]
+        torch.testing.assert_close(*gradients, **GRADIENTS32)
     torch.testing.assert_close(torch.export.export(rnn, (x,)).module()(x), rnn(x))
 
 
@@ -288,10 +293,12 @@ def test_names_copies_and_repr(stack):
         ({"direction": ("forward", "alternate")}, "direction: expected .* got"),
         ({"direction": 1}, "direction: expected .* got 1"),
         ({"direction": "reverse", "bidirectional": True}, "'forward' beside bidirectional=True"),
+        ({"direction": np.array(["reverse"] * 2)}, r"direction: expected .* got array\("),
         ({"residual": 1}, "residual: expected a bool, got 1"),
         ({"hidden_size": (4, 4, 4)}, r"hidden_size: .* num_layers=2 layers, got \(4, 4, 4\)"),
         ({"hidden_size": (4, 0)}, r"hidden_size: .* positive .* got \(4, 0\)"),
-        ({"hidden_size": (4, 2.5)}, "hidden_size: expected an int, got 2.5"),
+        ({"hidden_size": (4, 2.5)}, r"hidden_size: expected ints, got \(4, 2.5\)"),
+        ({"hidden_size": (4, True)}, r"hidden_size: expected ints, got \(4, True\)"),
         ({"hidden_size": (4, 3), "num_heads": 2}, "num_heads: .* hidden_size=3, got 2"),
         ({"hidden_size": (4, 3), "proj_size": 2}, r"an int beside proj_size=2, got \(4, 3\)"),
     ],
@@ -318,6 +325,23 @@ def test_what_torch_lacks_is_said_everywhere(stack):
             rnn.step(torch.randn(B, I))
         with pytest.raises(ValueError, match=r"whose layers run forward, got (dir|bid)"):
             rnn.stream()
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("module", ["GRU", "RNN"])
+def test_autocast_compiled_or_not(module, backend):
+    """The sum has the dtype of what the layer computed, which a compiler must know beforehand."""
+    torch._dynamo.reset()
+    rnn = make("alternate", module, dtype=torch.float32, backend=backend)
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return rnn(x)[0] * 2
+
+    x = torch.randn(T, B, I)
+    found, expected = torch.compile(run, backend="aot_eager", fullgraph=True)(x), run(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
 
 
 def test_explain_shows_the_sizes():

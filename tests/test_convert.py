@@ -439,6 +439,8 @@ def test_haste_regularisers_and_refusals():
     assert convert.from_haste(haste_layer("gru", False, zoneout=0.1)).regularizers.zoneout == 0.1
     with pytest.raises(TypeError, match=r"layer: expected an LSTM or GRU of haste, got torch.nn"):
         convert.from_haste(torch.nn.LSTM(3, 4))
+    with pytest.raises(ValueError, match="to whose output nothing is added, got LSTM"):
+        convert.to_onnx(fusedrnn.LSTM(4, 4, residual=True))
     with pytest.raises(ValueError, match=r"expected forward layers for haste, got LSTM\(3, 4, dir"):
         convert.to_haste(fusedrnn.LSTM(3, 4, direction="reverse"))
     with pytest.raises(ValueError, match="expected bidirectional=False for haste, got True"):

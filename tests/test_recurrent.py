@@ -424,7 +424,7 @@ def test_weight_drop_and_recurrent_dropout_with_heads():
     assert_close(module(x), without(x))
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [*KINDS, "peephole_lstm_full"])  # of two matrices as one
 def test_compiles_in_one_graph(kind):
     module = make(kind, num_layers=1)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -617,6 +617,9 @@ def test_only_what_cudnn_knows_is_flattened(kind, monkeypatch):
     module.flatten_parameters()
     module.double()
     assert bool(flattened) == (module._torch_lacks() is None)
+    reversed_too = Recurrent("lstm", I, H, 2, direction="alternate", residual=True)
+    reversed_too.flatten_parameters()
+    assert reversed_too in flattened  # layer by layer they are cuDNN's
 
 
 @of_torch
