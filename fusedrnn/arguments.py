@@ -82,7 +82,8 @@ def sizes_of(
     """`Spec.hidden_size` and `Spec.hidden_sizes`; raises for sizes that are not one for each layer,
     or beside a projection."""
     if not isinstance(hidden_size, Sequence) or isinstance(hidden_size, str):
-        return hidden_size, ()
+        one: Any = hidden_size  # the caller says what else it should be
+        return one, ()
     sizes = ints_of("hidden_size", hidden_size)
     if len(sizes) != num_layers or min(sizes, default=0) < 1:
         raise ValueError(
