@@ -251,8 +251,8 @@ class Recurrent(ScriptableSequence, Generic[State]):
         return aten.lacks(spec) or lacking
 
     def flatten_parameters(self) -> None:
-        """As torch.nn's, for cuDNN; nothing where it knows not the cell, the heads, or layers of
-        several sizes."""
+        """As torch.nn's, for cuDNN, where that knows the cell, without heads and layers of several
+        sizes."""
         cell = self.mode.lower()
         if cells.get(cell).aten == cell and self.num_heads == 1 and not self.hidden_sizes:
             super().flatten_parameters()

@@ -225,7 +225,7 @@ def test_double_backward_and_compile():
 @pytest.mark.parametrize(
     ("cell", "save", "trained_from", "sizes"),
     [
-        ("lstm", "gates", 0, {}),
+        ("lstm", "gates", 0, {"residual": True}),
         ("lstm", "states", 1, {}),
         ("lstm", "states", 0, {"proj_size": 3}),
         ("gru_reset_before", "gates", 1, {"hidden_size": 6, "num_heads": 2}),
