@@ -99,7 +99,7 @@ OLDEST_PYTHON ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/p
   $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 OLDEST := .venv-oldest
 OLDEST_PINS := build/constraints-oldest.txt
-OLDEST_TESTS := $(addprefix tests/,test_cells.py test_reference.py test_functional.py test_types.py \
+OLDEST_TESTS := $(addprefix tests/,test_cells.py test_reference.py::test_layer test_functional.py test_types.py \
   test_modules.py test_replace.py test_beyond_streaming.py test_compile.py::test_lengths \
   test_compile.py::test_export test_compile.py::test_one_graph_for_every_shape)
 OLDEST_KERNEL_TESTS := $(addprefix tests/kernels/test_scan.py::,test_every_cell test_half_precision)

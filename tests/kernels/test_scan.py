@@ -47,8 +47,7 @@ def test_lengths(cell, save, layout):
 
 
 @pytest.mark.parametrize("layout", ["time_first", "batch_first", "packed"])
-@pytest.mark.parametrize("save", ["gates", "states"])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize(("cell", "save"), [("gru", "gates"), ("lstm", "states")])
 def test_one_direction_backwards(cell, save, layout):
     lengths = (4, 4, 3, 1, 1) if layout == "packed" else (2, 4, 1, 3, 4)
     check(Case(REGISTRY[cell], D=1, reverse=True, lengths=lengths, layout=layout, save=save))
