@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedrnn import arguments, cells, dispatch, onnx, op, states
 from fusedrnn.arguments import transformed
-from fusedrnn.backends import aten
+from fusedrnn.backends import aten, reference
 from fusedrnn.call import (
     Call,
     Masks,
@@ -230,12 +230,10 @@ def settle(
 
 def _up_to(lengths: Tensor, input: Tensor, batch_first: bool) -> Tensor:
     """The padded input, 0 where a row is over."""
-    t = torch.arange(input.shape[1 if batch_first else 0], device=input.device)
-    lengths = lengths.to(input.device)
-    here = t < lengths[:, None] if batch_first else t[:, None] < lengths
-    return torch.where(
-        here[:, :, None], input, torch.zeros((), dtype=input.dtype, device=input.device)
-    )
+    T = input.shape[1 if batch_first else 0]
+    here = reference.active_rows(lengths.to(input.device), T)
+    here = here.T if batch_first else here
+    return torch.where(here[:, :, None], input, torch.zeros_like(input))
 
 
 def _trained_from(spec: Spec, operands: Operands) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.call import Weights
-from fusedrnn.cells import Cell, Mean, Projection
+from fusedrnn.cells import Cell, Dense, Mean, Projection
 from fusedrnn.kernels import layout, sync, tune
 from fusedrnn.kernels.bind import bind
 from fusedrnn.kernels.matmul import first_of, round_of
@@ -287,16 +287,13 @@ def _matrices(
     count = heads * len(cell.gates)
     linear = tuple([_in_rows(w.w_hh, count, transposed) for w in directions])
     projected = tuple([_in_rows(w.w_hr, 1, transposed) for w in directions if w.w_hr is not None])
-    dense = [
-        tuple(
-            [_in_rows(w.dense[index][0], heads * len(stage.sums), transposed) for w in directions]
-        )
-        for index, stage in enumerate(cell.dense)
-    ]
-    found = []
+    found, own = [], zip(*(w.dense for w in directions), strict=True)
     for stage in cell.stages:
-        others = projected if isinstance(stage.receives, Projection) else linear
-        found.append(dense.pop(0) if stage in cell.dense else others)
+        if isinstance(stage.receives, Dense):
+            count = heads * len(stage.sums)
+            found.append(tuple([_in_rows(matrix, count, transposed) for matrix, _ in next(own)]))
+        else:
+            found.append(projected if isinstance(stage.receives, Projection) else linear)
     return tuple(found)
 
 
