@@ -28,7 +28,7 @@ PROJECT := $(CONSTRAINTS) pyproject.toml setup.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv aot step-cost demo test check check-tests oldest oldest-venv oldest-tests gpu-test lint wheel \
-	format clean bench bench-gpu bench-tiny report
+	format clean bench bench-cpu bench-gpu bench-tiny report
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -68,6 +68,14 @@ bench: $(STAMP)-bench  ## A quick measurement of this machine, with table and pi
 	$(BIN)/python -m bench.overhead --out out/bench/quick/quick.json
 	$(BIN)/python -m bench.report --results out/bench --out out/bench --show
 
+# A second time with the instructions that nearly every CPU has: other kernels of torch run then.
+bench-cpu: $(STAMP)-bench  ## What lengths, resets, ... cost on this CPU beside their goals, in out/cpu/
+	rm -f out/cpu/cpu/plain.json out/cpu/cpu/avx2.json
+	$(BIN)/python -m bench.cpu --out out/cpu/cpu/plain.json $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	  $(BIN)/python -m bench.cpu --out out/cpu/cpu/avx2.json $(ARGS)
+	$(BIN)/python -m bench.report --results out/cpu --out out/cpu
+
 # Cut short, it leaves what it has; ARGS="--resume bench/results/<gpu>/<file>" goes on from there.
 bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, and the report
 	$(BIN)/python -m bench.run --device cuda $(ARGS)
@@ -76,6 +84,8 @@ bench-gpu: $(STAMP)-bench  ## The full run on a GPU into bench/results/, and the
 bench-tiny: $(STAMP)-bench  ## Every kind of benchmark once at a tiny size: none may rot
 	$(BIN)/python -m bench.run --plan tiny --device cpu --out out/tiny/tiny/tiny.json $(ARGS)
 	$(BIN)/python -m bench.overhead --repeats 3 --out out/tiny/tiny/tiny.json
+	rm -f out/tiny/tiny/cpu.json
+	$(BIN)/python -m bench.cpu --tiny --budget 5 --out out/tiny/tiny/cpu.json
 	$(BIN)/python -m bench.report --results out/tiny --out out/tiny
 
 # Each version of Triton in a folder of its own, in front of the environment's.

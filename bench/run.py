@@ -36,7 +36,16 @@ import torch
 from bench import backends, shapes, timing
 from bench.backends import Problem, Runner, set_precision
 from bench.shapes import Point, of_row
-from bench.timing import ROOT, Device, Effort, is_sticky, pick_device, round_to, statistics_of
+from bench.timing import (
+    CPU_SETTINGS,
+    ROOT,
+    Device,
+    Effort,
+    is_sticky,
+    pick_device,
+    round_to,
+    statistics_of,
+)
 
 SCHEMA = 2
 FOLDER = ROOT / "bench" / "results"
@@ -86,7 +95,7 @@ def begin(device: Device, before: dict | None = None) -> dict:
             "limits": None, "left_out": {}, "stopped": "",
             "points": {"planned": 0, "measured": 0}, "rows": [],
         }  # fmt: skip
-    for name in ("device", "commit", "torch", "triton"):
+    for name in ("device", "commit", "torch", "triton", *CPU_SETTINGS):
         ours, theirs = environment.get(name), before["environment"].get(name)
         if ours != theirs:
             raise ValueError(f"the file is of another {name}: {theirs}, here {ours}")
@@ -101,11 +110,15 @@ def row_key(row: dict) -> tuple[str, str, str]:
 def save(results: dict, path: Path) -> None:
     """JSON with one line per row. Writes beside the file and renames: a reader, or a kill, never
     meets half a file."""
-    head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1, allow_nan=False)
-    rows = ",\n".join("  " + json.dumps(r, allow_nan=False) for r in results["rows"])
+    tables = [name for name in ("cpu", "rows") if name in results]
+    others = {name: value for name, value in results.items() if name not in tables}
+    text = json.dumps(others, indent=1, allow_nan=False)[:-2]
+    for name in tables:
+        rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in results[name])
+        text += f',\n "{name}": [\n{rows}\n ]'
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+    beside.write_text(text + "\n}\n")
     os.replace(beside, path)
 
 

@@ -34,6 +34,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+# With these a processor does as if it had fewer instructions: ATen's, and oneDNN's.
+CPU_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 
 class Device:
@@ -98,6 +100,7 @@ class Device:
         return {
             "device": self.name, "kind": self.torch.type,
             "capability": torch.backends.cpu.get_cpu_capability(),
+            **{name: os.environ[name] for name in CPU_SETTINGS if name in os.environ},
             "cpu": cpu_model(), "threads": torch.get_num_threads(),
             "load": round(os.getloadavg()[0], 1), "os": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(), "torch": torch.__version__,
