@@ -3,7 +3,13 @@
 from setuptools import setup
 
 setup(
-    packages=["fusedrnn", "fusedrnn.backends", "fusedrnn.cells", "fusedrnn.kernels"],
+    packages=[
+        "fusedrnn",
+        "fusedrnn.backends",
+        "fusedrnn.backends.loop",
+        "fusedrnn.cells",
+        "fusedrnn.kernels",
+    ],
     package_dir={"fusedrnn": "fusedrnn", "fusedrnn.kernels": "kernels"},
     package_data={"fusedrnn": ["py.typed", "*.json"], "fusedrnn.kernels": ["*.json"]},
 )

@@ -195,6 +195,14 @@ def operands_of(spec: Spec, flat: Sequence[Tensor]) -> Operands:
     return Operands(flat[0], tuple(state), tuple(reset_state), tuple(flat[first_weight:]))
 
 
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a call with such an input, or None: it leaves float64 alone."""
+    device = input.device.type
+    if device == "meta" or input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 class LayerMasks(NamedTuple):
     """The noise of one layer, of which the first two act on its input."""
 
@@ -305,6 +313,7 @@ class Call(NamedTuple):
         loop_features: what a time loop has to do besides the cell: names in LOOP_FEATURES, and
             "states", all of them at all steps.
         autocast: whether autocast is at work on such an input.
+        most_resets: of a row, where an LSTM on a CPU is trained, and they can be looked at; else 0.
     """
 
     spec: Spec
@@ -321,3 +330,4 @@ class Call(NamedTuple):
     return_states: bool = False
     autocast: bool = False
     input_dtype: torch.dtype = torch.float32
+    most_resets: int = 0

@@ -2,18 +2,20 @@
 
     triton     the fused kernels of `fusedrnn.kernels`
     aten       torch's own kernels: cuDNN on a GPU, oneDNN or native code on a CPU
+    loop       a time loop for the CPU, of few torch operators a step, with a backward of its own
     reference  plain torch operators
 
-`auto`, the default, takes the first in that order that can run the call; on a CPU aten before
-triton. A backend is forced by a module's `backend=`, else by `use_backend`, else by the environment
-variable FUSEDRNN_BACKEND (read at import); a forced backend that cannot run a call raises.
+`auto`, the default, takes the first in that order that can run the call; on a CPU never triton,
+and the loop before aten where it is the faster one (`loop.is_faster`). A backend is forced by a
+module's `backend=`, else by `use_backend`, else by the environment variable FUSEDRNN_BACKEND (read
+at import); a forced backend that cannot run a call raises.
 
 Determinism: on the same device, with the same versions, the same call gives the same bits from
 run to run, forward and backward, and with dropout and the other regularisers from the same seed.
-triton promises it (its sums have one order; it adds no floating-point numbers by atomics),
-reference as far as torch's matrix products do, and aten where torch's kernels do: on a CPU, and
-on a GPU with torch.use_deterministic_algorithms(True) and CUBLAS_WORKSPACE_CONFIG=:4096:8. Across
-devices, backends, versions or batch sizes results agree to rounding, not in bits.
+triton promises it (its sums have one order; it adds no floating-point numbers by atomics), loop
+and reference as far as torch's matrix products do, and aten where torch's kernels do: on a CPU,
+and on a GPU with torch.use_deterministic_algorithms(True) and CUBLAS_WORKSPACE_CONFIG=:4096:8.
+Across devices, backends, versions or batch sizes results agree to rounding, not in bits.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ from typing import NamedTuple
 
 import torch
 
-from fusedrnn.backends import aten, reference, triton
+from fusedrnn.backends import aten, loop, reference, triton
 from fusedrnn.call import Call, directions
 from fusedrnn.types import Backend
 
 logger: logging.Logger = logging.getLogger("fusedrnn")
 
-BACKENDS: tuple[Backend, ...] = ("triton", "aten", "reference")
+BACKENDS: tuple[Backend, ...] = ("triton", "aten", "loop", "reference")
 
 
 def check_name(backend: str, source: str) -> str:
@@ -68,7 +70,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     threads use compiled functions in blocks of different names at one time.
 
     Args:
-        backend: "auto", "triton", "aten" or "reference".
+        backend: "auto", "triton", "aten", "loop" or "reference".
     Raises:
         ValueError: another name.
     """
@@ -123,11 +125,17 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
-REFUSES = {"triton": triton.refuses, "aten": aten.refuses, "reference": reference.refuses}
+REFUSES = {
+    "triton": triton.refuses,
+    "aten": aten.refuses,
+    "loop": loop.refuses,
+    "reference": reference.refuses,
+}
 
 BECAUSE = {
     "triton": "one fused launch per layer and pass",
     "aten": "torch's own kernels for this device",
+    "loop": "a time loop for the CPU, with a backward of its own",
     "reference": "plain torch operators run everything",
 }
 
@@ -153,11 +161,10 @@ def select(call: Call) -> str:
                 f"backend {name!r} was asked for and cannot run this call: {refusal}"
             )
         return name
-    if device == "cpu" and REFUSES["aten"](call) is None:
-        return "aten"
-    for name in BACKENDS:
-        if not (name == "triton" and device == "cpu") and REFUSES[name](call) is None:
-            break
+    order = BACKENDS
+    if device == "cpu":
+        order = ("loop", "aten", "reference") if loop.is_faster(call) else BACKENDS[1:]
+    name = next(name for name in order if REFUSES[name](call) is None)
     if device == "cuda" and name != "triton" and not torch.compiler.is_compiling():
         _warn_once(name, REFUSES["triton"](call))
     return name

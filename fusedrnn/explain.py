@@ -45,5 +45,10 @@ def explain(
             f"module: expected one of fusedrnn's modules, got {type(module).__name__}; "
             f"use replace_modules on a model of torch.nn's"
         )
-    call, *_ = stack.gather(module._given(input, hx, lengths, reset, return_states))
-    return dispatch.explain_call(call)
+    given = module._given(input, hx, lengths, reset, return_states)
+    call, *_ = stack.gather(given)
+    explanation = dispatch.explain_call(call)
+    if stack.is_torchs_own(given) and stack.is_one_step(given):
+        because = explanation.because.replace("own kernels", "operators for a single step", 1)
+        explanation = explanation._replace(because=because)
+    return explanation

@@ -120,7 +120,7 @@ def recurrent(
             counts as T and a negative one as 0.
         reset: bool [T, B] ([B, T] with batch_first): sets a row's state to 0 before that step.
             Or (mask, states): sets it to these, each [L * D, B or 1, H].
-        backend: "auto", "triton", "aten", "reference" or None (see `fusedrnn.dispatch`).
+        backend: "auto", "triton", "aten", "loop", "reference" or None (see `fusedrnn.dispatch`).
         save: what the fused backward reads: "gates" (fast) or "states" (less memory).
         regularizers: see `fusedrnn.Regularizers`.
     Returns:

@@ -79,7 +79,7 @@ class Recurrent(ScriptableSequence, Generic[State]):
             Default: "forward".
         residual: adds a layer's input, without its dropout, to its output, where they have one
             size. Default: False.
-        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        backend: "auto", "triton", "aten", "loop" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout, recurrent_dropout, weight_drop, zoneout, clip_gradient, generator: see
             fusedrnn.Regularizers. Default: none.
@@ -344,9 +344,12 @@ class Recurrent(ScriptableSequence, Generic[State]):
 
     def _weights(self) -> list[Any]:
         """The parameters, or what hooks and parametrizations have put in their places."""
-        parameters = self._parameters  # by far the fastest way to most of them
+        parameters: Any = self._parameters  # by far the fastest way to most of them
         names: Any = self._flat_weights_names
-        return [parameters[n] if n in parameters else getattr(self, n) for n in names]
+        try:
+            return [parameters[n] for n in names]
+        except KeyError:
+            return [getattr(self, n) for n in names]
 
     def _given(self, input, hx, lengths=None, reset=None, return_states=False) -> stack.Given:
         """The call, checked. Raises what torch.nn raises."""
@@ -433,7 +436,7 @@ class LSTM(ScriptableLSTM, Recurrent[tuple[Tensor, Tensor]]):
             Default: "forward".
         residual: adds a layer's input, without its dropout, to its output, where they have one
             size. Default: False.
-        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        backend: "auto", "triton", "aten", "loop" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
             steps. Default: 0.
@@ -580,7 +583,7 @@ class GRU(Recurrent[Tensor]):
             Default: "forward".
         residual: adds a layer's input, without its dropout, to its output, where they have one
             size. Default: False.
-        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        backend: "auto", "triton", "aten", "loop" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
             steps. Default: 0.
@@ -690,7 +693,7 @@ class RNN(Recurrent[Tensor]):
             Default: "forward".
         residual: adds a layer's input, without its dropout, to its output, where they have one
             size. Default: False.
-        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        backend: "auto", "triton", "aten", "loop" or "reference". Default: None, see use_backend.
         save: "gates", or "states" to recompute the gates in backward. Default: "gates".
         input_dropout: probability, of the features of each layer's input, the same for all time
             steps. Default: 0.
@@ -825,7 +828,7 @@ class LSTMCell(CellModule[tuple[Tensor, Tensor]], nn.LSTMCell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as torch.nn.LSTMCell.
-        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        backend: "auto", "triton", "aten", "loop" or "reference". Default: None, see use_backend.
 
     Inputs: input [B, I] or [I], (h, c) each [B, H] or [H], zeros if left out.
     Outputs: (h, c).
@@ -855,7 +858,7 @@ class GRUCell(CellModule[Tensor], nn.GRUCell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as torch.nn.GRUCell.
-        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        backend: "auto", "triton", "aten", "loop" or "reference". Default: None, see use_backend.
 
     Inputs: input [B, I] or [I], h [B, H] or [H], zeros if left out.
     Outputs: h.
@@ -885,7 +888,7 @@ class RNNCell(CellModule[Tensor], nn.RNNCell):
 
     Args:
         input_size, hidden_size, bias, nonlinearity, device, dtype: as torch.nn.RNNCell.
-        backend: "auto", "triton", "aten" or "reference". Default: None, see use_backend.
+        backend: "auto", "triton", "aten", "loop" or "reference". Default: None, see use_backend.
 
     Inputs: input [B, I] or [I], h [B, H] or [H], zeros if left out.
     Outputs: h.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import cells, onnx, packing
-from fusedrnn.backends import aten, reference, triton
+from fusedrnn.backends import aten, loop, reference, triton
 from fusedrnn.call import (
     Call,
     Masks,
@@ -43,7 +43,7 @@ def run_plain(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...
 
 
 def _forward(operands: list[Tensor], masks: list[Tensor | None], *fields: Any) -> list[Tensor]:
-    """[output, *final states, *what triton keeps for `stack_backward`]."""
+    """[output, *final states, *what triton or the loop keeps for `stack_backward`]."""
     spec = Spec(*fields)
     call, rest = operands_of(spec, operands), masks_of(masks)
     if rest.batch_sizes is not None:
@@ -53,6 +53,8 @@ def _forward(operands: list[Tensor], masks: list[Tensor | None], *fields: Any) -
         packing.check_length_values(rest.lengths, call.input.shape[1 if spec.batch_first else 0])
     if spec.backend == "triton":
         return triton.forward(spec, call, rest)
+    if spec.backend == "loop":
+        return loop.forward(spec, call, rest)
     return [output.contiguous() for output in run_plain(spec, call, rest)]
 
 
@@ -65,13 +67,16 @@ def _backward(
     d_input_wanted: bool,
     *fields: Any,
 ) -> list[Tensor]:
-    """The gradients of `operands`, of which triton leaves some empty, see `triton.backward`."""
+    """The gradients of `operands`, of which some backends leave some empty, see theirs."""
     spec = Spec(*fields)
     if spec.backend == "triton":
         return triton.backward(
             spec, d_outputs, operands_of(spec, operands), masks_of(masks), output, kept,
             d_input_wanted=d_input_wanted,
         )  # fmt: skip
+    if spec.backend == "loop":
+        given = (spec, d_outputs, operands_of(spec, operands), masks_of(masks), kept)
+        return loop.backward(*given, d_input_wanted=d_input_wanted)
     # An op cannot carry an autograd graph across, so the call runs again, under autograd.
     leaves = [t.detach().requires_grad_() for t in operands]
     with autograd_inside_op():
@@ -115,6 +120,8 @@ def _(operands, masks, *fields):
     if spec.backend == "triton":
         kept = triton.kept_shapes(spec, input)
         outputs += [input.new_empty(shape) for layer in kept for shape in layer]
+    if spec.backend == "loop":
+        outputs += loop.kept_like(spec, operands_of(spec, operands))
     return outputs
 
 
@@ -125,6 +132,8 @@ def _(d_outputs, operands, masks, output, kept, d_input_wanted, *fields):
         weights = len(operands_of(spec, operands).weights)
         above = weights * (spec.num_layers - spec.trained_from) // spec.num_layers
         empty = len(operands) - above if spec.trained_from else int(not d_input_wanted)
+    if spec.backend == "loop":
+        empty = int(not d_input_wanted)
     return [t.new_empty([0] if i < empty else t.shape) for i, t in enumerate(operands)]
 
 
@@ -219,8 +228,11 @@ def run(
     spec: Spec, operands: Operands, masks: Masks, return_states: bool = False
 ) -> tuple[Tensor, ...]:
     """The stack as one node: (output, *final states), then what `return_states` adds."""
-    if spec.save is None and spec.backend == "triton" and not watched(operands.flat()):
-        return tuple(triton.forward(spec, operands, masks))  # without a gradient, without a node
+    if spec.save is None and not watched(operands.flat()):  # without a gradient, without a node
+        if spec.backend == "triton":
+            return tuple(triton.forward(spec, operands, masks))
+        if spec.backend == "loop":
+            return tuple(loop.forward(spec, operands, masks))
     tensors = masks.flat()
     return Stack.apply(spec, len(tensors), return_states, *tensors, *operands.flat())
 
@@ -233,7 +245,7 @@ def execute(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[T
     plain = not compiling or call.transformed or "states" in call.loop_features
     if spec.backend == "reference" and plain:
         return reference.forward(spec, operands, masks)
-    if spec.hidden_sizes:  # a node for each layer, and a plan
+    if spec.hidden_sizes or spec.backend == "loop":  # a node for each layer
         output, finals = in_turn(spec, operands, masks, run)
         return output, *joined(finals)
     return run(spec, operands, masks)

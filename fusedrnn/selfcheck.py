@@ -121,7 +121,7 @@ def _run(cell: str, device: str, backend: str, dtype: torch.dtype) -> dict[str, 
     module.backend = backend  # pyright: ignore[reportAttributeAccessIssue] - a name, checked there
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(draw(*parameter.shape) / H**0.5)
+            parameter.copy_(draw(*parameter.shape) / parameter.shape[-1] ** 0.5)
     input = draw(T, B, I).requires_grad_()
     lengths = torch.tensor([T, 1, 4], device=device)
     switch: Any = torch.backends.cudnn.rnn

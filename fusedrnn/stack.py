@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fusedrnn import arguments, cells, dispatch, onnx, op, states
 from fusedrnn.arguments import transformed
-from fusedrnn.backends import aten, reference
+from fusedrnn.backends import aten, loop, reference, stretch
 from fusedrnn.call import (
     Call,
     Masks,
     Operands,
     Spec,
     adds_input,
+    autocast_dtype,
     directions,
     operands_of,
     weights_per_direction,
@@ -60,14 +61,18 @@ def run(given: Given) -> tuple[Any, ...]:
         output, the S final states, and with `return_states` the states of all layers and steps, by
         name, [L * D, T, B, H] ([L * D, B, T, H] with batch_first), 0 where a row is over.
     """
-    spec, input, hx, weights, batch_sizes, lengths, reset, regularizers, return_states = given
+    spec, input, hx, weights, batch_sizes, lengths, _, regularizers, return_states = given
     unbatched = batch_sizes is None and input.dim() == 2
     to_onnx = (torch.compiler.is_compiling() or is_tracing()) and onnx.plain_export()
-    plain = aten.whole(spec) and not return_states and lengths is reset is None
-    if plain and (_exported if to_onnx else _is_torchs_own)(spec, input, regularizers):
+    if _is_exported(given) if to_onnx else is_torchs_own(given):
         input, hx, _T, _B = batched(spec, input, hx, batch_sizes)
         final: Any
-        output, *final = _torchs_own(spec, input, hx, weights, batch_sizes)
+        if not to_onnx and is_one_step(given):
+            time = 1 if spec.batch_first else 0
+            output, *final = aten.one_step(spec, input.squeeze(time), hx, weights)
+            output = output.unsqueeze(time)
+        else:
+            output, *final = _torchs_own(spec, input, hx, weights, batch_sizes)
         return _as_given(spec, unbatched, output, tuple(final))
     if to_onnx and lengths is not None and not torch.compiler.is_compiling():
         raise NotImplementedError(onnx.USE_EXPORT)
@@ -94,22 +99,67 @@ def run(given: Given) -> tuple[Any, ...]:
     return output, final, planes
 
 
-def _exported(spec: Spec, input: Tensor, regularizers: Regularizers | None) -> bool:
+def _is_whole(given: Given) -> bool:
+    """Whether torch has one operator for the call, noise aside."""
+    plain = given.lengths is given.reset is None and not given.return_states
+    return plain and aten.whole(given.spec)
+
+
+def _is_exported(given: Given) -> bool:
     """Whether the ONNX exporters can write the call: they know torch's operator."""
-    return regularizers is None or not regularizers.changes_output(training=spec.training)
+    regularizers, training = given.regularizers, given.spec.training
+    noise = regularizers is not None and regularizers.changes_output(training=training)
+    return _is_whole(given) and not noise
 
 
-def _is_torchs_own(spec: Spec, input: Tensor, regularizers: Regularizers | None) -> bool:
+def is_torchs_own(given: Given) -> bool:
     """Whether a call without lengths and resets goes to torch's operator as it is: what
     `dispatch.select` says to it. The general way would cost a small layer a tenth of its time."""
     return (
-        input.device.type == "cpu"
-        and regularizers is None
+        given.input.device.type == "cpu"
+        and given.regularizers is None
+        and _is_whole(given)
         and not torch.compiler.is_compiling()
-        and dispatch.forced_backend(spec.backend) in ("auto", "aten")
-        and autocast_dtype(input) is None
+        and autocast_dtype(given.input) is None
         and not transformed()
+        and not (given.batch_sizes is not None and stretch.serves(given.spec, given.input.device))
+        and _by_torch(given)
     )
+
+
+def _by_torch(given: Given) -> bool:
+    """Whether torch's operator is forced, or is the fastest."""
+    spec, input, forced = given.spec, given.input, dispatch.forced_backend(given.spec.backend)
+    if forced != "auto":
+        return forced == "aten"
+    packs = given.batch_sizes is not None
+    return not loop.trains_faster(spec, input.dtype, *_steps_and_rows(given), packs=packs)
+
+
+def _steps_and_rows(given: Given) -> tuple[int, int]:
+    """T and B."""
+    if given.batch_sizes is not None:
+        return given.batch_sizes.numel(), int(given.batch_sizes[0])
+    if given.input.dim() == 2:
+        return len(given.input), 1
+    first, second = given.input.shape[:2]
+    return (second, first) if given.spec.batch_first else (first, second)
+
+
+def is_one_step(given: Given) -> bool:
+    """Whether a call that `is_torchs_own` is faster by torch's operators for a single step.
+
+    As measured: oneDNN's LSTM, the one for float32, prepares its weights in each call, which takes
+    longer than a step of a few rows, and longer than any step with its backward. Other loops of
+    torch's prepare nothing. (A trace shall hold for any T.)
+    """
+    spec, input = given.spec, given.input
+    if spec.cell != "lstm" or spec.proj_size or input.dtype != torch.float32:
+        return False
+    if given.batch_sizes is not None or is_tracing():
+        return False
+    T, B = _steps_and_rows(given)
+    return T == 1 and (B <= 32 or torch.is_grad_enabled())
 
 
 def _torchs_own(spec: Spec, input, hx, weights, batch_sizes) -> tuple[Tensor, ...]:
@@ -188,9 +238,19 @@ def gather(given: Given) -> tuple[Call, Operands, Masks]:
     call = Call(
         spec, input.device, autocast or input.dtype, T, B, batch_sizes is not None,
         lengths is not None, reset is not None, needs_grad, transformed(), features,
-        return_states, autocast is not None, input.dtype,
+        return_states, autocast is not None, input.dtype, _most_resets(spec, reset),
     )  # fmt: skip
     return call, operands, Masks(lengths, batch_sizes, reset)
+
+
+def _most_resets(spec: Spec, reset: Tensor | None) -> int:
+    """`Call.most_resets`."""
+    if reset is None or not (spec.cell == "lstm" and spec.training) or reset.numel() == 0:
+        return 0
+    looked_at = reset.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not looked_at or transformed() or is_tracing() or op.watched([reset]):
+        return 0
+    return int(reset.sum(1 if spec.batch_first else 0).max())
 
 
 def settle(
@@ -214,10 +274,12 @@ def settle(
         operands = operands_of(spec, cast)
     # torch's operator for a whole stack draws its own dropout, from torch's generator.
     drawn = spec.training and (regularizers.input_dropout or regularizers.generator is not None)
-    if backend != "aten" or compiling or call.return_states or drawn or not aten.whole(spec):
+    whole = backend == "aten" and not call.return_states and aten.whole(spec)
+    if compiling or drawn or not whole or aten.stretched(spec, call.device, masks):
         masks = masks._replace(layers=draw_masks(spec, noise, operands, masks.batch_sizes))
-    # With zoneout the stored states are not what the cell computed: that is redone.
-    save = "states" if "zoneout" in call.loop_features else spec.save
+    # With zoneout the states that a kernel stores are not what the cell computed: that is redone.
+    redone = backend == "triton" and "zoneout" in call.loop_features
+    save = "states" if redone else spec.save
     autocast = call.autocast and backend == "aten" and compiling
     spec = spec._replace(
         save=save if call.needs_grad else "states" if call.return_states else None,
@@ -245,14 +307,6 @@ def _trained_from(spec: Spec, operands: Operands) -> int:
             if weight.requires_grad:
                 return index // per_layer
     return 0
-
-
-def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives a call with such an input, or None: it leaves float64 alone."""
-    device = input.device.type
-    if device == "meta" or input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

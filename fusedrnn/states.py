@@ -43,8 +43,8 @@ def _layer(
     """A layer: its output, its final states, and each of its S states, [D, T, B, H].
 
     h is the output. The others, the reference computes anyway; the kernels store them, for
-    backward; torch's operators return no other, and for these the reference's loop computes them
-    again, as it does for a gradient through what the kernels stored.
+    backward; torch's operators and the loop return no other, and for these the reference's loop
+    computes them again, as it does for a gradient through what the kernels stored.
     """
     S, D = len(operands.state), directions(spec)
 
@@ -61,7 +61,7 @@ def _layer(
     if spec.backend == "reference":
         output, final, steps = reference.run(spec, operands, masks)
         outputs, others = (output, *final), _stack_steps(steps, masks, output.dtype)
-    elif S == 1 or spec.backend == "aten":
+    elif S == 1 or spec.backend in ("aten", "loop"):
         outputs = op.execute(spec, operands, masks, call)
         others = () if S == 1 else again(outputs[0], *operands.flat())
     else:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any, Generic, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import arguments, cells, dispatch, stack
 from fusedrnn.backends import aten
-from fusedrnn.call import Spec, adds_input, weights_per_direction, widths
+from fusedrnn.call import autocast_dtype, widths
 from fusedrnn.types import Lengths, Reset, State, Steppable
 
 
@@ -39,6 +40,9 @@ def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
             a whole sequence.
     Numerics: equal to the sequence call but for the rounding of another order of summation.
     """
+    plain = _plain_step(module, x, state)
+    if plain is not None:
+        return plain
     name = type(module).__name__
     check_runs_forward(module, f"{name}.step")
     spec = module._spec()
@@ -73,41 +77,69 @@ def step(module: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         and regularizers is None
         and aten.lacks(spec) is None
     )
-    if plain and stack.autocast_dtype(x) is None:  # under which they leave another dtype
-        output, final = _step_by_cells(spec, x, states, weights)
+    if plain and autocast_dtype(x) is None:  # under which they leave another dtype
+        output, *final = aten.one_step(spec, x, states, weights)
     else:
         spec = spec._replace(batch_first=False)
         given = stack.Given(spec, x.unsqueeze(0), states, weights, regularizers=regularizers)
         output, final = stack.run(given)
         output = output.squeeze(0)
     if unbatched:
-        output, final = output.squeeze(0), tuple([f.squeeze(1) for f in final])
-    return output, final[0] if len(final) == 1 else final
+        output, final = output.squeeze(0), [f.squeeze(1) for f in final]
+    return output, final[0] if len(final) == 1 else tuple(final)
 
 
-def _step_by_cells(spec: Spec, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]):
-    """All layers by torch's operators for one step."""
-    function = getattr(torch, f"{cells.get(spec.cell).aten}_cell")
-    size = weights_per_direction(spec)
-    columns = [s.unbind(0) for s in states]
-    finals = []
-    for layer in range(spec.num_layers):
-        below = x
-        if layer and spec.dropout:
-            x = F.dropout(x, spec.dropout, spec.training)
-        previous = tuple([c[layer] for c in columns])
-        final = function(
-            x, previous[0] if len(previous) == 1 else previous,
-            *weights[layer * size : (layer + 1) * size],
-        )  # fmt: skip
-        final = final if isinstance(final, tuple) else (final,)
-        finals.append(final)
-        x = final[0] + below if adds_input(spec, layer) else final[0]
-    stacked = tuple([
-        parts[0].unsqueeze(0) if spec.num_layers == 1 else torch.stack(parts)
-        for parts in zip(*finals, strict=True)
-    ])  # fmt: skip
-    return x, stacked
+# What a plain layer has of these attributes.
+_options = operator.attrgetter(
+    "num_layers", "bidirectional", "direction", "residual", "proj_size", "num_heads",
+    "regularizers", "backend", "_forward_pre_hooks",
+)  # fmt: skip
+_PLAIN = (1, False, "forward", False, 0, 1, None, None, {})
+
+
+def _plain_step(module: Any, x: Tensor, state: Any) -> tuple[Tensor, Any] | None:
+    """`step` as loops call it: a plain layer, x [B, I], and a state that fits. None for all else,
+    and for whatever is wrong with these.
+
+    `step` itself takes longer to look at a call than torch to compute a small layer. This is the
+    same look at the one case, and it too remembers nothing, so that nothing can be out of date.
+    """
+    if torch.compiler.is_compiling():  # which looks only once
+        return None
+    function, count = _CELLS.get(module.mode, (None, 0))
+    states = state if count == 2 else (state,)
+    if (
+        function is None
+        or _options(module) != _PLAIN
+        or not (isinstance(x, Tensor) and isinstance(states, tuple) and len(states) == count)
+        or x.dim() != 2
+        or dispatch.forced_backend(None) not in ("auto", "aten")
+        or torch._C._is_any_autocast_enabled()
+        or arguments.transformed()
+    ):
+        return None
+    (B, features), dtype, device = x.shape, x.dtype, x.device
+    weights, shape = module._weights(), (1, B, module.hidden_size)
+    if features != module.input_size or dtype != weights[0].dtype:
+        return None
+    for s in states:
+        if not (isinstance(s, Tensor) and s.shape == shape):
+            return None
+        if s.dtype != dtype or s.device != device:
+            return None
+    if count == 1:
+        h = function(x, state[0], *weights)
+        return h, h[None]
+    h, c = function(x, (state[0][0], state[1][0]), *weights)
+    return h, (h[None], c[None])
+
+
+# torch's operators for a step, and the number of states, by `Recurrent.mode`.
+_CELLS: dict[str, tuple[Callable[..., Any], int]] = {
+    name.upper(): (aten.cell_operator(name), len(cell.states))
+    for name, cell in cells.REGISTRY.items()
+    if cell.aten == name
+}
 
 
 def _cast(state: Any, dtype: torch.dtype) -> Any:
@@ -232,7 +264,7 @@ class Stream(Generic[State]):
 
     def _cut(self, state: Any) -> Any:
         """`state` without its graph, unless gradients are to cross."""
-        if state is None or not self.detach:
+        if state is None or not self.detach or not torch.is_grad_enabled():
             return state
         if isinstance(state, (tuple, list)):
             return tuple(s.detach() for s in state)

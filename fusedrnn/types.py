@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     Array = Any  # only type checkers read more of it, so that a program can run without NumPy
 
-Backend: TypeAlias = Literal["auto", "triton", "aten", "reference"]
+Backend: TypeAlias = Literal["auto", "triton", "aten", "loop", "reference"]
 Save: TypeAlias = Literal["gates", "states"]
 Nonlinearity: TypeAlias = Literal["tanh", "relu"]
 Peephole: TypeAlias = Literal["diagonal", "full"]

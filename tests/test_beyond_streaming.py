@@ -2,14 +2,16 @@
 
 import copy
 import functools
+import pickle
 import warnings
 
 import pytest
 import torch
-from tolerances import GRADIENTS64, VALUES64
+from tolerances import GRADIENTS32, GRADIENTS64, VALUES64
 from torch.nn.utils import prune
 
 import fusedrnn
+from fusedrnn import streaming
 
 T, B, I, H = 12, 3, 4, 5
 MODULES = {
@@ -434,3 +436,209 @@ def test_step_under_autocast_is_the_sequence_call(cls, low):
     # Between the steps, as between chunks, the states are rounded to `low`.
     eps = torch.finfo(low).eps
     torch.testing.assert_close(torch.stack([one, two]), expected, rtol=4 * eps, atol=4 * eps)
+
+
+class CellCalls(torch.overrides.TorchFunctionMode):
+    """Counts the calls of torch's operators for a single step."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "").endswith("_cell")
+        return function(*args, **kwargs or {})
+
+
+def by_cells(call):
+    with CellCalls() as calls:
+        call()
+    return calls.count > 0
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+# What may happen to a module between its steps, and whether torch's operator still runs them.
+CHANGES = {
+    "nothing": (lambda m: None, True),
+    "a new parameter": (
+        lambda m: setattr(m, "weight_hh_l0", torch.nn.Parameter(torch.randn(3 * H, H))),
+        True,
+    ),
+    "new data": (lambda m: setattr(m.bias_hh_l0, "data", torch.randn(3 * H)), True),
+    "assigned": (
+        lambda m: m.load_state_dict(fusedrnn.GRU(I, H).state_dict(), assign=True),
+        True,
+    ),
+    "parametrized": (
+        lambda m: torch.nn.utils.parametrize.register_parametrization(m, "weight_hh_l0", Doubled()),
+        True,
+    ),
+    "pruned": (lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.5), False),
+    "a regulariser": (
+        lambda m: setattr(m, "regularizers", fusedrnn.Regularizers(zoneout=0.5)),
+        False,
+    ),
+    "another backend": (lambda m: setattr(m, "backend", "reference"), False),
+    "the input added": (lambda m: setattr(m, "residual", True), True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_sees_what_became_of_the_module(change):
+    module = fusedrnn.GRU(I, H if change != "the input added" else I).eval()
+    x, state = torch.randn(B, I), module.step(torch.randn(B, I))[1]
+    assert by_cells(lambda: module.step(x, state))
+    alter, cells = CHANGES[change]
+    alter(module)
+    assert by_cells(lambda: module.step(x, state)) == cells
+    output, final = module.step(x, state)
+    expected, expected_final = module(x[None], state)
+    torch.testing.assert_close(output, expected[0])
+    torch.testing.assert_close(final, expected_final)
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN])
+def test_a_plain_step_is_looked_at_once(cls, monkeypatch):
+    module, x = cls(I, H), torch.randn(B, I)
+    _, state = module.step(x)
+    monkeypatch.setattr(streaming.arguments, "check_step", None)
+    for one in (module, pickle.loads(pickle.dumps(module))):
+        output, final = one.step(x, state)
+        expected, expected_final = one(x[None], state)
+        torch.testing.assert_close(output, expected[0])
+        assert_states(final, expected_final)
+
+
+def test_a_step_sees_another_dtype_mode_block_and_direction():
+    module = fusedrnn.GRU(I, H)
+    x, state = torch.randn(B, I), torch.randn(1, B, H)
+    before, _ = module.step(x, state)
+    with fusedrnn.use_backend("reference"):
+        assert not by_cells(lambda: module.step(x, state))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = module.step(x, state)[0]
+        assert torch.equal(low, module(x[None], state)[0][0])
+        assert not by_cells(lambda: module.step(x, state))
+    many = torch.func.vmap(module.step, (0, None))
+    torch.testing.assert_close(many(x[None], state)[0][0], before)
+    assert not by_cells(lambda: many(x[None], state))
+    module.double()
+    with pytest.raises(ValueError, match=r"x: expected torch.float64, got torch.float32"):
+        module.step(x, state)
+    torch.testing.assert_close(module.step(x.double(), state.double())[0].float(), before)
+    module.float().regularizers = fusedrnn.Regularizers(recurrent_dropout=0.5)
+    with pytest.raises(RuntimeError, match="expected a module in evaluation mode"):
+        module.step(x, state)
+    module.regularizers, module.direction = None, "reverse"
+    with pytest.raises(ValueError, match="got direction='reverse'"):
+        module.step(x, state)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (lambda x, h, c: (x[:, 1:], (h, c)), RuntimeError, r"x: .*input_size=4, got shape \(3, 3\)"),
+    (lambda x, h, c: (x, (h, c.double())), RuntimeError, r"state \(c\): expected torch.float32"),
+    (lambda x, h, c: (x, (h, c.to("meta"))), RuntimeError, r"state \(c\): .*got .* on meta"),
+    (lambda x, h, c: (x, (h, c, c)), TypeError, r"state: expected the 2 tensors .*, got 3"),
+    (lambda x, h, c: (x, (h[0], c[0])), RuntimeError, r"state \(h\): .*got \(3, 5\)"),
+])  # fmt: skip
+def test_a_step_that_nearly_fits(change, error, message):
+    x, h, c = torch.randn(B, I), torch.randn(1, B, H), torch.randn(1, B, H)
+    with pytest.raises(error, match=message):
+        fusedrnn.LSTM(I, H).step(*change(x, h, c))
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_layers": 2}, {"num_heads": 5}, {"proj_size": 2}, {"bidirectional": True}]
+)
+def test_a_step_of_a_layer_that_is_not_plain(options):
+    module, x = fusedrnn.LSTM(I, H, **options), torch.randn(B, I)
+    state = (torch.randn(1, B, H), torch.randn(1, B, H))
+    if "num_heads" in options:
+        expected = module(x[None], state)[0][0]
+        torch.testing.assert_close(module.step(x, state)[0], expected)
+        return
+    with pytest.raises((RuntimeError, ValueError), match=r"LSTM.step: "):
+        module.step(x, state)
+
+
+# A sequence of one step
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"bias": False},
+    {"num_layers": 3, "dropout": 0.4},
+    {"num_layers": 2, "dropout": 0.4, "bidirectional": True, "batch_first": True},
+])  # fmt: skip
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch", [B, None, 64])
+def test_a_sequence_of_one_step_equals_torchs(options, training, batch):
+    """From the same random numbers, with its gradients: to rounding, since sums differ in order."""
+    module, torchs = fusedrnn.LSTM(I, H, **options), torch.nn.LSTM(I, H, **options)
+    torchs.load_state_dict(module.state_dict())
+    shape = (1, I) if batch is None else (batch, 1, I) if module.batch_first else (1, batch, I)
+    x = torch.randn(shape, requires_grad=True)
+    layers = module.num_layers * (1 + module.bidirectional)
+    hx = tuple(torch.randn(layers, *([batch] if batch else []), H) for _ in range(2))
+    results = []
+    for one in (torchs.train(training), module.train(training)):
+        for state in (None, hx):
+            torch.manual_seed(3)
+            output, final = one(x, state)
+            slopes = torch.autograd.grad(
+                output.square().sum() + final[1].sum(), [x, *one.parameters()]
+            )
+            with torch.no_grad():
+                torch.manual_seed(3)
+                again, _ = one(x, state)
+            results.append([output, *final, *slopes, again, torch.get_rng_state()])
+    for expected, found in zip(results[:2], results[2:], strict=True):
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, **GRADIENTS32)
+    assert by_cells(lambda: module(x))
+    with torch.no_grad():
+        assert by_cells(lambda: module(x)) == (batch != 64)
+
+
+def test_a_sequence_of_one_step_is_differentiable_twice():
+    module = fusedrnn.LSTM(I, H, 2, bidirectional=True)
+    x = torch.randn(1, B, I, requires_grad=True)
+
+    def second(module, x):
+        output = module(x)[0]
+        (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), [x, *module.parameters()])
+
+    found = second(module, x)
+    expected = second(copy.deepcopy(module).double(), x.detach().double().requires_grad_())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.float(), **GRADIENTS32)
+
+
+def test_who_runs_a_sequence_of_one_step():
+    module, x = fusedrnn.LSTM(I, H), torch.randn(1, B, I)
+    told = "torch's operators for a single step"
+    assert told in str(fusedrnn.explain(module, x))
+    for other, input, options in (
+        (module, torch.randn(2, B, I), {}),
+        (module, x, {"lengths": [1] * B}),
+        (fusedrnn.GRU(I, H), x, {}),
+        (fusedrnn.LSTM(I, H, proj_size=2), x, {}),
+        (fusedrnn.LSTM(I, H, backend="reference"), x, {}),
+        (copy.deepcopy(module).double(), x.double(), {}),
+    ):
+        assert not by_cells(lambda o=other, i=input, k=options: o(i, **k))
+        assert told not in str(fusedrnn.explain(other, input, **options))
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(1, I)] * B)
+    assert not by_cells(lambda: module(packed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and used
+        traced = torch.jit.trace(module, x, check_trace=False)
+    longer = torch.randn(T, B, I)
+    torch.testing.assert_close(traced(longer)[0], module(longer)[0])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], module(x)[0])

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import importlib.machinery
 import importlib.metadata
+import itertools
 import logging
 import os
 import subprocess
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
 from fusedrnn import cells, dispatch, stack
-from fusedrnn.backends import aten, reference, triton
+from fusedrnn.backends import aten, loop, reference, triton
 
 KINDS = ("LSTM", "GRU", "RNN")
 
@@ -45,6 +46,7 @@ def ran(monkeypatch):
 
     spy("aten", stack, "_torchs_own")
     spy("aten", aten, "forward")
+    spy("loop", loop, "forward")
     spy("reference", reference, "forward")
     return seen
 
@@ -66,19 +68,27 @@ def test_the_shortcut_agrees_with_select():
     for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         for packed in (False, True):
             for dtype in (torch.float32, torch.float64, torch.bfloat16):
-                for asked in (None, "auto", "aten", "reference"):
+                for asked in (None, "auto", "aten", "loop", "reference"):
                     call = call_of(cell, dtype=dtype, packed=packed, backend=asked)
-                    shortcut = stack._is_torchs_own(call.spec, torch.zeros(5, 2, 3), None)
+                    given = stack.Given(call.spec, torch.zeros(5, 2, 3), None, [])
+                    shortcut = stack.is_torchs_own(given)
                     assert (dispatch.select(call) == "aten") == shortcut
+    for T, B, batch_first in itertools.product((11, 12, 23, 24), (2, 1 << 13), (False, True)):
+        for cell in ("lstm", "gru", "rnn_tanh"):
+            options = {"training": True, "batch_first": batch_first}
+            call = call_of(cell, **options)._replace(T=T, B=B)
+            shape = (B, T, 3) if batch_first else (T, B, 3)
+            given = stack.Given(call.spec, torch.empty(shape, dtype=call.dtype), None, [])
+            assert (dispatch.select(call) == "aten") == stack.is_torchs_own(given)
 
 
-def test_what_aten_lacks_goes_to_the_reference(ran):
-    module = fusedrnn.LSTM(3, 4)
+def test_what_aten_lacks_goes_to_the_loop(ran):
+    module = fusedrnn.GRU(3, 4)
     reset = torch.zeros(5, 2, dtype=torch.bool)
     run(module, reset=reset)
-    assert ran == ["reference"]
+    assert ran == ["loop"]
     explanation = fusedrnn.explain(module, torch.randn(5, 2, 3), reset=reset)
-    assert explanation.backend == "reference"
+    assert explanation.backend == "loop"
     assert "reset" in explanation.passed_over["aten"]
 
 
@@ -265,9 +275,10 @@ def test_unknown_names():
         pass
 
 
+STATE = (torch.zeros(1, 2, 4),) * 2
 REFUSED = [
     ("triton", {}, "the tensors are on the cpu"),
-    ("aten", {"reset": torch.zeros(5, 2, dtype=torch.bool)}, "do not have .*reset"),
+    ("aten", {"reset": (torch.zeros(5, 2, dtype=torch.bool), STATE)}, "do not have .*reset"),
 ]
 
 
@@ -397,7 +408,7 @@ def test_explain_prints_all_of_it():
     explanation = fusedrnn.explain(module, torch.randn(7, 5, 3))
     assert explanation.call.T == 5
     assert explanation.call.B == 7
-    assert set(explanation.passed_over) == {"triton", "reference"}
+    assert set(explanation.passed_over) == {"triton", "loop", "reference"}
     text = str(explanation)
     for part in (
         "lstm: 2 layer(s) x 2 direction(s), T=5 B=7 I=3 H=4 P=2, float32 on cpu (needs_grad)",

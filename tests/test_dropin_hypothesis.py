@@ -1,7 +1,9 @@
 """Whatever torch.nn's module is given, ours gives the same: drawn calls, drawn mistakes.
 
-`auto` runs torch's own operators on a CPU, so its results must be torch's bit for bit. The
-reference computes in another order, so it is held to float64 by the table in tolerances.py.
+`auto` runs torch's own operators on a CPU, so its results must be torch's bit for bit; but packed
+rows of an LSTM run through the faster operator for padded ones, and its single steps through that
+for single steps. These and the reference compute in another order, so they are held to float64 by
+the table in tolerances.py.
 """
 
 import contextvars
@@ -159,8 +161,20 @@ def test_auto_is_torch_bit_for_bit(case, backend):
     expected = run(case, torchs, leaves, call, case.dtype, seed=1)
     found = run(case, ours, leaves, call, case.dtype, seed=1)
     assert list(found) == list(expected)
+    another = by_another_kernel(case)
+    exact = run(case, torchs, leaves, call, torch.float64, seed=1) if another else {}
     for name, value in found.items():
-        assert_same(value, expected[name], name)
+        if another and value.is_floating_point():
+            assert_as_good(value, expected[name], exact[name], name)
+        else:
+            assert_same(value, expected[name], name)
+
+
+def by_another_kernel(case):
+    """torch's LSTM over packed rows is not oneDNN's, and ours is; a single step has its own."""
+    if case.kind != "LSTM" or "proj_size" in case.options:
+        return False
+    return case.layout.startswith("packed") or (case.T == 1 and case.dtype == torch.float32)
 
 
 @given(cases())

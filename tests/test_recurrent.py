@@ -406,7 +406,7 @@ def test_states_regularisers_and_explain(kind):
     assert_close(states["h"][-1], output)
     said = fusedrnn.explain(module, x)
     lacking = module._torch_lacks()
-    assert said.backend == ("reference" if lacking else "aten")
+    assert said.backend == ("loop" if lacking else "aten")
     assert said.passed_over.get("aten") == lacking
     norms = fusedrnn.gradient_flow.sensitivity(module, x, at=[-1])
     assert norms.shape == (1, T, B)

@@ -2,5 +2,5 @@
 
 refuses(call)                     why it cannot run the call, or None
 forward(spec, operands, masks)    (output, *final states), which autograd sees through;
-                                  triton's, with what its `backward` needs behind
+                                  triton's and the loop's, with what `backward` needs behind
 """

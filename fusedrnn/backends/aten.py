@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import cells, packing
-from fusedrnn.backends import reference
+from fusedrnn.backends import reference, stretch
 from fusedrnn.call import (
     LOOP_FEATURES,
     STATES_COMPILED,
@@ -20,32 +19,28 @@ from fusedrnn.call import (
     Masks,
     Operands,
     Spec,
+    adds_input,
+    autocast_dtype,
     directions,
     in_turn,
     joined,
     operands_of,
+    weights_per_direction,
 )
 
 
 def refuses(call: Call) -> str | None:
     """Why torch's operators cannot run the call, or None."""
-    cell = call.spec.cell
     if lacking := lacks(call.spec):
         return lacking
-    features = [LOOP_FEATURES[name] for name in call.loop_features if name in LOOP_FEATURES]
+    has = {"reset"} if stretch.serves(call.spec, call.device) else set()
+    features = [LOOP_FEATURES[f] for f in call.loop_features if f in LOOP_FEATURES.keys() - has]
     if features:
         return f"torch's kernels do not have {' and '.join(features)}"
     if "states" in call.loop_features and torch.compiler.is_compiling():
         return STATES_COMPILED
     if call.transformed:
         return TRANSFORMED
-    # Of torch's loops only the LSTM over plain rows is oneDNN's.
-    plain = not (call.packed or call.lengths or call.spec.proj_size)
-    float32 = call.autocast and call.input_dtype == torch.float32
-    if cell == "lstm" and float32 and call.device.type == "cpu" and plain:
-        failure = lstm_autocast_failure(call.dtype, training=call.needs_grad)
-        if failure:
-            return f"torch's LSTM fails under autocast to {call.dtype} on this processor: {failure}"
     return None
 
 
@@ -59,6 +54,13 @@ def lacks(spec: Spec) -> str | None:
 def whole(spec: Spec) -> bool:
     """Whether torch has one operator for such a stack, noise aside."""
     return lacks(spec) is None and not (spec.reversed_layers or spec.residual or spec.hidden_sizes)
+
+
+def stretched(spec: Spec, device: torch.device, masks: Masks) -> bool:
+    """Whether `stretch` runs the call, layer by layer."""
+    if masks.lengths is masks.batch_sizes is masks.reset is None:
+        return False
+    return stretch.serves(spec, device)
 
 
 def output_dtypes(
@@ -82,15 +84,78 @@ def output_dtypes(
 
 
 def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
-    """A stack of layers through torch's operator: (output, *final states).
+    """A stack of layers through torch's operators: (output, *final states)."""
+    low = autocast_dtype(operands.input)
+    if low is None or operands.input.device.type != "cpu":
+        return _forward(spec, operands, masks)
+    spec = spec._replace(autocast=str(low).removeprefix("torch."))
+    dtypes = output_dtypes(spec, operands.input, operands.state, masks)
+    # For float16 torch has no LSTM on a CPU, and loops many times as slow as those for float32;
+    # oneDNN's LSTM in bfloat16 is found missing on some processors when it is called. A tracer
+    # crashes at such an error, and what it writes may run on another processor.
+    avoided = low == torch.float16 or (spec.cell == "lstm" and stretch.is_tracing())
+    results = None if avoided else _forward_if_possible(spec, operands, masks)
+    if results is None:
+        with torch.autocast("cpu", enabled=False):
+            results = _forward(spec, _rounded(operands, spec, low), masks)
+    output, *final = results
+    return output.to(dtypes[0]), *(s.to(d) for s, d in zip(final, dtypes, strict=True))
 
-    One call for all layers, with torch's dropout between them, unless there is noise of ours, or
-    what no operator of torch's has between layers.
-    """
-    if not masks.layers and whole(spec):
+
+def _forward_if_possible(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...] | None:
+    try:
+        return _forward(spec, operands, masks)
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        return None
+
+
+def _rounded(operands: Operands, spec: Spec, low: torch.dtype) -> Operands:
+    """Values of `low`, in float32. float64 is left alone, as by autocast."""
+    flat = [t if t.dtype == torch.float64 else t.to(low).float() for t in operands.flat()]
+    return operands_of(spec, flat)
+
+
+def _forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
+    """One call for all layers, with torch's dropout between them, unless there is noise of ours, or
+    what no operator of torch's has between layers."""
+    own = stretched(spec, operands.input.device, masks)
+    if not masks.layers and whole(spec) and not own:
         return _run(spec, operands, masks)
-    output, finals = in_turn(spec, operands, masks, _run_turned)
+    output, finals = in_turn(spec, operands, masks, stretch.layer if own else _run_turned)
     return output, *joined(finals)
+
+
+def cell_operator(cell: str) -> Callable[..., Any]:
+    """torch's operator for a single step of a cell that torch has."""
+    return getattr(torch, f"{cells.get(cell).aten}_cell")
+
+
+def one_step(
+    spec: Spec, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """A stack over one time step, x [B, I]: (output [B, D * H], *final states).
+
+    By torch's operators for that, layer by layer: unlike those for sequences they prepare nothing
+    for steps to come.
+    """
+    function, D, size = cell_operator(spec.cell), directions(spec), weights_per_direction(spec)
+    finals = []
+    for layer in range(spec.num_layers):
+        below = x
+        if layer and spec.dropout and spec.training:
+            x = F.dropout(x, spec.dropout)
+        for at in range(layer * D, (layer + 1) * D):
+            hx = states[0][at] if len(states) == 1 else [s[at] for s in states]
+            final = function(x, hx, *weights[at * size : (at + 1) * size])
+            finals.append(final if isinstance(final, tuple) else (final,))
+        x = finals[-1][0] if D == 1 else torch.cat([final[0] for final in finals[-D:]], 1)
+        if adds_input(spec, layer):
+            x = x + below
+    if len(finals) == 1:
+        return x, *[s[None] for s in finals[0]]
+    return x, *[torch.stack(parts) for parts in zip(*finals, strict=True)]
 
 
 def forward_on(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[Tensor, ...]:
@@ -214,41 +279,3 @@ class DifferentiableTwice(torch.autograd.Function):
             )
         )  # fmt: skip
         return None, None, *(next(found) if t.requires_grad else None for t in inputs)
-
-
-def lstm_autocast_failure(dtype: torch.dtype, *, training: bool) -> str | None:
-    """What torch's LSTM says on this processor to float32 tensors under autocast to `dtype`, or
-    None where it computes.
-
-    It takes oneDNN for float32, and finds out too late that autocast has made it a dtype for
-    which oneDNN has no kernel here. No query tells beforehand, so one time step is tried.
-    """
-    return _try_lstm(dtype, training, torch._C._get_mkldnn_enabled())
-
-
-# torch.compile calls this and takes the answer for a constant, as with the decorator
-# torch.compiler.assume_constant_result, which would import all of torch._dynamo to set this.
-lstm_autocast_failure._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
-@functools.cache
-def _try_lstm(dtype: torch.dtype, training: bool, onednn: bool) -> str | None:
-    # In a thread of its own: what the caller is in (a trace, a mode, hooks of a checkpoint) would
-    # take part in it, and all that is a thread's.
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_failure_of_lstm, dtype, training).result()
-
-
-def _failure_of_lstm(dtype: torch.dtype, training: bool) -> str | None:
-    like = {"device": "cpu", "dtype": torch.float32}
-    x = torch.zeros(1, 1, 1, **like, requires_grad=training)
-    weights = [torch.zeros(4, 1, **like) for _ in range(2)]
-    state = [torch.zeros(1, 1, 1, **like) for _ in range(2)]
-    with torch.set_grad_enabled(training), torch.autocast("cpu", dtype=dtype):
-        try:
-            output, *_ = torch.lstm(x, state, weights, False, 1, 0.0, training, False, False)
-            if training:
-                torch.autograd.grad(output.sum(), x)
-        except RuntimeError as error:
-            return str(error).split(". ")[0]
-    return None

@@ -97,7 +97,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def weights_in(dtype: torch.dtype, weights: Weights) -> Weights:
     """The weights, cast."""
-
+    if weights.w_ih.dtype == dtype:
+        return weights
     cast = {
         name: tensor.to(dtype)
         for name, tensor in weights._asdict().items()

@@ -76,24 +76,64 @@ def product(h: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple
     return sums.unbind(-2)
 
 
-def d_weight_hh(cell: Cell, dh_gates: Tensor, factors: Sequence[Tensor], heads: int) -> Tensor:
-    """The gradient of weight_hh, from that of all gates [N, G, H], and what the stages multiplied,
-    [N, K] each: one large product a stage."""
-    parts, first = [], 0
-    for stage, factor in zip(cell.weighted, factors, strict=True):
-        if not stage.gates:
-            continue
-        d_gates = dh_gates
-        if len(stage.gates) < dh_gates.shape[1]:
-            d_gates = dh_gates[:, first : first + len(stage.gates)]
-        first += len(stage.gates)
-        if cell.diagonal:
-            parts.append((d_gates * factor[:, None]).sum(0, dtype=torch.float32).flatten())
-            continue
-        parts.append(_d_matrix(d_gates, factor, heads))
+def d_factor(d_sums: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of h [*, K], from that of the sums [*, count, units] that `product` gives."""
+    if weight.dim() == 1:
+        return (d_sums * weight.view(d_sums.shape[-2:])).sum(-2)
+    if weight.dim() == 2:
+        return d_sums.flatten(-2) @ weight
+    blocks = weight.unflatten(1, (d_sums.shape[-2], -1))
+    d_sums = d_sums.unflatten(-1, (len(weight), -1))
+    return torch.einsum("...ghu,hguk->...hk", d_sums, blocks).flatten(-2)
+
+
+def d_parameters(
+    cell: Cell,
+    input: Tensor,
+    d_sums: Tensor,
+    d_norm: Tensor | None,
+    dx_gates: Tensor,
+    d_received: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    d_vectors: Sequence[Tensor],
+    *,
+    heads: int,
+    bias: bool,
+) -> list[Tensor]:
+    """The gradients of the parameters of one layer and direction, in their order, each by one
+    product of all steps.
+
+    Args:
+        input: [N, I]. d_sums: of W_ih x, [N, G * H]. d_norm: of `input_norm`'s scale.
+        dx_gates: [N, G, H].
+        d_received: of the sums of each stage with weights, [N, sums, units].
+        factors: what these stages multiplied, [N, K].
+        d_vectors: of the vectors of the stages' own, [H].
+    """
+    pairs = list(zip(cell.weighted, d_received, factors, strict=True))
+    of_gates = [(d, factor) for stage, d, factor in pairs if stage.gates]
     if cell.diagonal:
-        return torch.cat(parts).to(dh_gates.dtype)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        parts = [d_bias(d * factor[:, None]).flatten() for d, factor in of_gates]
+    else:
+        parts = [_d_matrix(d, factor, heads) for d, factor in of_gates]
+    gradients = [d_sums.T @ input, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)]
+    if bias:
+        d_b_ih = d_bias(dx_gates).flatten()
+        shared = cell.additive or cell.input_norm is not None
+        d_b_hh = d_b_ih.clone() if shared else torch.cat([d_bias(d) for d, _ in of_gates]).flatten()
+        gradients += [d_b_ih, d_b_hh]
+    gradients += [
+        d[:, 0].T @ factor for stage, d, factor in pairs if isinstance(stage.receives, Projection)
+    ]
+    gradients += [] if d_norm is None else [d_norm]
+    vectors = iter(d_vectors)
+    for own in cell.own[d_norm is not None :]:
+        gradients.append(torch.cat([next(vectors) for _ in range(own.vectors)]).to(input.dtype))
+    for stage, d, factor in pairs:
+        if isinstance(stage.receives, Dense):
+            gradients += [_d_matrix(d[:, k : k + 1], factor, heads) for k in range(d.shape[1])]
+            gradients += [d_bias(d[:, k]) for k in range(len(stage.receives.biases) * bias)]
+    return gradients
 
 
 def _d_matrix(d_sums: Tensor, factor: Tensor, heads: int) -> Tensor:
@@ -105,30 +145,11 @@ def _d_matrix(d_sums: Tensor, factor: Tensor, heads: int) -> Tensor:
     return d_sums.flatten(1, 2) @ factor.unflatten(-1, (heads, -1)).transpose(0, 1)
 
 
-def d_dense(
-    cell: Cell, d_sums: Tensor, factors: Sequence[Tensor], heads: int, *, bias: bool
-) -> list[Tensor]:
-    """The gradients of the Dense stages' parameters, in their order, from that of all sums
-    [N, sums, H], and what the weighted stages multiplied; units beyond a stage's own are 0."""
-    gradients, first = [], len(cell.gates)
-    sizes = iter(cell.dense_sizes(factors[0].shape[-1]))
-    for stage, factor in zip(cell.weighted, factors, strict=True):
-        if not isinstance(stage.receives, Dense):
-            continue
-        units, k = next(sizes)
-        for column in range(first, first + len(stage.sums)):
-            d_sum = d_sums[:, column : column + 1, :units]
-            gradients.append(_d_matrix(d_sum, factor[:, :k], heads))
-        for column in range(first, first + len(stage.receives.biases)) if bias else ():
-            gradients.append(d_bias(d_sums[:, column, :units]))
-        first += len(stage.sums)
-    return gradients
-
-
 def d_bias(d_sums: Tensor) -> Tensor:
-    """The sum over the rows of [N, *]. In float32: N is large, and a low-precision sum would stop
-    growing."""
-    return d_sums.sum(0, dtype=torch.float32).to(d_sums.dtype)
+    """The sum over the rows of [N, *]. At least in float32: N is large, and a sum of low precision
+    would stop growing."""
+    wide = torch.promote_types(d_sums.dtype, torch.float32)
+    return d_sums.sum(0, dtype=wide).to(d_sums.dtype)
 
 
 def input_gates(cell: Cell, input: Tensor, weights: Weights) -> Tensor:

@@ -119,7 +119,8 @@ def _no_plan(cell: str, dtype: torch.dtype, H: int, P: int, D: int, index: int) 
     return refusal(known, dtype, H, D, device, P if P < H else 0)
 
 
-# As torch.compiler.assume_constant_result, see `aten.lstm_autocast_failure`.
+# torch.compile calls this and takes the answer for a constant, as with the decorator
+# torch.compiler.assume_constant_result, which would import all of torch._dynamo to set this.
 _no_plan._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -331,23 +332,21 @@ def _layer_backward(
             d_input = (d_sums.flatten(1) @ _joined_weights(weights)[0]).view(input.shape)
         gradients: list[Tensor] = []
         for d in range(D):
-            dx, dh = dx_gates[:, d], dh_gates[:, d, : len(cell.gates), : dx_gates.shape[-1]]
-            d_w_hh = stages.d_weight_hh(cell, dh, factors[d], heads)
-            gradients += [d_sums[:, d].T @ input_ni, d_w_hh]
-            if spec.bias:
-                d_b_ih = stages.d_bias(dx).flatten()
-                shared = cell.additive or cell.input_norm is not None
-                gradients += [d_b_ih, d_b_ih.clone() if shared else stages.d_bias(dh).flatten()]
-            if d_projected is not None:
-                gradients.append(d_projected[:, d].T @ factors[d][-1])
-            gradients += d_norms[d : d + 1]
-            vectors = iter(d_params)
-            for own in cell.own[len(d_norms) > 0 :]:
-                parts = [next(vectors)[d] for _ in range(own.vectors)]
-                gradients.append(torch.cat(parts).to(input.dtype))
-            if cell.dense:
-                all_sums = dh_gates[:, d]
-                gradients += stages.d_dense(cell, all_sums, factors[d], heads, bias=spec.bias)
+            dx, received, multiplied, first = dx_gates[:, d], [], [], 0
+            dense = iter(cell.dense_sizes(spec.hidden_size))
+            for stage, factor in zip(cell.weighted, factors[d], strict=True):
+                # Units beyond a stage's own are 0.
+                units, k = next(dense) if stage in cell.dense else (dx.shape[-1], factor.shape[-1])
+                sums = dh_gates[:, d, first : first + len(stage.sums), :units]
+                if d_projected is not None and not stage.sums:
+                    sums = d_projected[:, d, None]
+                received.append(sums)
+                multiplied.append(factor[:, :k])
+                first += len(stage.sums)
+            gradients += stages.d_parameters(
+                cell, input_ni, d_sums[:, d], d_norms[d] if d_norms else None, dx, received,
+                multiplied, [p[d] for p in d_params], heads=heads, bias=spec.bias,
+            )  # fmt: skip
     return d_input, d_state, gradients
 
 
