@@ -112,7 +112,7 @@ def _rnn_step(views, prev, out) -> None:
     torch.tanh(views[0], out=out[0])
 
 
-_0, _1, _2, _3, _01, _23 = (slice(*p) for p in ((1,), (1, 2), (2, 3), (3, 4), (2,), (2, 4)))
+_0, _1, _2, _3, _01 = (slice(*p) for p in ((1,), (1, 2), (2, 3), (3, 4), (2,)))
 ACTIVATED = {
     "lstm": Activated(
         lambda x, sums, sizes: by_step(_columns(x, _01, _2, _3, _0, _1), sizes),
