@@ -72,7 +72,7 @@ bench: $(STAMP)-bench  ## A quick measurement of this machine, with table and pi
 bench-cpu: $(STAMP)-bench  ## What lengths, resets, ... cost on this CPU beside their goals, in out/cpu/
 	rm -f out/cpu/cpu/plain.json out/cpu/cpu/avx2.json
 	$(BIN)/python -m bench.cpu --out out/cpu/cpu/plain.json $(ARGS)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=out/cpu/inductor \
 	  $(BIN)/python -m bench.cpu --out out/cpu/cpu/avx2.json $(ARGS)
 	$(BIN)/python -m bench.report --results out/cpu --out out/cpu
 
