@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerances import VALUES32
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -150,7 +151,7 @@ def test_what_is_off_in_evaluation_is_no_obstacle():
     before, own = model(x)[0], model.regularizers
     assert fusedrnn.restore_modules(model).swapped
     assert type(model) is nn.GRU
-    torch.testing.assert_close(model(x)[0], before)
+    torch.testing.assert_close(model(x)[0], before, **VALUES32)
     fusedrnn.replace_modules(model)
     assert model.regularizers is own
 
