@@ -30,8 +30,8 @@ class Spec(NamedTuple):
         input_size, hidden_size, num_layers: I, H, L. proj_size: P, or 0. num_heads: of a layer,
             each with H / num_heads units that no other head's reach.
         backend: the one that was asked for, or None; once chosen, the one that runs.
-        save: what the fused backward reads, "gates" or "states"; None if there will be none, and
-            no states are asked for.
+        save: what the fused backward reads, "gates" or "states", or an op's with torch's kernels,
+            "workspace"; None if there will be none, and no states are asked for.
         autocast: the dtype, as "bfloat16", in which an op is to run the aten backend, or None.
         clip: bound of the gradient of each h_t inside the loop; 0 for none.
         trained_from: the lowest layer that a gradient gets to.

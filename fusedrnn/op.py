@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import cells, onnx, packing
-from fusedrnn.backends import aten, loop, reference, triton
+from fusedrnn.backends import aten, loop, onednn, reference, triton
 from fusedrnn.call import (
     Call,
     Masks,
@@ -43,7 +43,7 @@ def run_plain(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...
 
 
 def _forward(operands: list[Tensor], masks: list[Tensor | None], *fields: Any) -> list[Tensor]:
-    """[output, *final states, *what triton or the loop keeps for `stack_backward`]."""
+    """[output, *final states, *what is kept for `stack_backward`]."""
     spec = Spec(*fields)
     call, rest = operands_of(spec, operands), masks_of(masks)
     if rest.batch_sizes is not None:
@@ -55,6 +55,8 @@ def _forward(operands: list[Tensor], masks: list[Tensor | None], *fields: Any) -
         return triton.forward(spec, call, rest)
     if spec.backend == "loop":
         return loop.forward(spec, call, rest)
+    if spec.save == "workspace":
+        return onednn.forward(spec, call, rest)
     return [output.contiguous() for output in run_plain(spec, call, rest)]
 
 
@@ -77,6 +79,8 @@ def _backward(
     if spec.backend == "loop":
         given = (spec, d_outputs, operands_of(spec, operands), masks_of(masks), kept)
         return loop.backward(*given, d_input_wanted=d_input_wanted)
+    if spec.save == "workspace" and onednn.has_workspace(spec, operands[0], kept):
+        return onednn.backward(spec, d_outputs, operands_of(spec, operands), output, kept)
     # An op cannot carry an autograd graph across, so the call runs again, under autograd.
     leaves = [t.detach().requires_grad_() for t in operands]
     with autograd_inside_op():
@@ -122,6 +126,8 @@ def _(operands, masks, *fields):
         outputs += [input.new_empty(shape) for layer in kept for shape in layer]
     if spec.backend == "loop":
         outputs += loop.kept_like(spec, operands_of(spec, operands))
+    if spec.save == "workspace":
+        outputs += onednn.kept_like(spec, operands_of(spec, operands))
     return outputs
 
 
@@ -233,8 +239,13 @@ def run(
             return tuple(triton.forward(spec, operands, masks))
         if spec.backend == "loop":
             return tuple(loop.forward(spec, operands, masks))
-    tensors = masks.flat()
-    return Stack.apply(spec, len(tensors), return_states, *tensors, *operands.flat())
+    tensors, flat = masks.flat(), list(operands.flat())
+    if torch.compiler.is_compiling():  # Dynamo refuses a tensor that is given twice
+        flat = [
+            t.view_as(t) if any([t is other for other in flat[:i]]) else t
+            for i, t in enumerate(flat)
+        ]
+    return Stack.apply(spec, len(tensors), return_states, *tensors, *flat)
 
 
 def execute(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[Tensor, ...]:
@@ -245,7 +256,8 @@ def execute(spec: Spec, operands: Operands, masks: Masks, call: Call) -> tuple[T
     plain = not compiling or call.transformed or "states" in call.loop_features
     if spec.backend == "reference" and plain:
         return reference.forward(spec, operands, masks)
-    if spec.hidden_sizes or spec.backend == "loop":  # a node for each layer
+    by_layer = spec.backend == "loop" or spec.save == "workspace"
+    if spec.hidden_sizes or by_layer:  # a node for each layer
         output, finals = in_turn(spec, operands, masks, run)
         return output, *joined(finals)
     return run(spec, operands, masks)

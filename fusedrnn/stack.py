@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedrnn import arguments, cells, dispatch, onnx, op, states
 from fusedrnn.arguments import transformed
-from fusedrnn.backends import aten, loop, reference, stretch
+from fusedrnn.backends import aten, loop, onednn, reference, stretch
 from fusedrnn.call import (
     Call,
     Masks,
@@ -280,6 +280,8 @@ def settle(
     # With zoneout the states that a kernel stores are not what the cell computed: that is redone.
     redone = backend == "triton" and "zoneout" in call.loop_features
     save = "states" if redone else spec.save
+    if backend == "aten" and onednn.keeps_workspace(call):
+        save = "workspace"
     autocast = call.autocast and backend == "aten" and compiling
     spec = spec._replace(
         save=save if call.needs_grad else "states" if call.return_states else None,

@@ -145,6 +145,73 @@ def test_a_model_through_inductor():
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_tensor_in_several_places(kind):
+    """One matrix for W_ih and W_hh, one vector for both biases, (h, h) as the state: the gradient
+    of each is the sum over its places."""
+    module = getattr(fusedrnn, kind)(4, 4)
+    module.weight_hh_l0, module.bias_hh_l0 = module.weight_ih_l0, module.bias_ih_l0
+    x = torch.randn(5, 2, 4, requires_grad=True)
+    h = torch.randn(1, 2, 4, requires_grad=True)
+
+    def run(x, h):
+        return module(x, (h, h) if kind == "LSTM" else h)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=aot_eager)
+    found, expected = flat(compiled(x, h)), flat(run(x, h))
+    assert_equal(found, expected)
+    assert_equal(gradients(module, found, [x, h]), gradients(module, expected, [x, h]))
+
+
+WORKSPACE = {
+    "plain": {},
+    "stack": {"num_layers": 2, "bidirectional": True, "dropout": 1.0},
+    "batch_first": {"batch_first": True, "bias": False},
+    "turned": {"direction": "reverse"},
+}
+
+
+@pytest.mark.parametrize("options", WORKSPACE.values(), ids=list(WORKSPACE))
+def test_a_compiled_lstm_computes_forward_once(options, monkeypatch):
+    """Its backward reads oneDNN's workspace; what would compute forward again is broken here."""
+    module = fusedrnn.LSTM(3, 4, **options)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=aot_eager)
+    for T, B in ((5, 2), (6, 3)):
+        shape = (B, T, 3) if options.get("batch_first") else (T, B, 3)
+        input = torch.randn(shape, requires_grad=True)
+        states = len(module.all_weights)
+        hx = (torch.randn(states, B, 4, requires_grad=True), torch.randn(states, B, 4))
+        expected = flat(module(input, hx))
+        of_eager = gradients(module, expected, [input, hx[0]])
+        with monkeypatch.context() as broken:
+            broken.setattr(op, "run_plain", None)
+            found = flat(compiled(input, hx))
+            assert_equal(found, expected)
+            assert_equal(gradients(module, found, [input, hx[0]]), of_eager)
+
+
+def test_a_workspace_that_was_lost_is_computed_again():
+    """A hook on saved tensors copies one byte of it. Without oneDNN, and without any row, there is
+    none from the start."""
+    module = fusedrnn.LSTM(3, 4)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=aot_eager)
+
+    def compare(B=2):
+        input = torch.randn(5, B, 3, requires_grad=True)
+        found, expected = flat(compiled(input)), flat(module(input))
+        assert_equal(found, expected)
+        assert_equal(gradients(module, found, [input]), gradients(module, expected, [input]))
+
+    compare()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        compare()
+    with torch.backends.mkldnn.flags(enabled=False):
+        compare()
+    compare(B=0)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_dropout_between_layers(dropout):
     """At 1.0 nothing of layer 0 reaches layer 1: compiled and eager agree without a seed."""
@@ -195,7 +262,8 @@ def test_blocks_leave_nothing_in_compiled_code(monkeypatch):
 
     def backend():
         ran.clear()
-        compiled(input)
+        with torch.no_grad():
+            compiled(input)
         return ran[0]
 
     assert backend() == "aten"
@@ -274,15 +342,16 @@ def operator_samples():
     T, B, I, H = 4, 3, 2, 5
     for cell in ("lstm", "gru", "rnn_tanh"):
         cases = ("plain", "batch_first", "lengths", "packed", "no_bias", "reset", "stack", "turned")
+        kept = ("workspace", "workspace batch_first") if cell == "lstm" else ()
         low = ("autocast", "autocast packed", "autocast lengths")
-        for case in (*cases, *low):
+        for case in (*cases, *low, *kept):
             for D in (1, 2) if case == "plain" else (1,) if case == "turned" else (2,):
                 P = 2 if (cell, case) == ("lstm", "no_bias") else 0
                 L = 2 if case in ("stack", "turned") else 1
-                batch_first = case == "batch_first"
+                batch_first = case.endswith("batch_first")
                 spec = Spec(
                     cell, I, H, L, case != "no_bias", batch_first, bidirectional=D == 2,
-                    proj_size=P, save=None, dropout=0.5,
+                    proj_size=P, save="workspace" if case in kept else None, dropout=0.5,
                     backend="reference" if case == "reset" and cell != "lstm" else "aten",
                     autocast="bfloat16" if case.startswith("autocast") else None,
                     reversed_layers=2 * (case == "turned"), residual=case == "turned",
