@@ -60,7 +60,16 @@ def _forward(operands: list[Tensor], masks: list[Tensor | None], *fields: Any) -
     return [output.contiguous() for output in run_plain(spec, call, rest)]
 
 
-def _backward(
+def _backward(d_outputs: list[Tensor], operands: list[Tensor], *rest: Any) -> list[Tensor]:
+    """The gradients of `operands`, of which some backends leave some empty, see theirs.
+
+    In the dtypes of the forward pass, whatever autocast there is around the backward pass.
+    """
+    with torch.autocast(operands[0].device.type, enabled=False):
+        return _gradients(d_outputs, operands, *rest)
+
+
+def _gradients(
     d_outputs: list[Tensor],
     operands: list[Tensor],
     masks: list[Tensor | None],
@@ -69,7 +78,6 @@ def _backward(
     d_input_wanted: bool,
     *fields: Any,
 ) -> list[Tensor]:
-    """The gradients of `operands`, of which some backends leave some empty, see theirs."""
     spec = Spec(*fields)
     if spec.backend == "triton":
         return triton.backward(
@@ -157,6 +165,7 @@ def autograd_inside_op() -> Iterator[None]:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009, its type stubs do not have it
 
 
 def watched(operands: Sequence[Tensor]) -> bool:
@@ -169,6 +178,11 @@ def watched(operands: Sequence[Tensor]) -> bool:
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, operands))
     )
+
+
+def _batched(d_outputs: list[Tensor]) -> bool:
+    """Whether these are several gradients at once, as `is_grads_batched` hands them down."""
+    return any(map(_functorch.is_legacy_batchedtensor, d_outputs))
 
 
 class Stack(torch.autograd.Function):
@@ -187,7 +201,10 @@ class Stack(torch.autograd.Function):
         else:
             outputs = _forward(operands, masks, *spec)
         end = 1 + len(cells.get(spec.cell).states)
-        ctx.save_for_backward(*tensors, outputs[0], *outputs[end:])
+        # The output is saved only where backward reads it: elsewhere it may be changed in place.
+        read = spec.backend == "triton" or spec.save == "workspace"
+        output = outputs[0] if read else outputs[0].new_empty(0)
+        ctx.save_for_backward(*tensors, output, *outputs[end:])
         ctx.spec, ctx.n_masks, ctx.n_tensors = spec, n_masks, len(tensors)
         if not return_states:
             return tuple(outputs[:end])
@@ -203,7 +220,7 @@ class Stack(torch.autograd.Function):
         given = list(d_outputs[: 1 + len(cells.get(spec.cell).states)])
         input_wanted = ctx.needs_input_grad[3 + n_masks]
         gradients: list[Tensor | None]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _batched(given)):
             gradients = differentiable_backward(spec, given, operands, masks_of(masks))
         else:
             run: Any = torch.ops.fusedrnn.stack_backward if watched(operands) else _backward
@@ -216,17 +233,22 @@ class Stack(torch.autograd.Function):
 def differentiable_backward(
     spec: Spec, d_outputs: list[Tensor], operands: list[Tensor], masks: Masks
 ) -> list[Tensor | None]:
-    """The gradients of a stack with a graph of their own, by autograd through the reference.
+    """The gradients of a stack by autograd through the reference, with a graph of their own where
+    grad mode is on.
 
     Each input enters as a view of itself: a tensor that stands in two places (shared weights)
     must receive the gradient of each place once, not the sum twice.
     """
-    views = [t.view_as(t) for t in operands]
-    wanted = [v for v in views if v.requires_grad]
-    outputs = reference.forward(spec, operands_of(spec, views), masks)
+    with torch.enable_grad():
+        views = [t.view_as(t) for t in operands]
+        wanted = [v for v in views if v.requires_grad]
+        outputs = reference.forward(spec, operands_of(spec, views), masks)
     found = iter(
-        torch.autograd.grad(outputs, wanted, d_outputs, create_graph=True, materialize_grads=True)
-    )
+        torch.autograd.grad(
+            outputs, wanted, d_outputs,
+            create_graph=torch.is_grad_enabled(), materialize_grads=True,
+        )
+    )  # fmt: skip
     return [next(found) if v.requires_grad else None for v in views]
 
 
@@ -240,7 +262,9 @@ def run(
         if spec.backend == "loop":
             return tuple(loop.forward(spec, operands, masks))
     tensors, flat = masks.flat(), list(operands.flat())
-    if torch.compiler.is_compiling():  # Dynamo refuses a tensor that is given twice
+    if not torch.compiler.is_compiling():  # autograd saves no tensor of inference mode
+        tensors = [t.clone() if t is not None and t.is_inference() else t for t in tensors]
+    else:  # Dynamo refuses a tensor that is given twice
         flat = [
             t.view_as(t) if any([t is other for other in flat[:i]]) else t
             for i, t in enumerate(flat)

@@ -242,6 +242,8 @@ def by_row(per_element: Tensor, rows: Rows, N: int) -> Tensor:
 def turned(sequence: Tensor, rows: Rows) -> Tensor:
     """`sequence`, [T, B, *], [B, T, *] or [N, *], with the time steps of every row in reverse
     order, up to its length. Its own inverse."""
+    if rows.T == 1:  # where both layouts have a stride of 1
+        return sequence
     if rows.lengths is None:
         return sequence.flip(0 if rows.stride_b == 1 else 1)
     if rows.offsets is not None:

@@ -151,7 +151,8 @@ def is_one_step(given: Given) -> bool:
 
     As measured: oneDNN's LSTM, the one for float32, prepares its weights in each call, which takes
     longer than a step of a few rows, and longer than any step with its backward. Other loops of
-    torch's prepare nothing. (A trace shall hold for any T.)
+    torch's prepare nothing. (A trace shall hold for any T; and as in `loop.is_faster` the mode of
+    the module decides, not whether there is a gradient.)
     """
     spec, input = given.spec, given.input
     if spec.cell != "lstm" or spec.proj_size or input.dtype != torch.float32:
@@ -159,7 +160,7 @@ def is_one_step(given: Given) -> bool:
     if given.batch_sizes is not None or is_tracing():
         return False
     T, B = _steps_and_rows(given)
-    return T == 1 and (B <= 32 or torch.is_grad_enabled())
+    return T == 1 and (B <= 32 or spec.training)
 
 
 def _torchs_own(spec: Spec, input, hx, weights, batch_sizes) -> tuple[Tensor, ...]:

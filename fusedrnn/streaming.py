@@ -129,9 +129,9 @@ def _plain_step(module: Any, x: Tensor, state: Any) -> tuple[Tensor, Any] | None
             return None
     if count == 1:
         h = function(x, state[0], *weights)
-        return h, h[None]
+        return h, h.clone()[None]  # the output may be changed in place
     h, c = function(x, (state[0][0], state[1][0]), *weights)
-    return h, (h[None], c[None])
+    return h, (h.clone()[None], c[None])
 
 
 # torch's operators for a step, and the number of states, by `Recurrent.mode`.

@@ -18,7 +18,7 @@ from fusedrnn.call import Masks, Operands, Spec
 
 T, B, I, H = 6, 4, 3, 5
 each_cell = pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-each_backend = pytest.mark.parametrize("backend", ["aten", "reference"])
+each_backend = pytest.mark.parametrize("backend", ["aten", "loop", "reference"])
 
 
 def tensors(result):
@@ -91,7 +91,7 @@ def test_more_steps_than_65535():
         torch.testing.assert_close(output[-50:], module(x[-500:])[0][-50:])  # long forgotten
 
 
-@each_backend
+@pytest.mark.parametrize("backend", ["aten", "auto", "reference"])
 @pytest.mark.parametrize("B", [0, 1])
 def test_empty_and_single_batches(backend, B):
     module = fusedrnn.LSTM(I, H, 2, bidirectional=True, backend=backend)
@@ -315,3 +315,33 @@ def distributed_worker(rank, path):
 def test_ddp_and_fsdp2(tmp_path):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(distributed_worker, (str(tmp_path / "store"),), nprocs=2)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "alternate"])
+@each_cell
+def test_one_step_in_reverse_with_the_batch_first(name, direction):
+    """Where both layouts have the same strides, rows must not change places."""
+    module = getattr(fusedrnn, name)(I, H, 2, batch_first=True, direction=direction)
+    x = torch.randn(B, 1, I)
+    hx = torch.randn(2, B, H)
+    hx = (hx, torch.randn(2, B, H)) if name == "LSTM" else hx
+    found = tensors(module(x, hx))
+    module.backend = "reference"
+    for a, b in zip(found, tensors(module(x, hx)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@each_cell
+def test_a_step_leaves_the_state_in_memory_of_its_own(name):
+    """So that the output may be changed in place."""
+    module = getattr(fusedrnn, name)(I, H)
+    stream = module.stream()
+    x = torch.randn(B, I)
+    with torch.no_grad():
+        for step in (lambda: module.step(x), lambda: module(x[None]), lambda: (stream.step(x), 0)):
+            output, state = step()
+            state = stream.state if isinstance(state, int) else state
+            h = state[0] if isinstance(state, tuple) else state
+            before = h.clone()
+            output.fill_(7)
+            assert torch.equal(h, before)

@@ -219,3 +219,99 @@ def test_when_auto_takes_it():
         fusedrnn.GRU(3, 4, device="meta"), torch.empty(5, 2, 3, device="meta")
     )
     assert "not on meta" in refused.passed_over["loop"]
+
+
+# ---- what a stranger met
+
+GRUS = [("GRU", {}), ("LSTM", {"backend": "loop"})]
+
+
+@pytest.mark.parametrize(("kind", "options"), GRUS)
+def test_a_default_device_changes_nothing(kind, options):
+    """Also for what is remembered of a batch: the orders of its rows."""
+    module = getattr(fusedrnn, kind)(3, 4, bidirectional=True, **options)
+    x, lengths = torch.randn(31, 3, 3), torch.tensor([31, 7, 0])
+    reset = torch.rand(31, 3) < 0.2
+    for given in ({}, {"lengths": lengths, "reset": reset}):
+        with torch.device("meta"):
+            output, _ = module(x, **given)
+            output.sum().backward()
+        found = [p.grad.clone() for p in module.parameters()]
+        module.zero_grad()
+        expected, _ = module(x, **given)
+        expected.sum().backward()
+        assert torch.equal(output, expected)
+        for a, p in zip(found, module.parameters(), strict=True):
+            assert torch.equal(a, p.grad)
+        module.zero_grad()
+
+
+def test_the_output_may_be_changed_in_place():
+    module = fusedrnn.GRU(3, 4)
+    x = torch.randn(30, 2, 3, requires_grad=True)
+    assert fusedrnn.explain(module, x).backend == "loop"
+    (expected,) = torch.autograd.grad(module(x)[0].relu().sum(), x)
+    (found,) = torch.autograd.grad(module(x)[0].relu_().sum(), x)
+    assert torch.equal(found, expected)
+
+
+def test_a_batch_of_gradients():
+    module = fusedrnn.GRU(3, 4)
+    x = torch.randn(30, 2, 3, requires_grad=True)
+    output, _ = module(x)
+    cotangents = torch.randn(5, *output.shape)
+    (found,) = torch.autograd.grad(output, x, cotangents, is_grads_batched=True, retain_graph=True)
+    for one, cotangent in zip(found, cotangents, strict=True):
+        (expected,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
+        torch.testing.assert_close(one, expected, **GRADIENTS32)
+        assert not one.requires_grad
+
+
+def test_backward_inside_autocast_computes_as_forward_did():
+    for cell in ("gru", "layer_norm_lstm"):
+        module = fusedrnn.Recurrent(cell, 3, 4, backend="loop")
+        output, _ = module(torch.randn(7, 2, 3))
+        expected = torch.autograd.grad(output.sum(), module.parameters(), retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = torch.autograd.grad(output.sum(), module.parameters())
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_dtype_under_autocast_does_not_depend_on_the_resets():
+    module, x = fusedrnn.LSTM(3, 512), torch.randn(10, 16, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        few, many = (
+            module(x, lengths=[10] * 16, reset=torch.full((10, 16), on))[0].dtype
+            for on in (False, True)
+        )
+    assert few == many
+
+
+def test_zoneout_keeps_a_unit_beside_an_infinity():
+    module = fusedrnn.RNN(1, 2, nonlinearity="relu", zoneout=0.5)
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(torch.eye(2) * 1e30)
+        module.weight_ih_l0.fill_(1)
+        module.bias_ih_l0.zero_()
+        module.bias_hh_l0.zero_()
+    x, outputs = torch.rand(6, 3, 1) * 1e10, []
+    for backend in ("reference", "loop"):
+        module.backend = backend
+        torch.manual_seed(0)
+        outputs.append(module(x)[0])
+    assert outputs[0].isinf().any()
+    assert torch.equal(outputs[0].isfinite(), outputs[1].isfinite())
+    assert torch.equal(outputs[0].isnan(), outputs[1].isnan())
+
+
+def test_a_reset_mask_of_inference_mode():
+    """As a rollout leaves it."""
+    with torch.inference_mode():
+        reset = torch.rand(30, 2) < 0.2
+    module = fusedrnn.GRU(3, 4)
+    x = torch.randn(30, 2, 3)
+    found = torch.autograd.grad(module(x, reset=reset)[0].sum(), module.parameters())
+    expected = torch.autograd.grad(module(x, reset=reset.clone())[0].sum(), module.parameters())
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

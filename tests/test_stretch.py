@@ -184,3 +184,17 @@ def test_autocast(kind, low):
             assert_same(value, exact.to(value.dtype), kind)
         else:  # h is rounded at each of T steps and read by gates: half an ulp of 1, each
             torch.testing.assert_close(value.float(), exact, rtol=0, atol=T * torch.finfo(low).eps)
+
+
+@pytest.mark.parametrize("given", ["lengths", "reset"])
+def test_a_batch_without_rows(given):
+    module = fusedrnn.LSTM(3, 4, bidirectional=True)
+    options = {
+        "lengths": {"lengths": torch.zeros(0, dtype=torch.int64)},
+        "reset": {"reset": torch.zeros(5, 0, dtype=torch.bool)},
+    }[given]
+    x = torch.randn(5, 0, 3, requires_grad=True)
+    output, (h_n, c_n) = module(x, **options)
+    assert (output.shape, h_n.shape, c_n.shape) == ((5, 0, 8), (2, 0, 4), (2, 0, 4))
+    output.sum().backward()
+    assert x.grad.shape == x.shape

@@ -154,7 +154,8 @@ def one_step(
         if adds_input(spec, layer):
             x = x + below
     if len(finals) == 1:
-        return x, *[s[None] for s in finals[0]]
+        h, *rest = finals[0]  # in memory of its own: the output may be changed in place
+        return x, h.clone()[None], *[s[None] for s in rest]
     return x, *[torch.stack(parts) for parts in zip(*finals, strict=True)]
 
 

@@ -163,7 +163,7 @@ def layer(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
         outputs.append(found[0])
         finals.append(found[1:])
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    output = output.view(*operands.input.shape[:-1], -1)
+    output = output.view(*operands.input.shape[:-1], output.shape[-1])
     return output, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
@@ -182,7 +182,7 @@ def _direction(
         h, c = (torch.where(where.empty, torch.zeros_like(s), s) for s in (h, c))
     taken = Moved.apply(input, where.taken, where.extra, where.given, where.padding)
     flags = where.flags.to(input.dtype)
-    stretched = torch.cat([taken.view(*flags.shape[:2], -1), flags], -1)
+    stretched = torch.cat([taken.view(*flags.shape[:2], input.shape[-1]), flags], -1)
     w_ih = torch.cat([weights.w_ih, _of_flags(H, weights.w_ih.dtype)], -1)
     flat = [w_ih, weights.w_hh]
     if weights.b_ih is not None and weights.b_hh is not None:

@@ -40,6 +40,7 @@ EQUAL = 1 << 15
 # Where the loop trains an LSTM with resets faster than oneDNN does: a row is reset in more than
 # that part of its steps, and B * H is so large; below it oneDNN is faster even at twice the steps.
 MANY, LARGE = 0.4, 1 << 13
+WIDE = (torch.float32, torch.float64)  # others the loop computes in float32
 
 
 def refuses(call: Call) -> str | None:
@@ -68,6 +69,8 @@ def is_faster(call: Call) -> bool:
     if call.spec.cell == "lstm":
         if not call.most_resets or _in_operators():  # 0, too, where B and T are symbols
             return False
+        if call.dtype not in WIDE:
+            return False
         return call.most_resets > MANY * call.T and call.B * call.spec.hidden_size >= LARGE
     packs = call.lengths or call.packed
     return trains_faster(call.spec, call.dtype, call.T, call.B, packs=packs)
@@ -77,7 +80,7 @@ def trains_faster(spec: Spec, dtype: torch.dtype, T: int, B: int, *, packs: bool
     """`is_faster`, of such a call; `packs`: torch would run it as packed rows."""
     if not spec.training or spec.cell not in FASTER_FROM or _in_operators():
         return False
-    if dtype not in (torch.float32, torch.float64):  # the loop computes others in float32
+    if dtype not in WIDE:
         return False
     if torch.compiler.is_compiling():  # torch's operator would run again for its gradients
         return True

@@ -73,7 +73,7 @@ class _Jacobian:
     is another; its own vectors; and what zoneout keeps, if the stage is not the only one.
     """
 
-    def __init__(self, part, responses, zoneout: bool, alone: bool, N: int, sizes, dtype):
+    def __init__(self, part, responses, zoneout: bool, alone: bool, N: int, sizes, like: Tensor):
         self.part = part
         self.values: range = range(len(responses[0][2]))
         self.inner: list[int] = [
@@ -91,7 +91,7 @@ class _Jacobian:
         self.ends.append(self.ends[-1] + len(self.apart))
         self.ends.append(self.ends[-1] + own)
         shape = (N, self.ends[-1] + self.holds, part.units)
-        self.gradients: Tensor = torch.empty(shape, dtype=dtype)
+        self.gradients: Tensor = like.new_empty(shape)
         self.blocks = self.gradients.split_with_sizes(sizes)
         self.received = self.gradients.flatten(1)[:, : received * part.units].split_with_sizes(
             sizes
@@ -114,7 +114,7 @@ class _Jacobian:
                 keep = zoneout[k]
                 columns = [c if _is_zero(c) else c * (1 - keep) for c in columns]
                 if self.holds:
-                    columns += [keep if s == k else torch.zeros(()) for s in range(self.holds)]
+                    columns += [keep if s == k else keep.new_zeros(()) for s in range(self.holds)]
                 else:
                     columns[self.ends[0] + k] = columns[self.ends[0] + k] + keep
             if not all(_is_zero(c) for c in columns):
@@ -190,7 +190,7 @@ def run_backward(
         responses = _responses(layer, given, rows, factors)
         if not jacobians:
             jacobians = [
-                _Jacobian(p, r, p is parts[-1] and bool(keep), len(parts) == 1, N, sizes, d_h.dtype)
+                _Jacobian(p, r, p is parts[-1] and bool(keep), len(parts) == 1, N, sizes, d_h)
                 for p, r in zip(parts, responses, strict=True)
             ]
         for j, r in zip(jacobians, responses, strict=True):

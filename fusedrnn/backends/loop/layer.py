@@ -120,9 +120,11 @@ def memory_of(layer: Layer, input: Tensor) -> tuple[Tensor, list[Tensor], list[T
     total = input.numel() // input.shape[-1]
     wide = compute_dtype(layer.dtype)
     first = layer.parts[0]
-    x_gates = torch.empty(total, len(layer.cell.gates), first.units, dtype=wide)
+    x_gates = torch.empty(
+        total, len(layer.cell.gates), first.units, dtype=wide, device=input.device
+    )
     sums = [
-        torch.empty(total, part.stage.products, part.units, dtype=wide)
+        torch.empty(total, part.stage.products, part.units, dtype=wide, device=input.device)
         for part in layer.parts
         if part.weight is not None and not part.adds
     ]

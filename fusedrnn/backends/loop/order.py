@@ -44,7 +44,7 @@ class Order:
             return rows.reshape(*self.leading, *rows.shape[1:]).clone()
         total = self.leading[0] * (self.leading[1] if len(self.leading) == 2 else 1)
         new = torch.empty if total == self.N else torch.zeros
-        sequence = new(total, *rows.shape[1:], dtype=rows.dtype)
+        sequence = new(total, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
         return sequence.index_copy_(0, self.source, rows).view(*self.leading, *rows.shape[1:])
 
     def sorted(self, state: Tensor) -> Tensor:
@@ -81,11 +81,12 @@ def order_of(spec: Spec, input: Tensor, masks: Masks, *, reverse: bool) -> Order
     return _order(T, B, layout, lengths, reverse)
 
 
-# All layers of a stack, forward and backward, have one order.
-@functools.lru_cache(maxsize=16)
+# All layers of a stack, forward and backward, have one order for each direction. On the CPU, even
+# where a program has set another default.
+@functools.lru_cache(maxsize=4)
 def _order(T: int, B: int, layout: str, given: tuple[int, ...] | None, reverse: bool) -> Order:
     """`given`: the sizes of packed rows, or the lengths of padded ones."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         return _worked_out(T, B, layout, given, reverse)
 
 

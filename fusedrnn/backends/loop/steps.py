@@ -37,7 +37,8 @@ def run_forward(layer: Layer, x: Tensor, input: Tensor) -> Stored:
     )
     step = _steps(layer, here, order.sizes)
     h_mask, low = layer.h_mask, layer.dtype != here.x_gates.dtype
-    kept = by_step(layer.zoneout, order.sizes) if is_by_row(layer.zoneout) else None
+    by_unit = is_by_row(layer.zoneout)
+    kept = by_step([z.bool() for z in layer.zoneout], order.sizes) if by_unit else None
     starts = None if layer.reset is None else layer.reset.split_with_sizes(order.sizes)
     rows_before = order.B
     for t, size in enumerate(order.sizes):
@@ -49,7 +50,10 @@ def run_forward(layer: Layer, x: Tensor, input: Tensor) -> Stored:
         step(t, prev, h_mask if h_mask is None else h_mask[:size], new)
         if layer.zoneout:
             for s, keep in enumerate(kept[t] if kept else layer.zoneout):
-                torch.lerp(new[s], prev[s], keep, out=new[s])
+                if by_unit:  # a sum of both would make NaN of an infinity that is not kept
+                    torch.where(keep, prev[s], new[s], out=new[s])
+                else:
+                    torch.lerp(new[s], prev[s], keep, out=new[s])
         if low:
             new[0].copy_(new[0].to(layer.dtype))
     return room
