@@ -90,9 +90,9 @@ def d_factor(d_sums: Tensor, weight: Tensor) -> Tensor:
 def d_parameters(
     cell: Cell,
     input: Tensor,
-    d_sums: Tensor,
+    d_sums: Sequence[Tensor],
     d_norm: Tensor | None,
-    dx_gates: Tensor,
+    dx_gates: Sequence[Tensor],
     d_received: Sequence[Tensor],
     factors: Sequence[Tensor],
     d_vectors: Sequence[Tensor],
@@ -104,8 +104,8 @@ def d_parameters(
     product of all steps.
 
     Args:
-        input: [N, I]. d_sums: of W_ih x, [N, G * H]. d_norm: of `input_norm`'s scale.
-        dx_gates: [N, G, H].
+        input: [N, I]. d_norm: of `input_norm`'s scale.
+        d_sums: of W_ih x, [N, G * H]. dx_gates: [N, G, H]. Both in parts of some gates each.
         d_received: of the sums of each stage with weights, [N, sums, units].
         factors: what these stages multiplied, [N, K].
         d_vectors: of the vectors of the stages' own, [H].
@@ -116,9 +116,9 @@ def d_parameters(
         parts = [d_bias(d * factor[:, None]).flatten() for d, factor in of_gates]
     else:
         parts = [_d_matrix(d, factor, heads) for d, factor in of_gates]
-    gradients = [d_sums.T @ input, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)]
+    gradients = [_joined([d.T @ input for d in d_sums]), _joined(parts, dim=-2)]
     if bias:
-        d_b_ih = d_bias(dx_gates).flatten()
+        d_b_ih = _joined([d_bias(d).flatten() for d in dx_gates])
         shared = cell.additive or cell.input_norm is not None
         d_b_hh = d_b_ih.clone() if shared else torch.cat([d_bias(d) for d, _ in of_gates]).flatten()
         gradients += [d_b_ih, d_b_hh]
@@ -134,6 +134,10 @@ def d_parameters(
             gradients += [_d_matrix(d[:, k : k + 1], factor, heads) for k in range(d.shape[1])]
             gradients += [d_bias(d[:, k]) for k in range(len(stage.receives.biases) * bias)]
     return gradients
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _d_matrix(d_sums: Tensor, factor: Tensor, heads: int) -> Tensor:

@@ -344,7 +344,7 @@ def _layer_backward(
                 multiplied.append(factor[:, :k])
                 first += len(stage.sums)
             gradients += stages.d_parameters(
-                cell, input_ni, d_sums[:, d], d_norms[d] if d_norms else None, dx, received,
+                cell, input_ni, [d_sums[:, d]], d_norms[d] if d_norms else None, [dx], received,
                 multiplied, [p[d] for p in d_params], heads=heads, bias=spec.bias,
             )  # fmt: skip
     return d_input, d_state, gradients

@@ -163,14 +163,18 @@ def backward(
             stored = restored(layer, x, spec.save, kept[d * size : (d + 1) * size])
             d_final = [order.sorted(f[d]).to(x.dtype) for f in d_outputs[1:]]
             found = run_backward(layer, stored, order.rows_of(d_output), d_final, spec.clip)
-            d_sums, d_norm = found.d_x_gates.flatten(1), None
+            d_sums, d_norm = [d.flatten(1) for d in found.d_x_gates], None
             if layer.cell.input_norm is not None:
-                d_sums, (d_norm,) = stages.input_norm_backward(
-                    layer.cell, d_sums[:, None], x, [layer.weights]
+                d_of_norm, (d_norm,) = stages.input_norm_backward(
+                    layer.cell, torch.cat(d_sums, 1)[:, None], x, [layer.weights]
                 )
-                d_sums = d_sums[:, 0]
+                d_sums = [d_of_norm[:, 0]]
             if d_input_wanted:
-                d_inputs.append(order.sequence_of(d_sums @ layer.weights.w_ih))
+                of_parts = layer.weights.w_ih.split_with_sizes([d.shape[1] for d in d_sums])
+                d_x = d_sums[0] @ of_parts[0]
+                for d_sum, w_ih in zip(d_sums[1:], of_parts[1:], strict=True):
+                    d_x.addmm_(d_sum, w_ih)
+                d_inputs.append(order.sequence_of(d_x))
             d_states.append([order.unsorted(s) for s in found.d_state])
             d_resets.append([order.unsorted(s) for s in found.d_reset_state])
             d_weights += stages.d_parameters(

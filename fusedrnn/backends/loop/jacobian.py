@@ -57,7 +57,7 @@ def restored(layer: Layer, x: Tensor, save: str | None, kept: list[Tensor]) -> G
 class Found(NamedTuple):
     """What the backward loop finds."""
 
-    d_x_gates: Tensor  # [N, G, units]
+    d_x_gates: list[Tensor]  # [N, G, units], in parts
     d_received: list[Tensor]  # of each stage with weights, [N, sums, units]
     factors: list[Tensor]  # what these multiplied, [N, K]
     d_params: list[Tensor]  # of each vector of the stages' own, [H]
@@ -102,11 +102,13 @@ class _Jacobian:
             self.passed[j] = columns[received + at].split_with_sizes(sizes)
         self.held = [c.split_with_sizes(sizes) for c in columns[self.ends[-1] :]]
         self.first: int = 0
-        self.of_units: list[tuple[int, Any]] = []  # where not 0
+        self.at_home: int | None = None  # the unit whose part of the Jacobian lies in `gradients`
+        self.others: list[tuple[int, Any]] = []  # and those of other units, where not 0
 
-    def fill(self, responses, zoneout: list[Tensor], first: int, rows: int, sizes) -> None:
+    def fill(self, responses, zoneout: list[Tensor], first: int, rows: slice, sizes) -> None:
         """Takes the `responses` of the body to each unit vector, for the steps from `first` on."""
-        self.first, self.of_units = first, []
+        self.first, self.at_home, self.others = first, None, []
+        shape = (rows.stop - rows.start, self.part.units)
         for k, (d_x, d_received, d_values, d_params) in enumerate(responses):
             inner = [d_values[j] for j in self.inner]
             columns = [*d_received, *inner, *(d_x[i] for i in self.apart), *d_params]
@@ -117,36 +119,39 @@ class _Jacobian:
                     columns += [keep if s == k else keep.new_zeros(()) for s in range(self.holds)]
                 else:
                     columns[self.ends[0] + k] = columns[self.ends[0] + k] + keep
-            if not all(_is_zero(c) for c in columns):
-                columns = [c.expand(rows, self.part.units) for c in columns]
-                self.of_units.append((k, torch.stack(columns, 1).split_with_sizes(sizes)))
+            if all(_is_zero(c) for c in columns):
+                continue
+            columns = [c.expand(shape) for c in columns]
+            if self.at_home is None:  # where it becomes the gradient: less memory to go through
+                torch.stack(columns, 1, out=self.gradients[rows])
+                self.at_home = k
+            else:
+                self.others.append((k, torch.stack(columns, 1).split_with_sizes(sizes)))
 
     def apply(self, t: int, d_new: Sequence[Any]) -> list[Any]:
         """The gradients of step t, from those of the values after the stage; returns those of the
         values before it by the pointwise path. Of a value [rows, 1, units], or None for 0."""
-        out, begun = self.blocks[t], False
-        for k, of_unit in self.of_units:
-            d = d_new[k]
-            if d is None:
-                continue
-            if begun:
-                out.addcmul_(d, of_unit[t - self.first])
-            else:
-                torch.mul(d, of_unit[t - self.first], out=out)
-                begun = True
-        if not begun:
+        out, at_home = self.blocks[t], self.at_home
+        d = None if at_home is None else d_new[at_home]
+        if d is None:
             out.zero_()
+        else:
+            out.mul_(d)
+        for k, of_unit in self.others:
+            if d_new[k] is not None:
+                out.addcmul_(d_new[k], of_unit[t - self.first])
         return [None if p is None else p[t] for p in self.passed]
 
-    def d_gates(self) -> Tensor:
-        """[N, gates, units]: of the input's part in the stage."""
-        gates = len(self.part.stage.gates)
-        if not self.apart:
-            return self.gradients[:, :gates]
-        at = list(range(gates))
+    def d_gates(self) -> list[Tensor]:
+        """[N, gates, units]: of the input's part in the stage, in as many parts as lie apart."""
+        at = list(range(len(self.part.stage.gates)))
         for place, i in enumerate(self.apart):
             at[i] = self.ends[1] + place
-        return self.gradients[:, at]
+        begins = [i for i, column in enumerate(at) if i == 0 or column != at[i - 1] + 1]
+        ends = [*begins[1:], len(at)]
+        return [
+            self.gradients[:, at[i] : at[i] + end - i] for i, end in zip(begins, ends, strict=True)
+        ]
 
 
 def _is_zero(column: Tensor) -> bool:
@@ -175,18 +180,21 @@ def run_backward(
     last = [d.unsqueeze(1) for d in d_final[1:]]
     d_rest, rows_after = [d[:0] for d in last], 0
     d_reset_state = [torch.zeros_like(d) for d in d_final[: len(layer.reset_state)]]
-    starts = None if layer.reset is None else layer.reset.split_with_sizes(sizes)
+    starts = None if layer.reset is None else layer.reset[:, None].split_with_sizes(sizes)
     per_row = is_by_row(layer.zoneout)
     jacobians: list[_Jacobian] = []
     factors: list[list[Tensor]] = [[] for _ in layer.parts]
     # A projection's Jacobian is its matrix, and what it receives is h.
     w_hr = layer.weights.w_hr
     parts = layer.parts if w_hr is None else layer.parts[:-1]
+    w_hh = parts[0].weight
+    if w_hh is None or w_hh.dim() != 2 or layer.h_mask is not None:
+        w_hh = None  # what that product hands back is more than a matrix product added to d_h
     chunk = max(1, CHUNK // (B * max(part.units for part in parts)))
     for end in range(len(sizes), 0, -chunk) or (0,):  # without any step, too, for the shapes
         first = max(0, end - chunk)
         rows = slice(offsets[first], offsets[end])
-        keep = [z[rows] if per_row else z for z in layer.zoneout]
+        keep = [z[rows].to(d_h.dtype) if per_row else z for z in layer.zoneout]
         responses = _responses(layer, given, rows, factors)
         if not jacobians:
             jacobians = [
@@ -195,9 +203,9 @@ def run_backward(
             ]
         for j, r in zip(jacobians, responses, strict=True):
             here = keep if j.part is parts[-1] else []
-            j.fill(r, here, first, rows.stop - rows.start, sizes[first:end])
+            j.fill(r, here, first, rows, sizes[first:end])
         for t in reversed(range(first, end)):
-            size, d_new, target = sizes[t], d_hs[t + 1], targets[t]
+            size, d_new, before, target = sizes[t], d_hs[t + 1], d_hs[t], targets[t]
             if clip:
                 d_new.clamp_(-clip, clip)
             if rows_after < size:  # rows that end here
@@ -205,20 +213,30 @@ def run_backward(
                 d_rest = [torch.cat([d, f[ends]]) for d, f in zip(d_rest, last, strict=True)]
                 rows_after = size
             if size < (sizes[t - 1] if t else B):
-                target = target[:size]
-            d_rest = _step_back(
-                layer, jacobians, t, [d_new if w_hr is None else d_new @ w_hr, *d_rest],
-                None if layer.h_mask is None else layer.h_mask[:size], target,
-                starts[t] if starts is not None and layer.resets[t] else None, d_reset_state,
-            )  # fmt: skip
+                before, target = before[:size], target[:size]
+            if w_hr is not None:
+                d_new = d_new @ w_hr
+            values = _through(layer, jacobians, t, [d_new, *d_rest])
+            if starts is not None and layer.resets[t]:
+                values[0] = _plus(_of_factor(layer, jacobians[0], t), values[0])
+                for into, d in zip(d_reset_state, values, strict=False):
+                    into[:size] += d.masked_fill(~starts[t], 0).squeeze(1)
+                for d in values:
+                    d.masked_fill_(starts[t], 0)
+            elif w_hh is not None:
+                target.addmm_(jacobians[0].received[t], w_hh)
+            else:
+                before.add_(_of_factor(layer, jacobians[0], t))
+            if values[0] is not None:
+                before.add_(values[0])
+            d_rest = values[1:]
     d_state = [d_h[:B]]
     for d, f in zip(d_rest, last, strict=True):
         d_state.append(torch.cat([d, f[rows_after:]]).squeeze(1))
     factor = given.prev[0] if given.h_mask is None else given.prev[0] * given.h_mask
     weighted = [j for j in jacobians if j.part.weight is not None]
-    d_x_gates = [j.d_gates() for j in jacobians if j.part.stage.gates]
     return Found(
-        d_x_gates[0] if len(d_x_gates) == 1 else torch.cat(d_x_gates, 1),
+        [d for j in jacobians if j.part.stage.gates for d in j.d_gates()],
         [
             *(j.gradients[:, : j.part.stage.products] for j in weighted),
             *([] if w_hr is None else [d_h[B:, None]]),
@@ -265,58 +283,41 @@ def _zero(like: Tensor) -> Tensor:
     return like.new_zeros(())
 
 
-def _step_back(
-    layer: Layer, jacobians: list[_Jacobian], t: int, d_new: list[Any], h_mask: Tensor | None,
-    target: Tensor, starts: Tensor | None, d_reset_state: list[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """Step t: adds the gradient of the h before it to `target`, and returns those of the other
-    states. Rows with `starts` hand theirs to what they were reset to."""
-    after = d_new
-    for jacobian in reversed(jacobians):
-        part, d_new = jacobian.part, jacobian.apply(t, d_new)
-        if jacobian is jacobians[0]:
-            break
-        if part.weight is None:
-            received = jacobian.blocks[t].unbind(1)[: part.stage.products]
+def _through(layer: Layer, jacobians: list[_Jacobian], t: int, d_new: list[Any]) -> list[Any]:
+    """Step t, back to before its first product: the gradients of the states before the step by the
+    pointwise path, from those of the states after it."""
+    values = d_new
+    for jacobian in reversed(jacobians[1:]):
+        values = jacobian.apply(t, values)
+        if jacobian.part.weight is None:
+            received = jacobian.blocks[t].unbind(1)[: jacobian.part.stage.products]
             for j, d in enumerate(stages.means(received, layer.heads)):
-                d_new[j] = _plus(d.unsqueeze(1), d_new[j])
+                values[j] = _plus(d.unsqueeze(1), values[j])
         else:
-            d = _multiply_back(jacobian, t)
-            d = d if h_mask is None or not part.stage.gates else d * h_mask
-            d_new[0] = _plus(d.unsqueeze(1), d_new[0])
-    first = jacobians[0]
+            values[0] = _plus(_of_factor(layer, jacobian, t), values[0])
+    values = jacobians[0].apply(t, values)
     if jacobians[-1].held:
-        d_new = [_plus(k[t], d) for k, d in zip(jacobians[-1].held, d_new, strict=True)]
-    weight = first.part.weight
-    if h_mask is None and starts is None and weight is not None and weight.dim() == 2:
-        target.addmm_(first.received[t], weight)
-        if d_new[0] is not None:
-            target.add_(d_new[0].squeeze(1))
-        return [_or_zeros(d, like) for d, like in zip(d_new[1:], after[1:], strict=True)]
-    d = _multiply_back(first, t)
-    d_prev = [_plus((d if h_mask is None else d * h_mask).unsqueeze(1), d_new[0])]
-    d_prev += [_or_zeros(d, like) for d, like in zip(d_new[1:], after[1:], strict=True)]
-    if starts is not None:
-        starts = starts.unsqueeze(2)
-        for into, d in zip(d_reset_state, d_prev, strict=False):
-            into[: d.shape[0]] += d.masked_fill(~starts, 0).squeeze(1)
-        d_prev = [d.masked_fill(starts, 0) for d in d_prev]
-    target.add_(d_prev[0].squeeze(1))
-    return d_prev[1:]
-
-
-def _or_zeros(d: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if d is None else d
+        values = [_plus(k[t], d) for k, d in zip(jacobians[-1].held, values, strict=True)]
+    if len(values) > 1:
+        values[1:] = [
+            torch.zeros_like(after) if d is None else d
+            for d, after in zip(values[1:], d_new[1:], strict=True)
+        ]
+    return values
 
 
 def _plus(d: Tensor, other: Tensor | None) -> Tensor:
     return d if other is None else d + other
 
 
-def _multiply_back(jacobian: _Jacobian, t: int) -> Tensor:
-    """[rows, K]: the gradient of what a stage multiplied in step t."""
+def _of_factor(layer: Layer, jacobian: _Jacobian, t: int) -> Tensor:
+    """[rows, 1, K]: the gradient, in step t, of the h that a stage multiplied and masked."""
     part, d = jacobian.part, jacobian.received[t]
     assert part.weight is not None
     if part.weight.dim() == 2:
-        return d.mm(part.weight)
-    return stages.d_factor(d.unflatten(1, (part.stage.products, -1)), part.weight)
+        d = d.mm(part.weight)
+    else:
+        d = stages.d_factor(d.unflatten(1, (part.stage.products, -1)), part.weight)
+    if layer.h_mask is not None and part.stage.gates:
+        d = d * layer.h_mask[: len(d)]
+    return d.unsqueeze(1)

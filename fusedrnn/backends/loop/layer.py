@@ -1,10 +1,12 @@
 """One direction of a layer as the loop takes it, and the way of a step through its stages."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class Layer(NamedTuple):
     resets: list[bool]  # of each step, whether any row is reset
     reset_state: list[Tensor]
     h_mask: Tensor | None  # [B, H]
-    zoneout: list[Tensor]  # S x [N, H], 1.0 where a state is kept; or S numbers; or none
+    zoneout: list[Tensor]  # S x [N, H] bool, where a state is kept; or S probabilities; or none
     in_place: bool  # whether a cell may leave in the place of its gates what backward reads
 
 
@@ -81,13 +83,13 @@ def layer_of(spec: Spec, operands: Operands, masks: Masks, d: int) -> Layer:
         reset = masks.reset.T if spec.batch_first else masks.reset
         reset = starts_of(reset, masks.lengths, reverses(spec))[:, :, d]
         reset = order.rows_of(reset.T if spec.batch_first else reset)[:, None]
-        resets = [bool(rows.any()) for rows in reset.split_with_sizes(order.sizes)]
+        first_rows = [0, *itertools.accumulate(order.sizes)][:-1]
+        resets = np.logical_or.reduceat(reset.numpy()[:, 0], first_rows).tolist()
     zoneout: list[Tensor] = []
     if noise.zoneout is not None and noise.zoneout.dim() == 1:
         zoneout = list(noise.zoneout.to(wide).unbind())
     elif noise.zoneout is not None:
-        kept = order.rows_of(noise.zoneout.select(-3, d))
-        zoneout = [keep.to(wide) for keep in kept.unbind(1)]
+        zoneout = list(order.rows_of(noise.zoneout.select(-3, d)).unbind(1))
     h_mask = None if noise.h is None else order.sorted(noise.h[d]).to(wide)
     in_place = dtype == wide and spec.save != "states"
     in_place = in_place and len(cell.stages) == 1 and weights.w_hh.dim() == 2
@@ -135,14 +137,16 @@ def memory_of(layer: Layer, input: Tensor) -> tuple[Tensor, list[Tensor], list[T
 def enter(layer: Layer, x: Tensor, x_gates: Tensor) -> None:
     """Writes what the input has in the gates, with all biases that are merely added to it."""
     cell, weights, flat = layer.cell, layer.weights, x_gates.flatten(1)
-    bias = weights.b_ih
-    if bias is not None and weights.b_hh is not None:
-        bias = bias.unflatten(0, (len(cell.gates), -1)).clone()
-        of_hidden = weights.b_hh.view_as(bias)
-        for part in layer.parts:
-            if part.adds:
-                bias[part.gates] += of_hidden[part.gates]
-        bias = bias.flatten()
+    bias, of_hidden = weights.b_ih, weights.b_hh
+    if bias is not None and of_hidden is not None:
+        added = [part.gates for part in layer.parts if part.adds]
+        if cell.additive:
+            bias = bias + of_hidden
+        elif added:
+            bias, of_hidden = (b.view(len(cell.gates), -1) for b in (bias.clone(), of_hidden))
+            for gates in added:
+                bias[gates] += of_hidden[gates]
+            bias = bias.flatten()
     if cell.input_norm is not None:
         flat.copy_(stages.input_gates(cell, x, weights._replace(b_ih=bias)))
     elif bias is None:

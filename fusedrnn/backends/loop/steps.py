@@ -38,7 +38,7 @@ def run_forward(layer: Layer, x: Tensor, input: Tensor) -> Stored:
     step = _steps(layer, here, order.sizes)
     h_mask, low = layer.h_mask, layer.dtype != here.x_gates.dtype
     by_unit = is_by_row(layer.zoneout)
-    kept = by_step([z.bool() for z in layer.zoneout], order.sizes) if by_unit else None
+    kept = by_step(layer.zoneout, order.sizes) if by_unit else None
     starts = None if layer.reset is None else layer.reset.split_with_sizes(order.sizes)
     rows_before = order.B
     for t, size in enumerate(order.sizes):
@@ -92,8 +92,10 @@ class Activated(NamedTuple):
     new: Callable[..., tuple[Any, ...]]  # (saved, previous states, x_gates): those before zoneout
 
 
-def _columns(x: Tensor, *parts: slice) -> list[Tensor]:
-    return [x[:, part].flatten(1) for part in parts]
+def _lstm_views(x_gates: Tensor, sums: list[Tensor], sizes: Sequence[int]) -> Several:
+    H = x_gates.shape[2]
+    i_f, g, o = x_gates.flatten(1).split_with_sizes((2 * H, H, H), 1)
+    return by_step((i_f, g, o, *i_f.split_with_sizes((H, H), 1)), sizes)
 
 
 def _lstm_step(views, prev, out) -> None:
@@ -105,6 +107,13 @@ def _lstm_step(views, prev, out) -> None:
     torch.tanh(c, out=out[0]).mul_(o)
 
 
+def _gru_views(x_gates: Tensor, sums: list[Tensor], sizes: Sequence[int]) -> Several:
+    H = x_gates.shape[2]
+    r_z, n = x_gates.flatten(1).split_with_sizes((2 * H, H), 1)
+    of_h = sums[0].flatten(1).split_with_sizes((2 * H, H), 1)
+    return by_step((r_z, n, *r_z.split_with_sizes((H, H), 1), *of_h), sizes)
+
+
 def _gru_step(views, prev, out) -> None:
     r_z, n, r, z, h_r_z, h_n = views
     r_z.add_(h_r_z).sigmoid_()
@@ -112,28 +121,29 @@ def _gru_step(views, prev, out) -> None:
     torch.lerp(n, prev[0], z, out=out[0])
 
 
+def _rnn_views(x_gates: Tensor, sums: list[Tensor], sizes: Sequence[int]) -> Several:
+    return by_step((x_gates.flatten(1),), sizes)
+
+
 def _rnn_step(views, prev, out) -> None:
     torch.tanh(views[0], out=out[0])
 
 
-_0, _1, _2, _3, _01 = (slice(*p) for p in ((1,), (1, 2), (2, 3), (3, 4), (2,)))
 ACTIVATED = {
     "lstm": Activated(
-        lambda x, sums, sizes: by_step(_columns(x, _01, _2, _3, _0, _1), sizes),
+        _lstm_views,
         _lstm_step,
         lambda x, sums: x.unbind(1),
         lambda saved, prev, x: (prev[0], saved[1] * prev[1] + saved[0] * saved[2]),
     ),
     "gru": Activated(
-        lambda x, sums, sizes: by_step(
-            [*_columns(x, _01, _2, _0, _1), *_columns(sums[0], _01, _2)], sizes
-        ),
+        _gru_views,
         _gru_step,
         lambda x, sums: (*x.unbind(1), sums[0][:, 2]),
         lambda saved, prev, x: prev,  # its backward reads no new state
     ),
     "rnn_tanh": Activated(
-        lambda x, sums, sizes: by_step(_columns(x, _0), sizes),
+        _rnn_views,
         _rnn_step,
         lambda x, sums: (),
         lambda saved, prev, x: (x[:, 0].tanh(),),
