@@ -54,9 +54,9 @@ class Size(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What is measured at several sizes. `how`: training (forward and backward), inference,
-    compiled (training; torch.nn is not), one step (a call with T = 1) or step() (the method, whose
-    figure is microseconds above torch's operator for a cell)."""
+    """What is measured at several sizes. `how`: training (forward and backward); compiled, which is
+    training, too, but torch.nn is not compiled; in evaluation mode inference, one step (a call with
+    T = 1) and step() (the method, whose figure is microseconds above torch's operator)."""
 
     cell: str
     extra: str = ""
@@ -169,6 +169,8 @@ def case(row: Row, size: Size) -> Case:
     torch_nn = getattr(nn, row.cell.upper())(I, H)
     own = getattr(fusedrnn, row.cell.upper())(I, H, **REGULARIZERS.get(row.extra, {}))
     own.load_state_dict(torch_nn.state_dict())
+    for module in (torch_nn, own):
+        module.train(torch.is_grad_enabled())
     x, gradient = torch.randn(T, B, I), torch.randn(T, B, H)
     states = tuple(torch.randn(1, B, H) for _ in range(2 if row.cell == "lstm" else 1))
     lengths, mask = torch.randint(max(T // 4, 1), T + 1, (B,)), torch.rand(T, B) < 0.05

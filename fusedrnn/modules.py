@@ -316,6 +316,10 @@ class Recurrent(ScriptableSequence, Generic[State]):
         Raises:
             RuntimeError, ValueError, TypeError: the argument, what was expected, what came.
         """
+        if lengths is reset is None and not return_states:
+            plain = streaming.plain_call(self, input, hx)
+            if plain is not None:
+                return plain
         output, final, *states = stack.run(self._given(input, hx, lengths, reset, return_states))
         final = final[0] if len(final) == 1 else final
         if not isinstance(input, PackedSequence):

@@ -147,20 +147,24 @@ def _steps_and_rows(given: Given) -> tuple[int, int]:
 
 
 def is_one_step(given: Given) -> bool:
-    """Whether a call that `is_torchs_own` is faster by torch's operators for a single step.
+    """Whether a call that `is_torchs_own` is one of a single step and faster `by_cells`."""
+    spec, input = given.spec, given.input
+    if spec.proj_size or given.batch_sizes is not None:
+        return False
+    return by_cells(spec.cell, input.dtype, *_steps_and_rows(given), spec.training)
+
+
+def by_cells(cell: str, dtype: torch.dtype, T: int, B: int, training: bool) -> bool:
+    """Whether such a call is faster by torch's operators for a single step.
 
     As measured: oneDNN's LSTM, the one for float32, prepares its weights in each call, which takes
     longer than a step of a few rows, and longer than any step with its backward. Other loops of
     torch's prepare nothing. (A trace shall hold for any T; and as in `loop.is_faster` the mode of
     the module decides, not whether there is a gradient.)
     """
-    spec, input = given.spec, given.input
-    if spec.cell != "lstm" or spec.proj_size or input.dtype != torch.float32:
+    if cell != "lstm" or dtype != torch.float32 or is_tracing():
         return False
-    if given.batch_sizes is not None or is_tracing():
-        return False
-    T, B = _steps_and_rows(given)
-    return T == 1 and (B <= 32 or spec.training)
+    return T == 1 and (B <= 32 or training)
 
 
 def _torchs_own(spec: Spec, input, hx, weights, batch_sizes) -> tuple[Tensor, ...]:

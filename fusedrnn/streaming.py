@@ -134,6 +134,19 @@ def _plain_step(module: Any, x: Tensor, state: Any) -> tuple[Tensor, Any] | None
     return h, (h.clone()[None], c[None])
 
 
+def plain_call(module: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+    """A module's call over a single time step, as loops make it too: the same look as `step` takes,
+    where the operator for a step is the faster one. None for all else."""
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
+        return None
+    time = 1 if module.batch_first else 0
+    T, B = input.shape[time], input.shape[1 - time]
+    if not stack.by_cells(module.mode.lower(), input.dtype, T, B, module.training):
+        return None
+    found = _plain_step(module, input.squeeze(time), hx)
+    return found and (found[0].unsqueeze(time), found[1])
+
+
 # torch's operators for a step, and the number of states, by `Recurrent.mode`.
 _CELLS: dict[str, tuple[Callable[..., Any], int]] = {
     name.upper(): (aten.cell_operator(name), len(cell.states))

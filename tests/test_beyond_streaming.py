@@ -11,7 +11,7 @@ from tolerances import GRADIENTS32, GRADIENTS64, VALUES64
 from torch.nn.utils import prune
 
 import fusedrnn
-from fusedrnn import streaming
+from fusedrnn import stack, streaming
 
 T, B, I, H = 12, 3, 4, 5
 MODULES = {
@@ -619,6 +619,35 @@ def test_a_sequence_of_one_step_is_differentiable_twice():
         torch.testing.assert_close(one, other.float(), **GRADIENTS32)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_plain_call_of_one_step_takes_the_short_way(batch_first, monkeypatch):
+    """The same bits as the general way, which it does not enter; what is wrong goes there."""
+    module = fusedrnn.LSTM(I, H, batch_first=batch_first)
+    x = torch.randn((B, 1, I) if batch_first else (1, B, I))
+    hx = torch.randn(1, B, H), torch.randn(1, B, H)
+    way, quick = [], streaming.plain_call
+    monkeypatch.setattr(streaming, "plain_call", lambda *given: None)
+    general = module(x, hx)
+    monkeypatch.setattr(streaming, "plain_call", quick)
+    monkeypatch.setattr(stack, "run", lambda given: way.append(given))
+    output, final = module(x, hx)
+    assert not way
+    for one, other in zip((output, *final), (general[0], *general[1]), strict=True):
+        assert torch.equal(one, other)
+    before = final[0].clone()
+    output.data.zero_()
+    assert torch.equal(final[0], before)
+    monkeypatch.undo()
+    for wrong, told in (
+        ((x[..., 1:], hx), "input_size"),
+        ((x, hx[:1]), r"h_0.*c_0.*got 1 of them"),
+        ((x, (hx[0][:, 1:], hx[1])), r"hx \(h_0\): expected shape"),
+        ((x, (hx[0], hx[1].double())), r"hx \(c_0\): expected torch.float32"),
+    ):
+        with pytest.raises((RuntimeError, TypeError), match=told):
+            module(*wrong)
+
+
 def test_who_runs_a_sequence_of_one_step():
     module, x = fusedrnn.LSTM(I, H), torch.randn(1, B, I)
     told = "torch's operators for a single step"
@@ -631,7 +660,9 @@ def test_who_runs_a_sequence_of_one_step():
         (fusedrnn.LSTM(I, H, backend="reference"), x, {}),
         (copy.deepcopy(module).double(), x.double(), {}),
     ):
+        hx = other(input, **options)[1]
         assert not by_cells(lambda o=other, i=input, k=options: o(i, **k))
+        assert not by_cells(lambda o=other, i=input, k=options, hx=hx: o(i, hx, **k))
         assert told not in str(fusedrnn.explain(other, input, **options))
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(1, I)] * B)
     assert not by_cells(lambda: module(packed))
