@@ -133,7 +133,7 @@ def _by_torch(given: Given) -> bool:
     if forced != "auto":
         return forced == "aten"
     packs = given.batch_sizes is not None
-    return not loop.trains_faster(spec, input.dtype, *_steps_and_rows(given), packs=packs)
+    return not loop.faster_than_torch(spec, input.dtype, *_steps_and_rows(given), packs=packs)
 
 
 def _steps_and_rows(given: Given) -> tuple[int, int]:

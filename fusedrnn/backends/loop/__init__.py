@@ -32,9 +32,10 @@ from fusedrnn.call import (
     split_weights,
 )
 
-# Where the loop trains faster than torch's operators, which differentiate these cells step by step:
-# from so many steps on, since a call of the loop takes half a millisecond more; and below so large
-# a B * H, where matrix products become all there is.
+# Where the loop is faster than torch's operators, which differentiate these cells step by step, and
+# go through packed rows step by step: from so many steps on, since a call of the loop takes half a
+# millisecond more; and, for plain rows, below so large a B * H, where matrix products become all
+# there is.
 FASTER_FROM = {"gru": 12, "rnn_tanh": 24, "rnn_relu": 24}
 EQUAL = 1 << 15
 # Where the loop trains an LSTM with resets faster than oneDNN does: a row is reset in more than
@@ -73,14 +74,14 @@ def is_faster(call: Call) -> bool:
             return False
         return call.most_resets > MANY * call.T and call.B * call.spec.hidden_size >= LARGE
     packs = call.lengths or call.packed
-    return trains_faster(call.spec, call.dtype, call.T, call.B, packs=packs)
+    return faster_than_torch(call.spec, call.dtype, call.T, call.B, packs=packs)
 
 
-def trains_faster(spec: Spec, dtype: torch.dtype, T: int, B: int, *, packs: bool) -> bool:
-    """`is_faster`, of such a call; `packs`: torch would run it as packed rows."""
-    if not spec.training or spec.cell not in FASTER_FROM or _in_operators():
+def faster_than_torch(spec: Spec, dtype: torch.dtype, T: int, B: int, *, packs: bool) -> bool:
+    """`is_faster`, of a GRU or RNN; `packs`: torch would run it as packed rows."""
+    if spec.cell not in FASTER_FROM or not (spec.training or packs):
         return False
-    if dtype not in WIDE:
+    if dtype not in WIDE or _in_operators():
         return False
     if torch.compiler.is_compiling():  # torch's operator would run again for its gradients
         return True
