@@ -137,7 +137,9 @@ def _plain_step(module: Any, x: Tensor, state: Any) -> tuple[Tensor, Any] | None
 def plain_call(module: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     """A module's call over a single time step, as loops make it too: the same look as `step` takes,
     where the operator for a step is the faster one. None for all else."""
-    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor):
+        return None
+    if input.dim() != 3 or input.is_nested:
         return None
     time = 1 if module.batch_first else 0
     T, B = input.shape[time], input.shape[1 - time]

@@ -47,12 +47,14 @@ def test_packed_rows_equal_the_module():
     assert torch.equal(found[1], module(packed)[1])
 
 
-def test_packed_rows_compile_in_one_graph():
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_rows_compile_in_one_graph(training):
     module = fusedrnn.GRU(I, H)
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, I) for n in (4, 2, 1)])
 
     def call(data, sizes):
-        return functional.gru(data, None, list(module.parameters()), batch_sizes=sizes)[0]
+        weights = list(module.parameters())
+        return functional.gru(data, None, weights, batch_sizes=sizes, training=training)[0]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(packed.data, packed.batch_sizes), module(packed)[0].data)

@@ -54,7 +54,7 @@ def refuses(call: Call) -> str | None:
         return "torch.jit.trace needs plain torch operators"
     if "states" in call.loop_features and torch.compiler.is_compiling():
         return STATES_COMPILED
-    if call.B == 0 or call.T == 0:
+    if not call.packed and (call.B == 0 or call.T == 0):  # compiled, packed rows do not tell
         return f"there is no step to run (T={call.T}, B={call.B})"
     return None
 
@@ -84,7 +84,7 @@ def faster_than_torch(spec: Spec, dtype: torch.dtype, T: int, B: int, *, packs: 
     if dtype not in WIDE or _in_operators():
         return False
     if torch.compiler.is_compiling():  # torch's operator would run again for its gradients
-        return True
+        return spec.training
     return FASTER_FROM[spec.cell] <= T and (packs or B * spec.hidden_size < EQUAL)
 
 

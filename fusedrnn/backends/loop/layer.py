@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,8 +82,9 @@ def layer_of(spec: Spec, operands: Operands, masks: Masks, d: int) -> Layer:
         reset = masks.reset.T if spec.batch_first else masks.reset
         reset = starts_of(reset, masks.lengths, reverses(spec))[:, :, d]
         reset = order.rows_of(reset.T if spec.batch_first else reset)[:, None]
-        first_rows = [0, *itertools.accumulate(order.sizes)][:-1]
-        resets = np.logical_or.reduceat(reset.numpy()[:, 0], first_rows).tolist()
+        last_rows = [end - 1 for end in itertools.accumulate(order.sizes)]
+        counts = reset[:, 0].cumsum(0)[last_rows]  # up to the end of each step
+        resets = (counts.diff(prepend=counts.new_zeros(1)) > 0).tolist()
     zoneout: list[Tensor] = []
     if noise.zoneout is not None and noise.zoneout.dim() == 1:
         zoneout = list(noise.zoneout.to(wide).unbind())
