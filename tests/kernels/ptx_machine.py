@@ -9,10 +9,12 @@ beside shared memory, or not aligned is an error, and so is an instruction that 
 
 What a GPU computes approximately (ex2.approx, div.full, the sums in tensor cores) is computed at
 least as exactly as it does. Stores are seen by everyone at once: what may be reordered is for the
-tests of `sync`, not for these.
+tests of `sync`, not for these. But what warp groups multiply (wgmma) must have been made visible to
+them, and must not be touched until they have been waited for.
 
 (Instructions, and which lane holds what of a matrix: PTX ISA, "Instruction Set", "Matrix
-Fragments for mma.m16n8k16", "... for mma.m16n8k8", "ldmatrix", "stmatrix".)
+Fragments for mma.m16n8k16", "... for mma.m16n8k8", "ldmatrix", "stmatrix", "Asynchronous
+Warpgroup Level Matrix Instructions", "Matrix Descriptor Format".)
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 
 Array = np.ndarray
 WARP = 32
+GROUP = 4 * WARP  # a warp group
 
 
 class UnknownInstruction(Exception):
@@ -41,6 +44,14 @@ class BadAccess(Exception):
 
 class Diverged(Exception):
     """Threads that an instruction needs together are not together."""
+
+
+class NotVisible(Exception):
+    """A product of a warp group takes what no fence has shown to it."""
+
+
+class InUse(Exception):
+    """An access to what belongs to a product that has not been waited for."""
 
 
 class Stuck(Exception):
@@ -77,6 +88,7 @@ class Code:
 
 _STATEMENT = re.compile(r"\s*(?:([{}])|([$\w]+):|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
 _INSTRUCTION = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+_WORD = re.compile(r"(?<![.%$\w])[%$\w]+")  # not the x of %tid.x
 _REGISTERS = re.compile(r"([%$\w]+)(?:<(\d+)>)?")
 
 
@@ -126,7 +138,7 @@ def parse(ptx: str) -> Code:
             return next((s[word[0]] for s in reversed(scopes) if word[0] in s), word[0])
 
         def rename(text: str, own=own) -> str:
-            return re.sub(r"[%$\w]+", own, text)
+            return _WORD.sub(own, text)
 
         code.instructions.append(
             Instruction(
@@ -237,10 +249,65 @@ class Memory:
             words[place] = value[which]
 
 
+class Shared(Memory):
+    """Shared memory of a program, for its threads and for its warp groups' products.
+
+    Attributes:
+        unseen: which 16 bytes have been stored to since the last fence for products.
+        reading: of each warp group, the last batch of products that reads each 16 bytes; 0 if none
+            or waited for.
+    """
+
+    def __init__(self, size: int, groups: int):
+        super().__init__({0: np.full(size, 0xFF, np.uint8)})
+        self.unseen = np.zeros(-(-size // 16), np.bool_)
+        self.reading = np.zeros((groups, self.unseen.size), np.int64)
+
+    def store(self, address: Array, value: Array, what: str) -> None:
+        super().store(address, value, what)
+        place = address // 16
+        if self.reading[:, place].any():
+            raise InUse(f"{what}: a product reads this")
+        self.unseen[place] = True
+
+    def matrix(self, descriptor: int, rows: int, group: int, batch: int, what: str) -> Array:
+        """32 bytes of each row for a product. [rows, 32], uint8"""
+        if descriptor & 0x3FFF_C000_C000_C000:  # patterns that begin elsewhere, and unused bits
+            raise UnknownInstruction(f"{what}: descriptor {descriptor:#x}")
+        start, along, stride = (descriptor >> shift & 0x3FFF for shift in (0, 16, 32))
+        # All in pieces of 16 bytes, of which a row of a block of eight has so many side by side.
+        width = (1, 8, 4, 2)[descriptor >> 62]
+        row, piece = np.arange(rows)[:, None], np.arange(2)
+        place = start + row // 8 * stride + row % 8 * width + piece // width * along + piece % width
+        place ^= place >> 3 & width - 1
+        if place.max() >= self.pieces[0].size // 16:
+            raise BadAccess(f"{what}: {rows} rows, descriptor {descriptor:#x}")
+        if self.unseen[place].any():
+            raise NotVisible(f"{what}: no fence.proxy.async after a store")
+        self.reading[group, place] = batch
+        memory = self.pieces[0][: self.pieces[0].size // 16 * 16]
+        return memory.reshape(-1, 16)[place].reshape(rows, 32)
+
+
 # --- threads -----------------------------------------------------------------------------------
 
 # What executes an instruction: for threads under a mask, None for all of them.
 Step = Callable[["Program", "Array | None"], None]
+
+
+@dataclass
+class WarpGroup:
+    """What 128 threads have under way. Products go in batches, which are done in their order.
+
+    Attributes:
+        batch: number of the one that is put together.
+        registers: sums and factors of products not waited for, and the last batch that has them.
+        unordered: registers used since the last wgmma.fence, but for products: all, without one.
+    """
+
+    batch: int = 1
+    registers: dict[str, int] = field(default_factory=dict)
+    unordered: set[str] = field(default_factory=set)
 
 
 class Program:
@@ -256,7 +323,10 @@ class Program:
             name: np.full(n, -1 if bits > 1 else True).astype(UNSIGNED[bits])
             for name, bits in self.code.registers.items()
         }
-        self.shared = Memory({0: np.full(shared, 0xFF, np.uint8)})
+        self.used = machine.used
+        groups = n // GROUP if self.used else 0
+        self.groups = [WarpGroup(unordered=set(self.registers)) for _ in range(groups)]
+        self.shared = Shared(shared, len(self.groups))
         self.constants: dict[tuple[str, str], Array] = {}
         self.special = {"%tid.x": np.arange(n, dtype=np.uint32), "global_smem": 0}
         # The address of a parameter, which is in a space of its own, is its number here.
@@ -308,6 +378,15 @@ class Program:
         base = self.read(match[1], f"s{bits}") if bits == 64 else self.read(match[1], "u32")
         return base.astype(np.int64)[lanes] + int(match[2] or 0)
 
+    def _use(self, here: int, mask: Array | None) -> None:
+        """Notes which registers an instruction uses that is no product itself."""
+        for i, group in enumerate(self.groups):
+            if mask is None or mask[GROUP * i : GROUP * (i + 1)].any():
+                if not group.registers.keys().isdisjoint(self.used[here]):
+                    text = self.code.instructions[here].text
+                    raise InUse(f"{text}: a register of a product that has not been waited for")
+                group.unordered |= self.used[here]
+
     def run(self) -> Iterator[None]:
         """Runs until all threads have returned; yields where others may have to go first."""
         end = len(self.steps)
@@ -335,6 +414,8 @@ class Program:
             some = active is None or bool(active.any())
             goal = here + 1
             self.executed[here] += some
+            if some and self.groups:
+                self._use(here, active)
             if step is None:  # a jump
                 goal = self.code.labels[instruction.operands[0]] if instruction.operands else end
             elif some:
@@ -379,6 +460,12 @@ class Machine:
         self.parameters = dict(zip(self.code.parameters, parameters, strict=True))
         self.memory = Memory(memory)
         self.steps = [(i, compile_step(i), _visible(i.opcode)) for i in self.code.instructions]
+        # The registers of every instruction that is no product, if there are products at all.
+        self.used: list[set[str]] = []
+        if any(i.opcode.startswith(PRODUCT) for i in self.code.instructions):
+            for i in self.code.instructions:
+                words = set() if i.opcode.startswith(PRODUCT) else _WORD.findall(str(i.operands))
+                self.used.append(self.code.registers.keys() & words)
         self.executed = [0] * len(self.steps)
         self.random = random.Random(seed)
         self.programs = [
@@ -419,12 +506,16 @@ def _visible(opcode: str) -> bool:
 # --- instructions ------------------------------------------------------------------------------
 
 
+PRODUCT = "wgmma.mma_async"
+
+
 def compile_step(instruction: Instruction) -> Step | None:
     """What executes the instruction; None for a jump, whose only effect is on the counter."""
     name, *modifiers = instruction.opcode.replace("shared::cta", "shared").split(".")
     if name in ("bra", "ret"):
         return None
-    for maker in (_memory, _matrix, _conversion, _comparison, _exchange, _elementwise):
+    makers = _memory, _matrix, _warp_group, _conversion, _comparison, _exchange, _elementwise
+    for maker in makers:
         step = maker(name, modifiers, instruction)
         if step is not None:
             return step
@@ -515,12 +606,41 @@ def _whole_warps(p: Program, mask: Array | None, text: str) -> None:
             raise Diverged(text)
 
 
+# Which rows and columns of a matrix a lane has to do with.
+G, T = np.arange(WARP) // 4, np.arange(WARP) % 4
+
+
+def _numbers(raw: Array, kind: str) -> Array:
+    """Factors in the bits of words."""
+    if kind == "tf32":  # the low 13 bits of a float32 are not looked at
+        return (raw.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    return decode(raw.view(np.uint16), kind)
+
+
+def _factors(p: Program, register: str, kind: str) -> Array:
+    """[warps, lanes, elements of a register]"""
+    return _numbers(p.read(register, "b32"), kind).reshape(p.n // WARP, WARP, -1)
+
+
+def _left(p: Program, registers: list[str], kind: str) -> Array:
+    """The rows that each warp has of a left factor. [warps, 16, k]"""
+    each = 1 if kind == "tf32" else 2  # elements of a register
+    a = np.empty((p.n // WARP, 16, 8 * each))
+    at = each * T[:, None] + np.arange(each)
+    for i, register in enumerate(registers):
+        row, column = G[:, None] + 8 * (i % 2), at + 4 * each * (i // 2)
+        a[:, row, column] = _factors(p, register, kind)
+    return a
+
+
+def _sums(product: Array, i: int) -> Array:
+    """What each thread has in its register i of a product [warps, 16, n]."""
+    return product[:, G + 8 * (i // 2 % 2), 2 * T + i % 2 + 8 * (i // 4)].reshape(-1)
+
+
 def _matrix(name: str, modifiers: list[str], instruction: Instruction) -> Step | None:
     """mma, ldmatrix, stmatrix: of whole warps."""
     operands, text = instruction.operands, instruction.text
-    lane = np.arange(WARP)
-    g, t = lane // 4, lane % 4
-
     if name == "mma":
         shapes = {
             "m16n8k16.row.col.f32.f16.f16.f32": "f16",
@@ -532,30 +652,18 @@ def _matrix(name: str, modifiers: list[str], instruction: Instruction) -> Step |
             return None
         out, left, right, add = (names(operand) for operand in operands)
 
-        def elements(p: Program, register: str) -> Array:
-            """[warps, lanes, elements of a register]"""
-            if kind == "tf32":  # the low 13 bits of a float32 are not looked at
-                raw = p.read(register, "b32") & np.uint32(0xFFFFE000)
-                return raw.view(np.float32).reshape(-1, WARP, 1)
-            return p.read(register, f"{kind}x2").reshape(-1, WARP, 2)
-
         def multiply(p: Program, mask):
             _whole_warps(p, mask, text)
-            warps = p.n // WARP
-            each = 1 if kind == "tf32" else 2  # elements of a register
-            k = 8 * each
-            a = np.empty((warps, 16, k))
-            b = np.empty((warps, k, 8))
-            for e in range(each):
-                at = each * t + e
-                for i, register in enumerate(left):
-                    a[:, g + 8 * (i % 2), at + k // 2 * (i // 2)] = elements(p, register)[..., e]
-                for i, register in enumerate(right):
-                    b[:, at + k // 2 * i, g] = elements(p, register)[..., e]
+            a = _left(p, left, kind)
+            k = a.shape[-1]
+            b = np.empty((p.n // WARP, k, 8))
+            at = k // 8 * T[:, None] + np.arange(k // 8)
+            for i, register in enumerate(right):
+                b[:, at + k // 2 * i, G[:, None]] = _factors(p, register, kind)
             product = a @ b  # in float64
             for i, (register, start) in enumerate(zip(out, add, strict=True)):
-                sums = product[:, g + 8 * (i // 2), 2 * t + i % 2].reshape(-1)
-                p.write(register, (sums + p.read(start, "f32")).astype(np.float32), "f32", mask)
+                total = _sums(product, i) + p.read(start, "f32")
+                p.write(register, total.astype(np.float32), "f32", mask)
 
         return multiply
 
@@ -566,8 +674,8 @@ def _matrix(name: str, modifiers: list[str], instruction: Instruction) -> Step |
     place, registers = operands[::-1] if name == "ldmatrix" else operands
     # Where a matrix has the two halves of a lane's register.
     transposed = "trans" in modifiers
-    row = [2 * t + e if transposed else g for e in (0, 1)]
-    column = [g if transposed else 2 * t + e for e in (0, 1)]
+    row = [2 * T + e if transposed else G for e in (0, 1)]
+    column = [G if transposed else 2 * T + e for e in (0, 1)]
 
     def move(p: Program, mask):
         _whole_warps(p, mask, text)
@@ -592,6 +700,91 @@ def _matrix(name: str, modifiers: list[str], instruction: Instruction) -> Step |
                 p.write(register, value, "b16x2", mask)
 
     return move
+
+
+def _whole_groups(p: Program, mask: Array | None, text: str) -> list[int]:
+    """The warp groups that execute an instruction."""
+    active = np.ones(p.n, np.bool_) if mask is None else mask
+    if p.n % GROUP or (by_group := active.reshape(-1, GROUP)).any(1).sum() != by_group.all(1).sum():
+        raise Diverged(text)
+    return np.flatnonzero(by_group[:, 0]).tolist()
+
+
+def _warp_group(name: str, modifiers: list[str], instruction: Instruction) -> Step | None:
+    """wgmma, and the fence that shows it what was stored."""
+    operands, text = instruction.operands, instruction.text
+    if name == "fence" and modifiers in (["proxy", "async"], ["proxy", "async", "shared"]):
+
+        def show(p: Program, mask):
+            if mask is not None:  # a thread may not show what another has stored
+                raise Diverged(text)
+            p.shared.unseen[:] = False
+
+        return show
+    if name != "wgmma" or modifiers[1:3] != ["sync", "aligned"]:
+        return None
+    what = modifiers[0]
+    if what == "mma_async":
+        return _product(modifiers[3:], operands, text)
+    if what not in ("fence", "commit_group", "wait_group"):
+        return None
+
+    def order(p: Program, mask):
+        for i in _whole_groups(p, mask, text):
+            group = p.groups[i]
+            if what == "fence":
+                group.unordered.clear()
+            elif what == "commit_group":
+                group.batch += 1
+            else:
+                done = group.batch - 1 - int(operands[0])
+                group.registers = {r: b for r, b in group.registers.items() if b > done}
+                p.shared.reading[i, p.shared.reading[i] <= done] = 0
+
+    return order
+
+
+def _product(modifiers: list[str], operands: list[str], text: str) -> Step | None:
+    """wgmma.mma_async. Its sums are there at once, but nobody may look."""
+    shape = re.fullmatch(r"m64n(\d+)k(16|8)\.f32\.(f16|bf16|tf32)\.\3", ".".join(modifiers))
+    if shape is None or (shape[2] == "8") != (shape[3] == "tf32"):
+        return None
+    columns, kind = int(shape[1]), shape[3]
+    out, left, right, add, *rest = operands
+    in_registers = left.startswith("{")
+    # Signs as they are, nothing transposed.
+    if rest != ["1", "1", *["0"] * (0 if kind == "tf32" else 1 if in_registers else 2)]:
+        return None
+    sums, factors = names(out), names(left) if in_registers else []
+    if len(sums) != columns // 2:
+        return None
+
+    def multiply(p: Program, mask):
+        groups = _whole_groups(p, mask, text)
+
+        def matrix(operand: str, rows: int, i: int) -> Array:
+            described = np.broadcast_to(p.read(operand, "b64"), p.n)[GROUP * i : GROUP * (i + 1)]
+            if (described != described[0]).any():
+                raise Diverged(f"{text}: {operand} differs within warp group {i}")
+            raw = p.shared.matrix(int(described[0]), rows, i, p.groups[i].batch, text)
+            return _numbers(raw, kind).astype(np.float64)
+
+        product = np.zeros((p.n // GROUP, 64, columns))
+        in_rows = _left(p, factors, kind).reshape(len(product), 64, -1)
+        for i in groups:
+            group = p.groups[i]
+            if not group.unordered.isdisjoint((*sums, *factors)):
+                raise NotVisible(f"{text}: no wgmma.fence after another use of its registers")
+            group.registers |= dict.fromkeys((*sums, *factors), group.batch)
+            a = in_rows[i] if in_registers else matrix(left, 64, i)
+            product[i] = a @ matrix(right, columns, i).T
+        adds = p.read(add, "pred")
+        for i, register in enumerate(sums):
+            before = np.where(adds, p.read(register, "f32"), np.float32(0))
+            total = _sums(product.reshape(-1, 16, columns), i) + before
+            p.write(register, total.astype(np.float32), "f32", mask)
+
+    return multiply
 
 
 def _conversion(name: str, modifiers: list[str], instruction: Instruction) -> Step | None:
@@ -652,8 +845,10 @@ def _comparison(name: str, modifiers: list[str], instruction: Instruction) -> St
 
 
 def _exchange(name: str, modifiers: list[str], instruction: Instruction) -> Step | None:
-    """bar, fences, shfl, mov."""
+    """bar, fences, prefetch, shfl, mov."""
     operands, text = instruction.operands, instruction.text
+    if (name, modifiers) in (("fence", ["acq_rel", "gpu"]), ("prefetch", ["global", "L2"])):
+        return lambda p, mask: None  # everyone sees everything at once
     if (name, modifiers, operands) == ("bar", ["warp", "sync"], ["-1"]):
         return lambda p, mask: _whole_warps(p, mask, text)
     if (name, modifiers, operands) == ("bar", ["sync"], ["0"]):
@@ -739,6 +934,15 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
     return (a.astype(np.float64) * b + c).astype(np.result_type(a, b, c))
 
 
+def _flushing(function: Callable[..., Array]) -> Callable[..., Array]:
+    """With numbers smaller than the smallest normal one, given and returned, as zero."""
+
+    def flush(a: Array) -> Array:
+        return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a)
+
+    return lambda *numbers: flush(function(*map(flush, numbers)))
+
+
 # Operations on each thread's own numbers: those of any kind, those of integers, those of floats
 # with their modifiers.
 _LOGICAL = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
@@ -746,13 +950,14 @@ _INTEGER: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum,
     "neg": np.negative, "mul.lo": np.multiply,
     "mul.wide": lambda a, b: _wide(a) * _wide(b),
+    "mul.hi": lambda a, b: (_wide(a) * _wide(b) >> 8 * a.itemsize).astype(a.dtype),
     "mad.lo": lambda a, b, c: a * b + c,
     "mad.wide": lambda a, b, c: _wide(a) * _wide(b) + c,
 }  # fmt: skip
 _FLOAT: dict[str, Callable[..., Array]] = {
     "add": np.add, "add.rn": np.add, "sub": np.subtract, "mul": np.multiply, "fma.rn": _fma,
     "neg": np.negative, "abs": np.abs, "div.full": np.divide, "ex2.approx": np.exp2,
-    "sqrt.rn": np.sqrt,
+    "sqrt.rn": np.sqrt, "rcp.approx": np.reciprocal, "tanh.approx": np.tanh,
 }  # fmt: skip
 # With the kinds of the operands, where those are not the instruction's.
 _MIXED: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
@@ -786,9 +991,11 @@ def _elementwise(name: str, modifiers: list[str], instruction: Instruction) -> S
     elif kind[0] == "f" or kind[:2] == "bf":
         if how[-1:] == ["f32"]:  # only the last operand, and the result
             full, kinds, result = full.removesuffix(".f32"), [*kinds[:-1], "f32"], "f32"
+        flush = kind == "f32" and "ftz" in how
+        full = full.replace(".ftz", "") if flush else full
         if full not in _FLOAT:
             return None
-        function = _FLOAT[full]
+        function = _flushing(_FLOAT[full]) if flush else _FLOAT[full]
     else:
         return None
 
