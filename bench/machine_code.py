@@ -245,9 +245,13 @@ def accesses(text: str, threads: int) -> list[Access]:
 def _access(statement: Statement, registers: Registers) -> Access | None:
     """What a statement does to shared memory, or None."""
     name, *parts = statement.op.split(".")
-    shared = any(part.startswith("shared") for part in parts) or name == "wgmma"
+    if name == "wgmma":
+        return _operand_of_warp_group(statement, registers) if parts[0] == "mma_async" else None
+    shared = any(part.startswith("shared") for part in parts)
     if not shared or name in ("mbarrier", "fence", "cvta", "mapa"):
         return None
+    if name == "ldmatrix" and "trans" not in parts and "x4" in parts:
+        return _load_of_matrices(statement, registers)
     if name not in ("ld", "st"):
         return Access(name, 4, None, 1, statement.text)
     vector = next((int(p[1:]) for p in parts if re.match(r"v\d$", p)), 1)
@@ -263,6 +267,32 @@ def _access(statement: Statement, registers: Registers) -> Access | None:
         for lanes in where.tolist()
     ]
     return Access(name, width, max(waves), LANES // group, statement.text)
+
+
+def _load_of_matrices(statement: Statement, registers: Registers) -> Access:
+    """Four matrices of eight rows of 16 bytes, a row from where each lane says."""
+    try:
+        where = registers.address(statement.operands[-1])
+    except Unknown:
+        return Access("LDSM", 16, None, 4, statement.text)
+    waves = [
+        sum(_wavefronts(lanes[k : k + 8], 16) for k in range(0, LANES, 8))
+        for lanes in where.tolist()
+    ]
+    return Access("LDSM", 16, max(waves), 4, statement.text)
+
+
+def _operand_of_warp_group(statement: Statement, registers: Registers) -> Access:
+    """The right operand, which the four warps of a group share: N columns of 32 bytes. Swizzled by
+    128 bytes, eight columns touch every bank once."""
+    columns = int(re.search(r"n(\d+)k", statement.op)[1])  # type: ignore[index]
+    ideal = columns * 32 / 128 / 4
+    try:
+        swizzles = registers.value(statement.operands[2]).view(np.uint64) >> np.uint64(62)
+    except Unknown:
+        swizzles = np.zeros(1)
+    known = bool((swizzles == 1).all())
+    return Access("HGMMA", 4, ideal if known else None, ideal, statement.text)
 
 
 def _wavefronts(addresses: list[int], width: int) -> int:
@@ -293,7 +323,8 @@ class Registers:
     def value(self, name: str) -> np.ndarray:
         """Raises Unknown where it does not follow from the thread's number."""
         if re.match(r"^-?(0[xX][0-9a-fA-F]+|\d+)$", name):
-            return np.full_like(self.known["%tid.x"], int(name, 0))
+            number = (int(name, 0) + (1 << 63)) % (1 << 64) - (1 << 63)  # as a signed one
+            return np.full_like(self.known["%tid.x"], number)
         if name not in self.known:
             if name in self.open or not self.definitions[name]:
                 raise Unknown(name)
@@ -309,10 +340,11 @@ class Registers:
 
     def _define(self, statement: Statement) -> np.ndarray:
         name, *parts = statement.op.split(".")
-        if name in ("shr", "bfe"):  # of the others, the low bits do not depend on the sign
+        if name in ("shr", "bfe", "cvt"):  # of the others, the low bits do not depend on the sign
             name += parts[-1][0]
         operation = OPERATIONS.get(name)
-        if operation is None or statement.predicate is not None or {"hi", "wide"} & {*parts}:
+        other = {"hi", "wide", "bfly"} & {*parts}
+        if operation is None or statement.predicate is not None or other:
             raise Unknown(statement.text)
         bits = int(re.sub(r"\D", "", parts[-1]))
         result = operation(*(self.value(o) for o in statement.operands[1:]))
@@ -332,6 +364,8 @@ OPERATIONS = {
     "xor": lambda a, b: a ^ b,
     "shl": lambda a, b: a << b,
     "shru": lambda a, b: a >> b,
+    "cvtu": lambda a: a,
+    "shfl": lambda a, lane, *_: np.take_along_axis(a, lane % LANES, axis=1),
     "bfeu": lambda a, position, length: (a >> position) & ((1 << length) - 1),
     "bfes": lambda a, position, length: (a << (64 - position - length)) >> (64 - length),
 }

@@ -10,7 +10,8 @@ stalls, barriers and wavefronts, and assumes `Parameters`. Believe ratios more t
 
 - A warp belongs to one of four schedulers; each of them issues one instruction a clock.
 - All share one pipe to shared memory, which an access holds for its wavefronts.
-- Products (mma) and special functions (MUFU) of a scheduler follow each other at an interval.
+- Products (mma, wgmma) and special functions (MUFU) of a scheduler follow each other at an
+  interval.
 - A load takes its latency, or longer where the bytes before it have not come yet.
 - A block barrier opens when the last warp has come to it.
 - All programs are in step: what this one has published, all others have at the same time.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -78,6 +80,11 @@ class Parameters:
     # From one instruction to the next in one of the four schedulers.
     special_clocks: Range = Range(8, 8, 8, "clocks", "CUDA C++ Programming Guide: 16 a clock")
     mma_clocks: Range = Range(6.5, 8, 8, "clocks", "1024 multiply-adds a clock: " + _LUO)
+    # Of warp groups: from a product to the next that adds to it, and how fast all four go.
+    wgmma_chain: Range = Range(8, 13, 18, "clocks", "of 16 columns; " + _ESTIMATE)
+    wgmma_multiply_adds: Range = Range(
+        2048, 2048, 1365, "multiply-adds a clock", "989 TFLOPS of 132: NVIDIA H100 data sheet"
+    )
     # From L2 into one multiprocessor, and into all of them.
     l2_bytes_per_clock: Range = Range(
         64, 45, 24, "bytes a clock", "a multiprocessor's port; its share of 5.5 TB/s: " + _LUO
@@ -156,6 +163,9 @@ class Multiprocessor:
         self.issue_free = [0.0] * SCHEDULERS
         self.mma_free = [0.0] * SCHEDULERS
         self.special_free = [0.0] * SCHEDULERS
+        # Of each warp: when its group may add to its sums again, and when those are there.
+        self.chain_free = [0.0] * self.all_warps
+        self.sums_done = [0.0] * self.all_warps
         self.shared_free = self.l2_free = 0.0
         self.released = [[[0.0] for _ in range(6)] for _ in range(self.all_warps)]
         # Of each program: the warps at its block barrier, and their pause behind it.
@@ -238,8 +248,12 @@ class Multiprocessor:
         scheduler = warp % SCHEDULERS
         times = [self.issue_free[scheduler]]
         times += [max(self.released[warp][b]) for b in range(6) if i.wait >> b & 1]
-        if i.name == "HMMA":
+        if i.name in ("HMMA", "HGMMA"):
             times.append(self.mma_free[scheduler])
+        if i.name == "HGMMA":
+            times.append(self.chain_free[warp])
+        elif i.op.startswith("WARPGROUP.DEPBAR"):
+            times.append(self.sums_done[warp])
         elif i.name == "MUFU":
             times.append(self.special_free[scheduler])
         return max(times)
@@ -260,11 +274,15 @@ class Multiprocessor:
         if i.name == "HMMA":
             self.mma_free[scheduler] = now + a.mma_clocks
             done = now + a.mma
+        elif i.name == "HGMMA":
+            self.mma_free[scheduler] = now + warp_group_clocks(i, a)
+            self.chain_free[warp] = now + a.wgmma_chain
+            self.sums_done[warp] = now + a.mma
         elif i.name == "MUFU":
             self.special_free[scheduler] = now + a.special_clocks
             done = now + a.special
-        elif i.name in ("LDS", "SHFL"):
-            latency = a.shared_load if i.name == "LDS" else a.shuffle
+        elif i.name in ("LDS", "LDSM", "SHFL"):
+            latency = a.shuffle if i.name == "SHFL" else a.shared_load
             done = self.shared_free - 1 - PIPE_ENTRY + latency
         elif i.name in ("LDG", "LD"):
             done = self.load(warp, i, step, read)  # behind what holds the pipe
@@ -290,6 +308,12 @@ class Multiprocessor:
             if now + latency / 2 < visible:
                 done = max(done, visible + latency / 2 + a.poll_phase)
         return done
+
+
+def warp_group_clocks(i: Instruction, assumed: SimpleNamespace) -> float:
+    """How long a warp's part of a product of its group, a quarter, holds its scheduler's unit."""
+    m, n, k = map(int, re.search(r"\.(\d+)x(\d+)x(\d+)", i.op).groups())  # type: ignore[union-attr]
+    return m * n * k / assumed.wgmma_multiply_adds
 
 
 # One compiled kernel, read.
@@ -409,7 +433,7 @@ def by_address(shared: Iterable[Access], step: Step) -> dict[int, float]:
         waves_of[a.name, a.width].append(a.ideal if a.wavefronts is None else a.wavefronts)
     placed: dict[tuple[str, int], list[int]] = defaultdict(list)
     for i in step:
-        if i.name in ("LDS", "STS"):
+        if i.name in ("LDS", "LDSM", "STS"):
             placed[i.name, i.width].append(i.address)
     found = {}
     for (name, width), addresses in placed.items():

@@ -80,9 +80,36 @@ def test_an_address_that_cannot_be_computed_is_reported(statement):
 
 
 def test_an_access_of_another_kind_is_reported():
-    load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5}, [%r1];"
+    load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%r5}, [%r1];"
     assert waves(load) == [("ldmatrix", 4, None, 1)]
     assert waves("atom.shared.add.u32 %r5, [%r1], 1;") == [("atom", 4, None, 1)]
+
+
+@pytest.mark.parametrize(("pitch", "found"), [(16, 4), (128, 32), (144, 4), (0, 4)])
+def test_rows_of_matrices(pitch, found):
+    """Eight lanes are served together; a lane's row is a quarter of the banks."""
+    load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5, %r6, %r7, %r8}, [%r3];"
+    assert waves(f"mul.lo.s32 %r3, %r1, {pitch};", load) == [("LDSM", 16, found, 4)]
+
+
+@pytest.mark.parametrize(("swizzle", "found"), [(1, 1), (2, None), (0, None)])
+def test_what_warp_groups_read(swizzle, found):
+    """16 columns of 32 bytes, a quarter of which is a warp's; without conflicts where the
+    descriptor says that 128 bytes are swizzled."""
+    product = "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%r5}, {%r6}, %rd3, 1, 1, 1, 0;"
+    lines = ["cvt.u64.u32 %rd2, %r1;", f"or.b64 %rd3, %rd2, {swizzle << 62};"]
+    assert waves(*lines, product, threads=128) == [("HGMMA", 4, found, 1)]
+    fence = "wgmma.fence.sync.aligned;"
+    assert waves(*lines, fence, product, fence, threads=128) == [("HGMMA", 4, found, 1)]
+
+
+def test_a_number_from_another_lane():
+    shuffle = "shfl.sync.idx.b32 %r3, %r1, 2, 31, -1;"
+    move = "shl.b32 %r4, %r3, 2;"
+    assert waves(shuffle, move, "st.shared.b32 [%r4], %r5;") == [("STS", 4, 1, 1)]
+    assert waves(shuffle.replace("idx", "bfly"), move, "st.shared.b32 [%r4], %r5;") == [
+        ("STS", 4, None, 1)
+    ]
 
 
 SPIN = [

@@ -250,6 +250,23 @@ def test_products_of_a_scheduler_follow_at_an_interval(warps, each):
     assert found == pytest.approx(n * each * A.mma_clocks, abs=JUMP + A.barrier + 8)
 
 
+GROUP_PRODUCT = "HGMMA.64x16x16.F32 R24, R36, gdesc[UR8], R24"
+
+
+@pytest.mark.parametrize("warps", [4, 8])
+def test_products_of_warp_groups_follow_at_an_interval(warps):
+    """One group waits for its own sums, two for the units that they share."""
+    n = 40
+    each = max(A.wgmma_chain, warps // 4 * 64 * 16 * 16 / A.wgmma_multiply_adds)
+    found = clocks(code(*[GROUP_PRODUCT] * n, "BAR.SYNC 0x0"), warps=warps)
+    assert found == pytest.approx(n * each, abs=JUMP + A.barrier + 16)
+
+
+def test_the_sums_of_a_warp_group_are_waited_for():
+    found = clocks(code(GROUP_PRODUCT, "WARPGROUP.DEPBAR.LE gsb0, 0x0"))
+    assert found == A.mma + 1 + JUMP
+
+
 def test_the_result_of_a_product_takes_its_latency():
     found = clocks(code(("HMMA.16816.F32 R4, R8, R12, R4", dict(write=0)), use(0)))
     assert found == A.mma + 1 + JUMP
@@ -332,7 +349,7 @@ def test_every_level_is_slower_than_the_one_before():
 
 TABLE = Parameters()
 NAMES = [f.name for f in fields(Parameters)]
-FASTER_WHEN_LARGER = ("l2_bytes_per_clock", "l2_bytes_of_all")
+FASTER_WHEN_LARGER = ("l2_bytes_per_clock", "l2_bytes_of_all", "wgmma_multiply_adds")
 
 
 def results(folder, name, clocks, capability="sm_90", date="2026-01-01T00:00:00"):
@@ -355,7 +372,7 @@ def test_every_parameter_has_a_range_a_unit_and_a_source(name):
     numbers = [value.low, value.middle, value.high]
     assert numbers == sorted(numbers, reverse=name in FASTER_WHEN_LARGER)
     assert min(numbers) > 0
-    assert value.unit in ("clocks", "GHz", "bytes a clock")
+    assert value.unit in ("clocks", "GHz", "bytes a clock", "multiply-adds a clock")
     assert len(value.source) > 10
 
 
