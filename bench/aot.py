@@ -36,6 +36,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from bench.machine_code import near, sass_step
 from bench.step_cost import MOST_WAVEFRONTS, Parameters, Reading, gate, load_parameters, read
@@ -54,7 +55,7 @@ from fusedrnn.kernels.plan import (
     stage_sizes,
 )
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
-from fusedrnn.kernels.scan_forward import scan_forward_kernel
+from fusedrnn.kernels.scan_forward import scan_forward_gluon, scan_forward_kernel
 from fusedrnn.kernels.state_ops import StateOps
 from fusedrnn.kernels.sync import Exchange
 
@@ -179,6 +180,9 @@ def require_compiler() -> None:
 def compile_job(job: Job):
     """The compiled kernel."""
     kernel = scan_forward_kernel if job.pass_ == "forward" else scan_backward_kernel
+    source = ASTSource
+    if job.plan.schedule == "wgmma":
+        kernel, source = scan_forward_gluon, GluonASTSource
     values = arguments(job)
     signature, constants, attributes = {}, {}, {}
     exchange = kernel.arg_names.index("exchange")
@@ -199,7 +203,7 @@ def compile_job(job: Job):
     device = TARGETS[job.target]
     capability = device.capability[0] * 10 + device.capability[1]
     return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        source(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options=job.plan.options(device),
     )

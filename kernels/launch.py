@@ -24,8 +24,9 @@ from fusedrnn.kernels.plan import (
     stage_sizes,
 )
 from fusedrnn.kernels.scan_backward import scan_backward_kernel
-from fusedrnn.kernels.scan_forward import scan_forward_kernel
+from fusedrnn.kernels.scan_forward import scan_forward_gluon, scan_forward_kernel
 from fusedrnn.kernels.state_ops import StateOps
+from fusedrnn.kernels.with_gluon import gluon
 from fusedrnn.packing import Rows
 
 SAVE = ("gates", "states", None)
@@ -207,6 +208,7 @@ def workspaces(
         steps=rows.T * round_of(stages) + first,  # h_0 is published too
         chunks=plan.chunks, block_b=plan.block_b, block_h=plan.block_h, block_k=plan.block_k,
         dtype=like.dtype, device=like.device, error=_error_word(like.device),
+        in_rows=plan.schedule == "wgmma",
     )  # fmt: skip
 
 
@@ -222,6 +224,8 @@ def _launch(
     """
     device, (D, H, P, heads) = like.device, sizes
     pass_ = "forward" if kernel is scan_forward_kernel else "backward"
+    if plan.schedule == "wgmma":
+        kernel = scan_forward_gluon
     error = _error_word(device)
     _raise_if_timed_out(error)
     constants = _constants(cell, plan, pass_, sizes, precision, device_of(device))
@@ -340,6 +344,7 @@ def device_of(device: torch.device) -> Device:
         shared_per_program=properties.shared_memory_per_block_optin,
         shared_per_multiprocessor=properties.shared_memory_per_multiprocessor,
         backend="hip" if torch.version.hip else "cuda",
+        gluon=gluon is not None,
     )
 
 

@@ -33,6 +33,8 @@ def faults(ttgir: str, warps: int) -> list[str]:
     """What is wrong with the layouts around `sync.load` in Triton's GPU dialect."""
     layouts = dict(re.findall(r"^(#\w+) = (.+)$", ttgir, re.MULTILINE))
     found, blocks = [], 0
+    if "ttng.warp_group_dot" in ttgir:
+        return faults_of_warp_groups(ttgir)
     for line in ttgir.splitlines():
         block = re.search(r"tt\.elementwise_inline_asm .*packed_element = (\d+) : i32(.*)", line)
         if block is None or int(block[1]) == 1:
@@ -58,3 +60,14 @@ def faults(ttgir: str, warps: int) -> list[str]:
     if not blocks:
         found.append("no assembly that loads what is exchanged")
     return list(dict.fromkeys(found))
+
+
+def faults_of_warp_groups(ttgir: str) -> list[str]:
+    """What is wrong where `wgmma` multiplies: its left operand differs between the warp groups,
+    which no layout says, so that nothing may move it from thread to thread."""
+    found = []
+    if re.search(r"ttg\.(convert_layout|local_alloc|local_store) .*#ttg\.dot_op", ttgir):
+        found.append("a left operand of a warp group's product changes its layout")
+    if not re.search(r"tt\.elementwise_inline_asm .*ld\.relaxed", ttgir):
+        found.append("no assembly that loads what is exchanged")
+    return found

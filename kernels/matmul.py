@@ -21,6 +21,7 @@ import triton.language as tl
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.fragments import BLOCK, lhs_operand, load_rhs_operand, pitch
 from fusedrnn.kernels.tiles import load_vectors, of_direction
+from fusedrnn.kernels.with_gluon import wgmma
 
 
 @triton.jit
@@ -44,6 +45,8 @@ def load_weights(w_ptr, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
     weights = ()
     if STAGE.diagonal:
         weights = load_vectors((w_ptr,), tile, PLANES=MATRICES, H=STAGE.units)
+    elif PLAN.schedule == "wgmma":
+        weights = wgmma.load_weights(w_ptr, tile, STAGE=STAGE, PLAN=PLAN)
     elif PLAN.exchanged:
         for chunk in tl.static_range(COUNT):
             weights = weights + load_chunk(w_ptr, chunk, tile, STAGE=STAGE, PLAN=PLAN)
@@ -141,7 +144,11 @@ def recurrent_matmul(
     planes: the program's tiles [BLOCK_B, BLOCK_H]. channel: None where one program owns all units.
     weights: as `load_weights` returns them. w_ptr: where those of the other chunks are.
     """
-    if PLAN.exchanged:
+    if PLAN.schedule == "wgmma":
+        sums = wgmma.product(
+            channel, weights, step, SLOT=slot_size(STAGES, PLAN), STAGE=STAGE, PLAN=PLAN
+        )
+    elif PLAN.exchanged:
         sums = gathered_matmul(
             channel, weights, w_ptr, tile, step,
             STAGE=STAGE, STAGES=STAGES, PRECISION=PRECISION, PLAN=PLAN,

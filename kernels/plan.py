@@ -1,10 +1,11 @@
 """Which tiles a time loop runs with: pure arithmetic, from the shape, the dtype and the device.
 
-Three schedules, one kernel each for forward and backward:
+Four schedules, one kernel each for forward and backward:
 
     multi_block   programs that run at the same time own BLOCK_H units each, their weights in
                   registers
     streamed      the same, but not all chunks of K fit: the others are read through L1 in each step
+    wgmma         as multi_block, forward, with Hopper's products of warp groups
     single_block  one program owns all units, and nothing is exchanged: for the interpreter, which
                   runs one program after the other. For a GPU the meter prefers the others.
 
@@ -38,6 +39,7 @@ class Device:
         shared_per_multiprocessor: what programs on one multiprocessor share; each program also
             takes 1 KiB of it for itself.
         backend: "cuda", "hip" or "interpreter".
+        gluon: whether Triton has Gluon, which `wgmma` is written in.
     """
 
     capability: tuple[int, int]
@@ -45,6 +47,7 @@ class Device:
     shared_per_program: int
     shared_per_multiprocessor: int
     backend: str = "cuda"
+    gluon: bool = True
 
 
 INTERPRETER = Device((0, 0), 1, 1 << 50, 1 << 50, "interpreter")
@@ -125,8 +128,7 @@ class Plan:
     """How one pass of one layer runs; the kernels take it whole, as a constant.
 
     Attributes:
-        schedule: "single_block", "multi_block", "streamed" or "independent"; follows from the
-            numbers below.
+        schedule: "single_block", "multi_block", "streamed", "wgmma" or "independent".
         block_b, block_h: batch elements of a tile, and units of a program.
         block_k, chunks: K, which is all of H, in equal chunks; narrower stages have fewer.
         resident: chunks of each stage whose weights stay on the multiprocessor.
@@ -175,6 +177,8 @@ class Plan:
     def shared_bytes(self, cell: Cell, pass_: str) -> int:
         """An upper bound of a program's shared memory, for the partial sums of up to four gates;
         the ahead-of-time suite holds it to that."""
+        if self.schedule == "wgmma":  # what is multiplied, and the sums
+            return 4 * self.block_b * self.chunks * self.block_k // 2 + 4 * 64 * 2 * self.block_b
         backward = pass_ == "backward"
         results = max(s.exchanged if backward else min(s.products, 4) for s in cell.stages)
         return 4 * self.block_b * self.block_h * (self.split_k * results + 1)
@@ -263,6 +267,32 @@ def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, in
     return plan, launches, programs
 
 
+def warp_groups(H: int, block_b: int) -> Plan:
+    """The plan of a forward pass by warp groups (`wgmma`), for tiles of 8, 16 or 32 rows."""
+    block_k = 256 if block_b == 8 else 128
+    chunks = -(-H // block_k)
+    return Plan("wgmma", block_b, 16, block_k, chunks, chunks, 2, 8, 255, chunks, pairwise=True)
+
+
+def _serve_warp_groups(
+    cell: Cell, pass_: str, item: int, stages: tuple[StageSizes, ...], device: Device
+) -> bool:
+    """Whether the forward pass of such a cell can run by warp groups."""
+    (stage, *others) = stages
+    return (
+        pass_ == "forward"
+        and device.backend == "cuda"
+        and device.gluon
+        and device.capability == (9, 0)
+        and item == 2
+        and not others
+        and not (stage.mean or stage.diagonal)
+        and stage.planes == 1
+        and stage.results <= 4
+        and stage.k <= WARP_GROUP_K
+    )
+
+
 def _candidates(
     cell: Cell, pass_: str, item: int, H: int, P: int, device: Device, precision: str
 ) -> Iterator[Plan]:
@@ -316,7 +346,12 @@ def _candidates(
         )  # fmt: skip
         if fits(plan):
             yield plan
+    if _serve_warp_groups(cell, pass_, item, stages, device):
+        yield from filter(fits, (warp_groups(H, rows) for rows in (16, 8, 32)))
 
+
+# The most units of K of which warp groups keep the weights in registers.
+WARP_GROUP_K = 1024
 
 # Registers for weights, left operands and sums, of 255; found by compiling, for the cell with the
 # most gates and everything switched on (bench/aot.py).
@@ -331,6 +366,12 @@ L2_BYTES_OF_ALL = 3200
 L1_BYTES = 29
 SHARED_BYTES = 128
 MULTIPLY_ADDS: dict[str, float] = {"16-bit": 1024, "tf32": 512, "ieee": 512 / 3}
+# Of warp groups: the trip and the way through shared memory; each gate of an element; of what is
+# read, the part that nothing hides. All a fifth above the meter, as the others' estimate is.
+WARP_GROUP = 960
+WARP_GROUP_CELL_OF_GATE = 150
+WARP_GROUP_MULTIPLY_ADDS = 2048
+WARP_GROUP_READ = 0.88
 CHAIN = 16  # from one product to the next that adds to it
 CELL = 100  # and all else that a step does once
 CELL_OF_GATE = 83  # for each element of a thread
@@ -345,6 +386,11 @@ def cycles(
     elements = plan.block_b * plan.block_h / (32 * plan.num_warps)
     l2 = min(L2_BYTES, L2_BYTES_OF_ALL / min(programs, device.multiprocessors))
     busy, wait = CELL + CELL_OF_GATE * len(cell.gates) * max(1.0, elements), 0.0
+    if plan.schedule == "wgmma":
+        received = plan.block_b * plan.chunks * plan.block_k
+        multiply = received * 64 / WARP_GROUP_MULTIPLY_ADDS
+        cell_of_gates = WARP_GROUP_CELL_OF_GATE * len(cell.gates) * max(1.0, elements)
+        return WARP_GROUP + cell_of_gates + multiply + WARP_GROUP_READ * received * item / l2
     for stage in stage_sizes(cell, pass_, H, P or H):
         chunks = -(-stage.k // plan.block_k)
         streamed = max(chunks - plan.resident, 0) * plan.block_k

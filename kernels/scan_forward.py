@@ -13,7 +13,11 @@ Otherwise the programs of one batch tile and lane hand each other what they mult
 stage, through a ring in global memory (`sync`). With n stages, stage s of time step t receives what
 was published as step n * t + s + 1 (of n = 3, and what else is no power of two: `round_of`). The
 first step publishes h_0, so that the loop reads every h_{t-1} from the same place.
+
+The same source is compiled by Triton and, where the schedule is wgmma, by Gluon (`wgmma`).
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -52,6 +56,7 @@ from fusedrnn.kernels.tiles import (
     store_states,
     where,
 )
+from fusedrnn.kernels.with_gluon import gluon, wgmma
 
 
 @triton.jit
@@ -154,10 +159,13 @@ def scan_forward_kernel(
         state = start_over(state, reset_state, first)
     channel = None
     last = T * ROUND + FIRST
-    if PLAN.exchanged:
+    if PLAN.schedule == "wgmma":
+        channel = wgmma.connect(exchange, tile, PLAN=PLAN)
+    elif PLAN.exchanged:
         channel = sync.connect(
             exchange, tile.head_units, PLANES=planes_of(STAGES), BLOCK_K=PLAN.block_k
         )
+    if PLAN.exchanged:
         publish_tiles(
             channel, (masked(state[0], h_mask),), h_tile, FIRST, last,
             STAGE=0, STAGES=STAGES, PLAN=PLAN,
@@ -178,7 +186,7 @@ def scan_forward_kernel(
         # what goes round the loop is packed, and so waited for, at its end.
         x_gates = load_planes(x_gates_ptr, rows, tile, exists, D=D, PLANES=G, H=H)
         if ops.reset is not None:
-            ahead = tile.batch_mask & (step + 1 + tl.zeros_like(tile.length) < T)
+            ahead = tile.batch_mask & (step + 1 + (tile.length & 0) < T)
             t_next = tl.where(step + 1 < T, t + 1 - 2 * tile.reverse, t)  # a step that there is
             next_rows = row_of(t_next, tile, offsets_ptr, stride_t, stride_b)
             begins = load_begins(ops, next_rows, ahead, tile, D=D)
@@ -232,3 +240,12 @@ def scan_forward_kernel(
     store_states(final_ptrs, state, h_tile, tile)
     if PLAN.exchanged:
         sync.report(channel)
+
+
+# The same loop in Gluon, for plans whose schedule needs layouts of its own (`wgmma`).
+scan_forward_gluon: Any = None
+if gluon is not None:
+    scan_forward_gluon = gluon.jit(
+        scan_forward_kernel.fn,
+        do_not_specialize=["T", "B", "first_b", "first_lane", "reverse", "stride_t", "stride_b"],
+    )

@@ -109,9 +109,7 @@ def connect(exchange, units, PLANES: tl.constexpr, BLOCK_K: tl.constexpr):
     """The channel of a program that publishes `units`, [1, BLOCK_H]; a group is a batch tile of a
     lane. PLANES: a tuple, of how many tiles are published for each stage."""
     WIDE: tl.constexpr = exchange.ring.dtype.element_ty.primitive_bitwidth == 32
-    group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    ring = exchange.ring + group.to(tl.int64) * exchange.ring_stride
-    signal = exchange.signal + group * exchange.signal_stride
+    ring, signal = part_of_group(exchange)
     rows = tl.arange(0, ROWS)[:, None]
     stored = ()
     for stage in tl.static_range(len(PLANES)):
@@ -120,6 +118,14 @@ def connect(exchange, units, PLANES: tl.constexpr, BLOCK_K: tl.constexpr):
     loaded = vectors(SPLIT=BLOCK_K // ROWS, WIDE=WIDE)
     anchor = layout_of_loads(ring, loaded)
     return Channel(ring, signal, exchange.error, exchange.spin_limit, stored, loaded, anchor)
+
+
+@triton.jit
+def part_of_group(exchange):
+    """Where ring and signal of the program's group begin."""
+    group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    ring = exchange.ring + group.to(tl.int64) * exchange.ring_stride
+    return ring, exchange.signal + group * exchange.signal_stride
 
 
 @triton.jit
@@ -148,13 +154,13 @@ def _publish(ring_ptr, SLOT: tl.constexpr, offs, tile, step, last):
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
     # In integers: of a float, compilers may think that x + 0.0 is x.
     bits = tile.to(INTEGER, bitcast=True)
-    minus_zero = tl.full((), -(2 ** (BITS - 1)), INTEGER)
-    bits = tl.where(bits == minus_zero, tl.zeros_like(bits), bits)
+    minus_zero = tl.cast(-(2 ** (BITS - 1)), INTEGER)
+    bits = tl.where(bits == minus_zero, bits & 0, bits)
     _store(ring_ptr + slot(step) * SLOT + offs, bits)
     step = tl.cast(step, tl.int32)
     if (step > LAP) & (step + LAP <= last):
         again_ptr = ring_ptr + slot(step + LAP) * SLOT
-        _store(again_ptr + offs, tl.zeros_like(bits) + minus_zero)
+        _store(again_ptr + offs, (bits & 0) | minus_zero)
 
 
 @triton.jit
@@ -209,10 +215,17 @@ def load(
     at = channel.loaded
     LENGTH: tl.constexpr = at.shape[1]
     VECTORS: tl.constexpr = at.shape[0] // (WARPS * LANES)  # rows that a thread holds
-    nothing = tl.zeros_like(at)
+    nothing = at & 0
     return tl.inline_asm_elementwise(
-        assembly(COUNT, VECTORS, STRIDE * 16 // LENGTH, LENGTH, PAIRWISE),
-        operands(COUNT, VECTORS, LENGTH),
+        assembly(
+            strided(COUNT, STRIDE * 16 // LENGTH),
+            VECTORS,
+            LENGTH,
+            PAIRWISE,
+            VECTORS * LENGTH,
+            4 * VECTORS,
+        ),
+        operands(COUNT, VECTORS, VECTORS * LENGTH, 4 * VECTORS),
         [
             (slot_ptr + at).to(tl.int64),
             channel.anchor,
@@ -241,18 +254,22 @@ def types(COUNT, DTYPE):
 
 
 @triton.constexpr_function
-def operands(COUNT, VECTORS, LENGTH):
-    """The registers of `assembly`: 4 for every vector, then those of the inputs, one for every
-    element of 32 or 64 bits, or for as many as 32 bits hold."""
-    elements = VECTORS * LENGTH
-    inputs = ["l"] * elements + ["r"] * (4 * VECTORS)
-    inputs += ["l"] * elements + ["r"] * (3 * elements)
+def operands(COUNT, VECTORS, ELEMENTS, ANCHOR):
+    """The registers of `assembly`: 4 for every vector, then those of the inputs: ELEMENTS of
+    each, ANCHOR of the anchor."""
+    inputs = ["l"] * ELEMENTS + ["r"] * ANCHOR + ["l"] * ELEMENTS + ["r"] * (3 * ELEMENTS)
     return ",".join(["=&r"] * (4 * COUNT * VECTORS) + inputs)
 
 
 @triton.constexpr_function
-def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE):
-    """PTX of `load` for one thread: VECTORS rows of each of COUNT chunks, STRIDE bytes apart.
+def strided(COUNT, STRIDE):
+    return [n * STRIDE for n in range(COUNT)]
+
+
+@triton.constexpr_function
+def assembly(OFFSETS, VECTORS, LENGTH, PAIRWISE, ELEMENTS, ANCHOR):
+    """PTX of `load` for one thread: VECTORS rows at each of OFFSETS, in bytes. The pointer of a row
+    is that of its first element. ELEMENTS, ANCHOR: as for `operands`.
 
     Every thread waits for the arrivals itself, so that no barrier has to lie behind that.
 
@@ -260,16 +277,15 @@ def assembly(COUNT, VECTORS, STRIDE, LENGTH, PAIRWISE):
     capability 9.0 on), the least of all elements tells whether one is missing. Elsewhere a 16-bit
     half of y is 0 where (y - 1) & ~y is negative.
     """
-    elements = VECTORS * LENGTH
-    vectors = range(COUNT * VECTORS)
+    vectors = range(len(OFFSETS) * VECTORS)
     words = [[f"${4 * n + i}" for i in range(4)] for n in vectors]
     pointers = 4 * len(vectors)
-    counter = pointers + elements + 4 * VECTORS
-    limit, step, arrived = (counter + n * elements for n in (1, 2, 3))
+    counter = pointers + ELEMENTS + ANCHOR
+    limit, step, arrived = (counter + n * ELEMENTS for n in (1, 2, 3))
     gave_up = f"[${counter} + {4 * _GAVE_UP.value}]"
 
     def load(n):
-        pointer = f"[${pointers + n % VECTORS * LENGTH} + {n // VECTORS * STRIDE}]"
+        pointer = f"[${pointers + n % VECTORS * LENGTH} + {OFFSETS[n // VECTORS]}]"
         return f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(words[n])}}}, {pointer};"
 
     if LENGTH == 4:
@@ -365,6 +381,7 @@ def workspaces(
     launches: int, *, groups: int, programs: int, steps: int, chunks: int, planes: Sequence[int],
     block_b: int, block_h: int, block_k: int,
     dtype: torch.dtype, device: torch.device | str, error: torch.Tensor | None = None,
+    in_rows: bool = False,
 ) -> Iterator[Exchange]:  # fmt: skip
     """Allocates and fills what launches exchange through, one for each.
 
@@ -377,6 +394,7 @@ def workspaces(
             0 for a step that is left out.
         chunks, block_b, block_k: of a slot, see `fragments.offset_in_slot`.
         error: [1] int32, zero, to use as the error word; by default one on the device.
+        in_rows: a slot is [block_b, chunks * block_k], see `wgmma`; one plane.
     Raises:
         ValueError: a dtype or size that cannot be had.
     """
@@ -387,8 +405,9 @@ def workspaces(
     slots = min(steps + 1, 2 * LAP.value)
     slot_size = block_b * max(planes) * chunks * block_k
     empty = _without_owner(
-        slots, tuple(planes), programs, chunks, block_b, block_h, block_k, dtype == torch.float32
-    )
+        slots, tuple(planes), programs, chunks, block_b, block_h, block_k, dtype == torch.float32,
+        in_rows,
+    )  # fmt: skip
     if error is None:
         error = torch.zeros(1, dtype=torch.int32, device=device)
     limit = spin_limit(device)
@@ -407,12 +426,15 @@ def workspaces(
 @functools.cache
 def _without_owner(
     slots: int, planes: tuple[int, ...], programs: int, chunks: int, block_b: int, block_h: int,
-    block_k: int, wide: bool,
+    block_k: int, wide: bool, in_rows: bool,
 ) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:  # fmt: skip
     """Sizes, strides and offsets of the parts of a group's ring whose units nobody owns, at the end
     of the last chunk: they are 0 from the beginning."""
     slot_size = block_b * max(planes) * chunks * block_k
     ring = torch.empty((slots, slot_size), device="meta")
+    if in_rows:
+        p = ring.unflatten(-1, (block_b, -1))[:, :, programs * block_h :]
+        return [(p.shape, p.stride(), int(p.storage_offset()))] if p.numel() else []
     block, rest = divmod(programs * block_h - (chunks - 1) * block_k, 16)
     elements = (2, 8, 4, 4) if wide else (8, 4, 8)
     parts = []

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fusedrnn.kernels.with_gluon import wgmma
+
 
 class Tile(NamedTuple):
     """The part of a layer that one program computes, at every step.
@@ -48,15 +50,20 @@ def program_tile(
     direction = lane // HEADS
     head = lane % HEADS
     first_unit = tl.program_id(0) * PLAN.block_h
-    head_units = first_unit + tl.arange(0, PLAN.block_h)
+    if PLAN.schedule == "wgmma":
+        head_units = first_unit + wgmma.along_units(PLAN)
+        row = wgmma.along_batch(PLAN)
+    else:
+        head_units = first_unit + tl.arange(0, PLAN.block_h)
+        row = tl.arange(0, PLAN.block_b)
     if PLAN.exchanged:
         head_units = hide_contiguity(head_units)
     head_units = head_units[None, :]
     units = head * (H // HEADS) + head_units
-    batch = first_b + tl.program_id(1) * PLAN.block_b + tl.arange(0, PLAN.block_b)
+    batch = first_b + tl.program_id(1) * PLAN.block_b + row
     # A tile in any case: of a tile and a comparison of scalars, Triton 3.9's interpreter makes no
     # mask.
-    length = T + tl.zeros_like(batch)[:, None]
+    length = T + (batch & 0)[:, None]
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + batch, mask=batch < B, other=0).to(tl.int32)[:, None]
     unit_mask = head_units < H // HEADS

@@ -38,10 +38,13 @@ class Driver:
 
 
 @contextlib.contextmanager
-def on_cpu(capability: tuple[int, int], seed: int = 0) -> Iterator[list[Machine]]:
+def on_cpu(
+    capability: tuple[int, int], seed: int = 0, without: str | None = None
+) -> Iterator[list[Machine]]:
     """Within, kernels are compiled for that capability and executed on tensors of the host.
 
     seed: of the order in which the programs of a launch take turns.
+    without: lines of PTX with this in them are left out.
     Yields what executed them, one machine for each launch so far.
     """
     compile_and_run, device_of = JITFunction.run, launch.device_of
@@ -49,7 +52,7 @@ def on_cpu(capability: tuple[int, int], seed: int = 0) -> Iterator[list[Machine]
 
     def run(self, *, grid, warmup, **arguments):
         kernel = compile_and_run(self, grid=grid, warmup=True, **arguments)
-        launched.append(execute(kernel, grid, arguments, seed))
+        launched.append(execute(kernel, grid, arguments, seed, without))
         return kernel
 
     triton.runtime.driver.set_active(Driver(capability))
@@ -61,7 +64,9 @@ def on_cpu(capability: tuple[int, int], seed: int = 0) -> Iterator[list[Machine]
         JITFunction.run, launch.device_of = compile_and_run, device_of
 
 
-def execute(kernel, grid: tuple[int, int, int], arguments: dict, seed: int) -> Machine:
+def execute(
+    kernel, grid: tuple[int, int, int], arguments: dict, seed: int, without: str | None = None
+) -> Machine:
     """Runs a kernel as compiled, with the arguments by name that it was compiled for."""
     parameters: list[int] = []
     memory: dict[int, np.ndarray] = {}
@@ -80,7 +85,9 @@ def execute(kernel, grid: tuple[int, int, int], arguments: dict, seed: int) -> M
         if kind != "constexpr":
             pass_on(kind, arguments[name])
     parameters += [0, 0]  # scratch memory, which these kernels do not have
-    machine = Machine(kernel.asm["ptx"], parameters, memory, grid, kernel.metadata.shared, seed)
+    lines = kernel.asm["ptx"].splitlines(keepends=True)
+    ptx = "".join(line for line in lines if without is None or without not in line)
+    machine = Machine(ptx, parameters, memory, grid, kernel.metadata.shared, seed)
     machine.run()
     return machine
 

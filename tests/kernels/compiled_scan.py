@@ -1,7 +1,8 @@
 """Both time loops as compiled, for one problem after the other, against the recurrence in float64.
 
 A program, run by `test_compiled.py` without the interpreter: python compiled_scan.py NAME ...
-runs those problems (see PROBLEMS) and prints a JSON line for each:
+runs those problems (see PROBLEMS; with `--without TEXT`, after leaving out the lines of PTX that
+have TEXT in them) and prints a JSON line for each:
 
     {"problem": NAME, "share": {what: the largest error as a share of what is allowed},
      "retries": how often a program asked again for what had not arrived, "seconds": ...}
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import scan_backward, scan_forward, sync
-from fusedrnn.kernels.plan import Plan
+from fusedrnn.kernels.plan import Plan, warp_groups
 
 LSTM, GRU, RNN = REGISTRY["lstm"], REGISTRY["gru"], REGISTRY["rnn_tanh"]
 RESET_BEFORE = REGISTRY["gru_reset_before"]
@@ -46,8 +47,11 @@ class Setting:
     exchanged: bool = True  # else one program owns all units
     precision: str = "tf32"
     capability: tuple[int, int] = (9, 0)
+    wgmma: int | None = None  # forward, by warp groups: rows of a tile
 
-    def plan(self) -> Plan:
+    def plan(self, pass_: str = "backward") -> Plan:
+        if self.wgmma and pass_ == "forward":
+            return warp_groups(self.case.H, self.wgmma)
         if not self.exchanged:
             block = max(16, 1 << (self.case.H - 1).bit_length())
             return Plan("single_block", 16, block, block, 1, 1, 1, num_warps=4)
@@ -81,6 +85,14 @@ PROBLEMS = {
         ahead=1,
         capability=(8, 0),
     ),
+    "lstm fp16, wgmma": Setting(Case(LSTM, T=3, B=5, H=144, D=1, dtype=FP16), wgmma=16),
+    "lstm bf16, wgmma of 8 rows, packed": Setting(
+        Case(LSTM, T=3, B=9, H=40, dtype=BF16, lengths=(3, 3, *[2] * 3, *[1] * 4), layout="packed"),
+        wgmma=8,
+    ),
+    "gru fp16, wgmma of 32 rows, lengths": Setting(
+        Case(GRU, T=3, B=33, H=136, D=1, dtype=FP16, lengths=(3, 1, 2) * 11), wgmma=32
+    ),
     "lstm fp16, 4 warps": Setting(Case(LSTM, T=2, B=16, H=64, D=1, dtype=FP16), split=4),
     "gru bf16, packed, 4 warps": Setting(
         Case(GRU, T=3, B=4, H=48, dtype=BF16, lengths=(3, 2, 2, 1), layout="packed"), split=4
@@ -105,19 +117,24 @@ PROBLEMS = {
 }
 
 
-def run(setting: Setting, p: Problem, seed: int) -> dict[str, Any]:
+def run(setting: Setting, p: Problem, seed: int, without: str | None = None) -> dict[str, Any]:
     """What both kernels return; sequences as [T, B, D, ...], zero where there is no step."""
-    case, plan = setting.case, setting.plan()
+    case = setting.case
     layout = Layout(case, p.lengths)
-    common = {"rows": layout.rows, "input_precision": setting.precision, "plan": plan}
+    common = {"rows": layout.rows, "input_precision": setting.precision}
     layer = (p.directions(), p.state)
-    with on_cpu(setting.capability, seed) as machines:
+    with on_cpu(setting.capability, seed, without) as machines:
         output, final, saved, _, states = scan_forward(
-            case.cell, layout.pack(p.x_gates), *layer, save="gates", **common
+            case.cell,
+            layout.pack(p.x_gates),
+            *layer,
+            save="gates",
+            plan=setting.plan("forward"),
+            **common,
         )
         dx_gates, dh_gates, d_state, *_ = scan_backward(
             case.cell, layout.pack(p.d_output), p.d_final, *layer, output, states, saved,
-            save="gates", **common,
+            save="gates", plan=setting.plan(), **common,
         )  # fmt: skip
     sequences = {"output": output, "dx_gates": dx_gates, "dh_gates": dh_gates}
     if saved is not None:
@@ -283,7 +300,7 @@ def as_tf32(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & -(1 << 13)).view(torch.float32)
 
 
-def main(chosen: list[str]) -> None:
+def main(chosen: list[str], without: str | None = None) -> None:
     # So that a few steps have laps among them. With a projection, not all wait for all in each.
     sync.LAP = tl.constexpr(4 if any(PROBLEMS[name].case.P for name in chosen) else 2)
     for name in chosen:
@@ -294,7 +311,7 @@ def main(chosen: list[str]) -> None:
             p = replace(p, w_hh=as_tf32(p.w_hh))
         began = time.perf_counter()
         if len(setting.case.whole_cell.stages) == setting.case.heads == 1:
-            got = run(setting, p, seed=len(name))
+            got = run(setting, p, seed=len(name), without=without)
             share, retries = check(setting, p, got), got["retries"]
         else:
             share, retries = run_and_compare(setting, p, seed=len(name))
@@ -304,4 +321,7 @@ def main(chosen: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(PROBLEMS))
+    if sys.argv[1:2] == ["--without"]:
+        main(sys.argv[3:], sys.argv[2])
+    else:
+        main(sys.argv[1:] or list(PROBLEMS))

@@ -86,14 +86,14 @@ ARRIVALS = (
 
 _AGAIN = "if (step > LAP) & (step + LAP <= last):"
 _AGAIN_SLOT = "slot(step + LAP)"
-_AGAIN_VALUE = "_store(again_ptr + offs, tl.zeros_like(bits) + minus_zero)"
+_AGAIN_VALUE = "_store(again_ptr + offs, (bits & 0) | minus_zero)"
 _VALUE = "ring_ptr + slot(step) * SLOT + offs, bits)\n    step ="
 _LAST_VECTOR = "for n in vectors[1:]:"
 SLOTS = (
     Mutant(
         "minus zero is not remapped",
         (Race, Deadlock),
-        (Change("tl.where(bits == minus_zero, tl.zeros_like(bits), bits)", "bits"),),
+        (Change("tl.where(bits == minus_zero, bits & 0, bits)", "bits"),),
         always=True,
     ),
     Mutant(
@@ -114,7 +114,7 @@ SLOTS = (
     Mutant(
         "takes back with plus zero",
         (Race,),
-        (Change(_AGAIN_VALUE, _AGAIN_VALUE.replace(" + minus_zero", "")),),
+        (Change(_AGAIN_VALUE, _AGAIN_VALUE.replace(" | minus_zero", "")),),
         always=True,
     ),
     Mutant(

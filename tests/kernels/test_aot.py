@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 # Target, cell, pass, dtype, precision, H, B, P, heads. Every schedule, cell, dtype and pass once.
 SAMPLE = [
-    ("sm_90", "lstm", "forward", "fp16", "tf32", 768, 16),
+    ("sm_90", "lstm", "forward", "fp16", "tf32", 768, 16),  # by warp groups
+    ("sm_90", "lstm", "forward", "fp16", "tf32", 300, 20),
     ("sm_90", "lstm", "backward", "fp16", "tf32", 768, 16),
     ("sm_90", "lstm", "forward", "bf16", "tf32", 512, 256),  # two on a multiprocessor
     ("sm_90", "lstm", "backward", "bf16", "tf32", 1500, 48),
@@ -145,7 +146,8 @@ def test_the_gate_catches(mutant, tmp_path):
         assert text.count(old) == 1, f"{mutant}: {old!r} is not in {mutant.file} once"
         text = text.replace(old, new)
     file.write_text(text)
-    (result,) = compile_plans(SAMPLE[:1], tmp_path).values()
+    (result,) = compile_plans(SAMPLE[1:2], tmp_path).values()
+    assert result["plan"]["schedule"] == "multi_block"
     assert any(mutant.fault in fault for fault in result["faults"])
 
 
@@ -155,7 +157,7 @@ def test_the_sample_has_every_kind(compiled):
     assert {job[2] for job in jobs} == set(PASSES)
     assert {job[3] for job in jobs} == set(aot.DTYPES)
     schedules = {compiled[job]["plan"]["schedule"] for job in jobs}
-    assert schedules == {"independent", "multi_block", "streamed"}
+    assert schedules == {"independent", "multi_block", "streamed", "wgmma"}
 
 
 # --- the gate -----------------------------------------------------------------------------------
@@ -220,7 +222,8 @@ def test_the_suite_has_every_kind():
         for pass_ in PASSES:
             mine = [j for j in made_for if (j.cell, j.pass_, j.dtype) == (cell, pass_, "bf16")]
             assert {j.H for j in mine} >= set(hidden)
-    assert {job.plan.schedule for job in made_for} == {"independent", "multi_block", "streamed"}
+    schedules = {job.plan.schedule for job in made_for}
+    assert schedules == {"independent", "multi_block", "streamed", "wgmma"}
     assert len({job.key() for job in made_for}) == len(set(made_for))
     assert {job.dtype for job in made_for} == set(aot.DTYPES)
     assert {job.save for job in made_for} == {"gates", "states"}

@@ -27,6 +27,9 @@ ROOT = HERE.parents[1]
 PROBLEMS = (
     "lstm fp16",
     "lstm bf16, streamed, lengths, 8.0",
+    "lstm fp16, wgmma",
+    "lstm bf16, wgmma of 8 rows, packed",
+    "gru fp16, wgmma of 32 rows, lengths",
     "lstm fp16, 4 warps",
     "gru bf16, packed, 4 warps",
     "gru fp32, 8.0",
@@ -40,6 +43,7 @@ PROBLEMS = (
 )
 PROJECTION = "projection fp16, lengths"  # in a process of its own, with a longer lap
 SMALL = "rnn fp16"
+WARP_GROUPS = [name for name in PROBLEMS if "wgmma" in name]
 EXACT = "rnn fp32, ieee, lengths"
 
 
@@ -142,7 +146,8 @@ def origins(
     """Opcodes of what a register holds, looked up through some of them."""
     found = set()
     for instruction in code.instructions:
-        if instruction.opcode.startswith(("st", "red", "bra", "ret", "bar")):
+        stores = instruction.opcode.startswith(("st", "red", "bra", "ret", "bar"))
+        if stores or not instruction.operands:
             continue
         if register not in names(instruction.operands[0]):
             continue
@@ -158,12 +163,25 @@ def origins(
 def test_what_is_loaded_is_multiplied_as_it_lies_in_the_registers(compiled):
     """Shared memory, shuffles and shifts would show as another origin: only names change, but for
     what takes factors apart."""
-    products = apart = 0
+    products = apart = groups = 0
     for code in map(parse, compiled[2]):
         lefts = [names(i.operands[1]) for i in code.instructions if i.opcode.startswith("mma")]
         opcodes = {i.opcode for i in code.instructions}
         load = "ld.relaxed.gpu.global.v4.b32"
-        if lefts and load in opcodes:
+        if any(i.opcode.startswith("wgmma.mma") for i in code.instructions):
+            groups += 1
+            # The weights stay where they were loaded, and what was polled goes to shared memory.
+            assert not lefts
+            lefts = [names(i.operands[1]) for i in code.instructions if "mma_async" in i.opcode]
+            found = set().union(*(origins(code, r, MOVE) for r in itertools.chain(*lefts)))
+            # What is masked is 0, which the compiler takes from the counter of steps.
+            assert {"ld.global.b32"} <= found <= {"ld.global.b32", "add.s32"}
+            stored = [i for i in code.instructions if i.opcode.startswith("st.shared.v4")]
+            words = list(itertools.chain(*(names(i.operands[1]) for i in stored)))
+            polled = [r for r in words if origins(code, r, MOVE) == {load}]
+            # Each load stands there twice: it is asked for again.
+            assert 8 * len(polled) == 16 * sum(i.opcode == load for i in code.instructions)
+        elif lefts and load in opcodes:
             products += 1
             registers = list(itertools.chain(*lefts))
             found = set().union(*(origins(code, r, MOVE) for r in registers))
@@ -171,7 +189,9 @@ def test_what_is_loaded_is_multiplied_as_it_lies_in_the_registers(compiled):
                 apart += 1
                 found = set().union(*(origins(code, r, TAKE_APART) for r in registers))
             assert found == {load}
-    assert products == 2 * sum("single block" not in name for name in (*PROBLEMS, PROJECTION))
+    assert groups == len(WARP_GROUPS)
+    alone = sum("single block" in name for name in PROBLEMS)
+    assert products == 2 * (len((*PROBLEMS, PROJECTION)) - alone) - groups
     assert apart == 2 * sum("ieee" in name for name in PROBLEMS)
 
 
@@ -195,6 +215,18 @@ MUTANTS = {
         "fragments.py", "tile = tl.permute(tile, (0, 4, 1, 3, 2, 5))",
         "tile = tl.permute(tile, (0, 4, 1, 2, 3, 5))", "numbers",
     ),
+    "both warp groups have the same units": (
+        "wgmma.py", "k += warp_group() * PART", "k += warp_group() * 0", "numbers"
+    ),
+    "sums of one warp group": (
+        "wgmma.py", "gl.split(first_group + second_group)", "gl.split(first_group)", "numbers"
+    ),
+    "gates in another order": (
+        "wgmma.py", "gl.split(low) + gl.split(high)", "gl.split(high) + gl.split(low)", "numbers"
+    ),
+    "weights of another chunk": (
+        "wgmma.py", "weights[chunk], right", "weights[CHUNKS - 1 - chunk], right", "numbers"
+    ),
     "the rest of h is left out": (
         "matmul.py", "tl.dot(lhs_rest, rhs, total,", "tl.dot(lhs, rhs * 0, total,", EXACT
     ),
@@ -216,16 +248,45 @@ def mutant(request, tmp_path_factory):
     source = (kernels / file).read_text()
     assert source.count(old) == 1, f"{file} must have {old!r} for this mutant to be one"
     (kernels / file).write_text(source.replace(old, new))
-    done = run(folder / "cache", EXACT if shows == EXACT else SMALL, package=folder)
-    return shows, done, texts(folder / "cache", "ttgir")
+    problem = EXACT if shows == EXACT else WARP_GROUPS[0] if file == "wgmma.py" else SMALL
+    done = run(folder / "cache", problem, package=folder)
+    return problem, shows, done, texts(folder / "cache", "ttgir")
 
 
 def test_mistakes_are_noticed(mutant):
-    shows, done, layouts = mutant
+    problem, shows, done, layouts = mutant
     if shows in ("numbers", EXACT):
         assert done.returncode == 0, done.stderr[-3000:]
-        assert records(done)[EXACT if shows == EXACT else SMALL]["share"]["final 0"] > 2
+        assert records(done)[problem]["share"]["final 0"] > 2
     else:
         assert done.returncode != 0
         assert shows in done.stderr
         assert all(layout.faults(text, warps(text)) for text in layouts)
+
+
+@pytest.mark.parametrize(
+    ("without", "shows"),
+    [
+        ("fence.proxy.async", "NotVisible: wgmma"),
+        ("wgmma.fence", "NotVisible: wgmma"),
+        ("wgmma.wait_group", "InUse"),
+        ("wgmma.commit_group", "InUse"),
+    ],
+)
+def test_what_warp_groups_need_is_noticed(without, shows, tmp_path):
+    """Some versions of Triton put the fence there by themselves, so that no source lacks it."""
+    done = run(tmp_path, "--without", without, WARP_GROUPS[0])
+    assert done.returncode != 0
+    assert shows in done.stderr
+
+
+def test_a_left_operand_that_moves_is_found(compiled):
+    """The warp groups' left operands differ, though the compiler takes them for the same."""
+    having = [text for text in compiled[1] if "ttng.warp_group_dot" in text]
+    assert len(having) == len(WARP_GROUPS)
+    for text in having:
+        kind = re.search(r"tensor<64x\d+x\w+, #ttg\.dot_op<[^>]*>>", text)
+        assert kind is not None
+        moved = text + f"%1 = ttg.convert_layout %0 : {kind[0]} -> tensor<64x64xf16, #blocked>\n"
+        assert "changes its layout" in layout.faults(moved, 8)[0]
+        assert layout.faults(text.replace("ld.relaxed", "ld.weak"), 8)

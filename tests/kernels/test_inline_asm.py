@@ -172,8 +172,9 @@ def poll(memory: Array, kind: str, limit: int, threads: int = 1, arrived: int = 
     """[threads, COUNT * VECTORS * 4] words, by two chunks of two rows 32 bytes apart; a thread's
     rows lie 16 bytes beside those of the thread before."""
     length, pairwise = KINDS[kind]
-    text = sync.assembly.fn(COUNT, VECTORS, STRIDE, length, pairwise)
     outputs, elements = 4 * COUNT * VECTORS, VECTORS * length
+    offsets = [n * STRIDE for n in range(COUNT)]
+    text = sync.assembly.fn(offsets, VECTORS, length, pairwise, elements, 4 * VECTORS)
     registers = {}
     for n in range(elements):
         row = np.arange(threads) * 16 + n // length * 32 + n % length * 16 // length
