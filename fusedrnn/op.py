@@ -55,9 +55,11 @@ def _forward(operands: list[Tensor], masks: list[Tensor | None], *fields: Any) -
         return triton.forward(spec, call, rest)
     if spec.backend == "loop":
         return loop.forward(spec, call, rest)
-    if spec.save == "workspace":
-        return onednn.forward(spec, call, rest)
-    return [output.contiguous() for output in run_plain(spec, call, rest)]
+    keeps = spec.save == "workspace"
+    if keeps and (found := onednn.forward(spec, call)) is not None:
+        return found
+    outputs = [output.contiguous() for output in run_plain(spec, call, rest)]
+    return outputs + onednn.kept_like(spec, call) if keeps else outputs
 
 
 def _backward(d_outputs: list[Tensor], operands: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -87,7 +89,7 @@ def _gradients(
     if spec.backend == "loop":
         given = (spec, d_outputs, operands_of(spec, operands), masks_of(masks), kept)
         return loop.backward(*given, d_input_wanted=d_input_wanted)
-    if spec.save == "workspace" and onednn.has_workspace(spec, operands[0], kept):
+    if spec.save == "workspace" and onednn.has_workspace(kept):
         return onednn.backward(spec, d_outputs, operands_of(spec, operands), output, kept)
     # An op cannot carry an autograd graph across, so the call runs again, under autograd.
     leaves = [t.detach().requires_grad_() for t in operands]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from fusedrnn.call import (
     operands_of,
     weights_per_direction,
 )
+
+Results = TypeVar("Results")
 
 
 def refuses(call: Call) -> str | None:
@@ -94,7 +96,7 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
     # oneDNN's LSTM in bfloat16 is found missing on some processors when it is called. A tracer
     # crashes at such an error, and what it writes may run on another processor.
     avoided = low == torch.float16 or (spec.cell == "lstm" and stretch.is_tracing())
-    results = None if avoided else _forward_if_possible(spec, operands, masks)
+    results = None if avoided else if_possible(lambda: _forward(spec, operands, masks))
     if results is None:
         with torch.autocast("cpu", enabled=False):
             results = _forward(spec, _rounded(operands, spec, low), masks)
@@ -102,9 +104,10 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
     return output.to(dtypes[0]), *(s.to(d) for s, d in zip(final, dtypes, strict=True))
 
 
-def _forward_if_possible(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...] | None:
+def if_possible(run: Callable[[], Results]) -> Results | None:
+    """What `run` returns; None, where oneDNN has no kernel for it on this processor."""
     try:
-        return _forward(spec, operands, masks)
+        return run()
     except RuntimeError as error:
         if "could not create a primitive" not in str(error):
             raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends import aten
-from fusedrnn.call import Call, Masks, Operands, Spec, directions, reverses, split_weights
+from fusedrnn.call import Call, Operands, Spec, directions, reverses, split_weights
 
 LSTM = 2  # torch's number for the kind of network
 
@@ -25,18 +25,23 @@ def keeps_workspace(call: Call) -> bool:
         and spec.cell == "lstm"
         and not spec.proj_size
         and call.device.type == "cpu"
-        and call.dtype == call.input_dtype == torch.float32
+        and call.dtype == call.input_dtype
+        and call.dtype in (torch.float32, torch.bfloat16)
         and not (call.packed or call.lengths or call.reset)
     )
 
 
-def forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor]:
-    """One layer: [output, *final states, *what `backward` needs, as `kept_like` has it]."""
-    x = _time_first(spec, operands.input)
+def forward(spec: Spec, operands: Operands) -> list[Tensor] | None:
+    """One layer: [output, *final states, *what `backward` needs, as `kept_like` has it]; or None,
+    where torch.lstm would not take oneDNN, or oneDNN has no kernel for such tensors."""
     switches = torch.backends.mkldnn
-    if not (switches.is_available() and torch._C._get_mkldnn_enabled() and x.numel()):
-        plain = aten.forward(spec, operands, masks)
-        return [*(t.contiguous() for t in plain), *kept_like(spec, operands)]
+    if switches.is_available() and torch._C._get_mkldnn_enabled() and operands.input.numel():
+        return aten.if_possible(lambda: _forward(spec, operands))
+    return None
+
+
+def _forward(spec: Spec, operands: Operands) -> list[Tensor]:
+    x = _time_first(spec, operands.input)
     outputs, finals, kept = [], [], []
     # Without gradients oneDNN keeps nothing.
     with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
@@ -59,10 +64,13 @@ def kept_like(spec: Spec, operands: Operands) -> list[Tensor]:
     return [torch.empty_like(t) for _ in range(directions(spec)) for t in one]
 
 
-def has_workspace(spec: Spec, input: Tensor, kept: list[Tensor]) -> bool:
-    """Whether the workspace is still there: a copy of what was kept has its first byte alone."""
-    gates = input.numel() // input.shape[-1] * 4 * spec.hidden_size * input.element_size()
-    return all([t.untyped_storage().nbytes() > max(1, gates) for t in kept[1::2]])
+def has_workspace(kept: list[Tensor]) -> bool:
+    """Whether the workspace is still there: a copy of what was kept has its first byte alone.
+
+    It holds four gates, of two bytes or more each, for every number in c_n, and that in each step.
+    """
+    pairs = zip(kept[::2], kept[1::2], strict=True)
+    return all([byte.untyped_storage().nbytes() > max(1, 8 * c_n.numel()) for c_n, byte in pairs])
 
 
 def backward(
@@ -90,7 +98,8 @@ def backward(
             d_weights += [d_ih, d_hh] + [d_bias, d_bias.clone()] * spec.bias
     d_input = d_inputs[0] if D == 1 else d_inputs[0] + d_inputs[1]
     both = [torch.stack(states) for states in zip(*d_states, strict=True)]
-    return [_time_first(spec, d_input), *both, *d_weights]
+    # oneDNN's are float32, whatever it computed in.
+    return [t.to(x.dtype) for t in (_time_first(spec, d_input), *both, *d_weights)]
 
 
 def _time_first(spec: Spec, sequence: Tensor) -> Tensor:
