@@ -212,14 +212,20 @@ def test_off_inside(name):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_where_torchs_lstm_has_no_kernel(low, grad, compiled, monkeypatch):
     """Planted, so that every processor is one without: float32 computes with the rounded values."""
-    torchs_lstm = torch.lstm
+    torchs_lstm, onednns = torch.lstm, torch.ops.aten.mkldnn_rnn_layer
 
     def lstm(*args):
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("could not create a primitive descriptor")
         return torchs_lstm(*args)
 
+    def layer(input, *args):
+        if input.dtype == torch.bfloat16:
+            raise RuntimeError("could not create a primitive descriptor")
+        return onednns(input, *args)
+
     monkeypatch.setattr(torch, "lstm", lstm)
+    monkeypatch.setattr(torch.ops.aten, "mkldnn_rnn_layer", layer)
     module, input = fusedrnn.LSTM(I, H), torch.randn(T, B, I)
     rounded = copy.deepcopy(module).to(low).float()
     expected = rounded(input.to(low).float())

@@ -172,70 +172,82 @@ WORKSPACE = {
 }
 
 
-onednns_dtypes = pytest.mark.parametrize(
-    "dtype",
+# (of the tensors, of autocast)
+COMPUTED_IN = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "autocast bfloat16": (torch.float32, torch.bfloat16),
+    "autocast float16": (torch.float32, torch.float16),
+}
+skip_without_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+)
+every_computation = pytest.mark.parametrize(
+    "computed_in",
     [
-        torch.float32,
-        pytest.param(
-            torch.bfloat16,
-            marks=pytest.mark.skipif(
-                not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-                reason="oneDNN has no bfloat16 on this processor",
-            ),
-        ),
+        pytest.param(computed_in, marks=[skip_without_bfloat16] * ("bfloat16" in name), id=name)
+        for name, computed_in in COMPUTED_IN.items()
     ],
-    ids=str,
 )
 
 
 @pytest.mark.parametrize("options", WORKSPACE.values(), ids=list(WORKSPACE))
-@onednns_dtypes
-def test_a_compiled_lstm_computes_forward_once(options, dtype, monkeypatch):
+@every_computation
+def test_a_compiled_lstm_computes_forward_once(options, computed_in, monkeypatch):
     """Its backward reads oneDNN's workspace; what would compute forward again is broken here."""
+    dtype, low = computed_in
     module = fusedrnn.LSTM(3, 4, dtype=dtype, **options)
     for p in module.parameters():
         nn.init.normal_(p, std=0.5)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=aot_eager)
+
+    def results(run, input, *hx):
+        with torch.autocast("cpu", low, enabled=low is not None):
+            outputs = flat(run(input, hx))
+        return [*outputs, *gradients(module, outputs, [input, *hx])]
+
     for T, B in ((5, 2), (6, 3), (1, 2)):
         shape = (B, T, 3) if options.get("batch_first") else (T, B, 3)
-        input = torch.randn(shape, dtype=dtype, requires_grad=True)
-        states = len(module.all_weights)
-        hx = [torch.randn(states, B, 4, dtype=dtype, requires_grad=True) for _ in range(2)]
-        expected = flat(module(input, tuple(hx)))
-        expected += gradients(module, expected, [input, *hx])
+        state = (len(module.all_weights), B, 4)
+        given = [torch.randn(s, dtype=dtype, requires_grad=True) for s in (shape, state, state)]
+        expected = results(module, *given)
         with monkeypatch.context() as broken:
             broken.setattr(op, "run_plain", None)
-            found = flat(compiled(input, tuple(hx)))
-            found += gradients(module, found, [input, *hx])
-        assert_floor(found, expected)
+            assert_floor(results(compiled, *given), expected, low)
 
 
-def assert_floor(found, expected):
-    """The same kernels on the same numbers: but for where they are added, the last rounding."""
+def assert_floor(found, expected, low=None):
+    """The same kernels on the same numbers: but for where they are added, and what was rounded to
+    `low` on the way, the last rounding."""
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
-        assert error(a, b) <= floor(b, b.dtype)
+        assert error(a, b) <= floor(b, low or b.dtype)
 
 
 def no_kernel(*args):
     raise RuntimeError("could not create a primitive descriptor")
 
 
-@onednns_dtypes
-def test_a_workspace_that_was_lost_is_computed_again(dtype, monkeypatch):
+@every_computation
+def test_a_workspace_that_was_lost_is_computed_again(computed_in, monkeypatch):
     """A hook on saved tensors copies one byte of it. Without oneDNN, without a kernel of it for
     these tensors, and without any row, there is none from the start."""
+    dtype, low = computed_in
     module = fusedrnn.LSTM(3, 4, dtype=dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=aot_eager)
     has, there = onednn.has_workspace, []
     monkeypatch.setattr(onednn, "has_workspace", lambda k: there.append(has(k)) or there[-1])
 
+    def results(run, input):
+        with torch.autocast("cpu", low, enabled=low is not None):
+            outputs = flat(run(input))
+        return [*outputs, *gradients(module, outputs, [input])]
+
     def compare(*, kept, B=2):
         input = torch.randn(5, B, 3, dtype=dtype, requires_grad=True)
-        found, expected = flat(compiled(input)), flat(module(input))
-        found += gradients(module, found, [input])
-        assert_floor(found, expected + list(gradients(module, expected, [input])))
-        assert there.pop() is kept
+        assert_floor(results(compiled, input), results(module, input), low)
+        assert there == [kept]
+        there.clear()
 
     compare(kept=True)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
@@ -378,7 +390,8 @@ def operator_samples():
     T, B, I, H = 4, 3, 2, 5
     for cell in ("lstm", "gru", "rnn_tanh"):
         cases = ("plain", "batch_first", "lengths", "packed", "no_bias", "reset", "stack", "turned")
-        kept = ("workspace", "workspace batch_first") if cell == "lstm" else ()
+        kept = ("workspace", "workspace batch_first", "autocast workspace")
+        kept = kept if cell == "lstm" else ()
         low = ("autocast", "autocast packed", "autocast lengths")
         for case in (*cases, *low, *kept):
             for D in (1, 2) if case == "plain" else (1,) if case == "turned" else (2,):

@@ -99,7 +99,7 @@ def forward(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
     results = None if avoided else if_possible(lambda: _forward(spec, operands, masks))
     if results is None:
         with torch.autocast("cpu", enabled=False):
-            results = _forward(spec, _rounded(operands, spec, low), masks)
+            results = _forward(spec, rounded(spec, operands, low), masks)
     output, *final = results
     return output.to(dtypes[0]), *(s.to(d) for s, d in zip(final, dtypes, strict=True))
 
@@ -114,9 +114,11 @@ def if_possible(run: Callable[[], Results]) -> Results | None:
         return None
 
 
-def _rounded(operands: Operands, spec: Spec, low: torch.dtype) -> Operands:
-    """Values of `low`, in float32. float64 is left alone, as by autocast."""
-    flat = [t if t.dtype == torch.float64 else t.to(low).float() for t in operands.flat()]
+def rounded(
+    spec: Spec, operands: Operands, low: torch.dtype, dtype: torch.dtype = torch.float32
+) -> Operands:
+    """Values of `low`, in `dtype`. float64 is left alone, as by autocast."""
+    flat = [t if t.dtype == torch.float64 else t.to(low).to(dtype) for t in operands.flat()]
     return operands_of(spec, flat)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends import aten
-from fusedrnn.call import Call, Operands, Spec, directions, reverses, split_weights
+from fusedrnn.call import Call, Masks, Operands, Spec, directions, reverses, split_weights
 
 LSTM = 2  # torch's number for the kind of network
 
@@ -25,8 +25,7 @@ def keeps_workspace(call: Call) -> bool:
         and spec.cell == "lstm"
         and not spec.proj_size
         and call.device.type == "cpu"
-        and call.dtype == call.input_dtype
-        and call.dtype in (torch.float32, torch.bfloat16)
+        and (call.autocast or call.dtype in (torch.float32, torch.bfloat16))
         and not (call.packed or call.lengths or call.reset)
     )
 
@@ -35,9 +34,14 @@ def forward(spec: Spec, operands: Operands) -> list[Tensor] | None:
     """One layer: [output, *final states, *what `backward` needs, as `kept_like` has it]; or None,
     where torch.lstm would not take oneDNN, or oneDNN has no kernel for such tensors."""
     switches = torch.backends.mkldnn
-    if switches.is_available() and torch._C._get_mkldnn_enabled() and operands.input.numel():
-        return aten.if_possible(lambda: _forward(spec, operands))
-    return None
+    if not (switches.is_available() and torch._C._get_mkldnn_enabled() and operands.input.numel()):
+        return None
+    with torch.autocast("cpu", enabled=False):
+        found = aten.if_possible(lambda: _forward(spec, _computed(spec, operands)))
+    if found is None:
+        return None
+    h, c = aten.output_dtypes(spec, operands.input, operands.state, Masks())
+    return [*(t.to(dtype) for t, dtype in zip(found, (h, h, c), strict=False)), *found[3:]]
 
 
 def _forward(spec: Spec, operands: Operands) -> list[Tensor]:
@@ -60,8 +64,8 @@ def _forward(spec: Spec, operands: Operands) -> list[Tensor]:
 def kept_like(spec: Spec, operands: Operands) -> list[Tensor]:
     """Empty tensors like those that `forward` keeps for `backward`."""
     input, (_, c) = operands.input, operands.state
-    one = [c.new_empty(c.shape[1:]), input.new_empty([1], dtype=torch.uint8)]
-    return [torch.empty_like(t) for _ in range(directions(spec)) for t in one]
+    like = [(c.shape[1:], _dtype(spec, input)), ((1,), torch.uint8)] * directions(spec)
+    return [c.new_empty(shape, dtype=dtype) for shape, dtype in like]
 
 
 def has_workspace(kept: list[Tensor]) -> bool:
@@ -77,8 +81,9 @@ def backward(
     spec: Spec, d_outputs: list[Tensor], operands: Operands, output: Tensor, kept: list[Tensor]
 ) -> list[Tensor]:
     """The gradients of `operands.flat()`, from those of the output and of the final states."""
+    originals, operands = operands.flat(), _computed(spec, operands)
     D, x = directions(spec), _time_first(spec, operands.input)
-    d_output, d_h, d_c = d_outputs
+    output, d_output, d_h, d_c = (t.to(x.dtype) for t in (output, *d_outputs))
     d_inputs, d_states, d_weights = [], [], []
     with torch._C._AutoDispatchBelowAutograd():
         steps, d_steps = (_time_first(spec, t).chunk(D, -1) for t in (output, d_output))
@@ -99,7 +104,23 @@ def backward(
     d_input = d_inputs[0] if D == 1 else d_inputs[0] + d_inputs[1]
     both = [torch.stack(states) for states in zip(*d_states, strict=True)]
     # oneDNN's are float32, whatever it computed in.
-    return [t.to(x.dtype) for t in (_time_first(spec, d_input), *both, *d_weights)]
+    gradients = (_time_first(spec, d_input), *both, *d_weights)
+    return [d.to(t.dtype) for d, t in zip(gradients, originals, strict=True)]
+
+
+def _computed(spec: Spec, operands: Operands) -> Operands:
+    """The operands in the dtype of the computation: as in `aten.forward`, under autocast."""
+    if not spec.autocast:
+        return operands
+    low = getattr(torch, spec.autocast)
+    return aten.rounded(spec, operands, low, _dtype(spec, operands.input))
+
+
+def _dtype(spec: Spec, input: Tensor) -> torch.dtype:
+    """In which the layer is computed."""
+    if not spec.autocast:
+        return input.dtype
+    return torch.bfloat16 if spec.autocast == "bfloat16" else torch.float32
 
 
 def _time_first(spec: Spec, sequence: Tensor) -> Tensor:
