@@ -56,7 +56,7 @@ def _forward(operands: list[Tensor], masks: list[Tensor | None], *fields: Any) -
     if spec.backend == "loop":
         return loop.forward(spec, call, rest)
     keeps = spec.save == "workspace"
-    if keeps and (found := onednn.forward(spec, call)) is not None:
+    if keeps and (found := onednn.forward(spec, call, rest)) is not None:
         return found
     outputs = [output.contiguous() for output in run_plain(spec, call, rest)]
     return outputs + onednn.kept_like(spec, call) if keeps else outputs
@@ -90,7 +90,8 @@ def _gradients(
         given = (spec, d_outputs, operands_of(spec, operands), masks_of(masks), kept)
         return loop.backward(*given, d_input_wanted=d_input_wanted)
     if spec.save == "workspace" and onednn.has_workspace(kept):
-        return onednn.backward(spec, d_outputs, operands_of(spec, operands), output, kept)
+        call = (operands_of(spec, operands), masks_of(masks))
+        return onednn.backward(spec, d_outputs, *call, output, kept)
     # An op cannot carry an autograd graph across, so the call runs again, under autograd.
     leaves = [t.detach().requires_grad_() for t in operands]
     with autograd_inside_op():

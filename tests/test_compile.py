@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.export import Dim
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 from fusedrnn import dispatch, op
@@ -179,41 +180,80 @@ COMPUTED_IN = {
     "autocast bfloat16": (torch.float32, torch.bfloat16),
     "autocast float16": (torch.float32, torch.float16),
 }
-skip_without_bfloat16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
-)
-every_computation = pytest.mark.parametrize(
-    "computed_in",
-    [
-        pytest.param(computed_in, marks=[skip_without_bfloat16] * ("bfloat16" in name), id=name)
-        for name, computed_in in COMPUTED_IN.items()
-    ],
-)
 
 
-@pytest.mark.parametrize("options", WORKSPACE.values(), ids=list(WORKSPACE))
-@every_computation
-def test_a_compiled_lstm_computes_forward_once(options, computed_in, monkeypatch):
+def skip_without_a_kernel(computed_in):
+    if torch.bfloat16 in computed_in and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
+
+
+def some_lengths(T, B):
+    return torch.tensor([0, T, max(T - 2, 1)][:B])
+
+
+def some_resets(T, B, batch_first):
+    reset = torch.rand(T, B) < 0.3
+    reset[0] = torch.arange(B) == 1
+    return reset.T.contiguous() if batch_first else reset
+
+
+CALLS = {
+    "plain": lambda T, B, batch_first: {},
+    "lengths": lambda T, B, batch_first: {"lengths": some_lengths(T, B)},
+    "no step": lambda T, B, batch_first: {"lengths": torch.zeros(B, dtype=torch.int64)},
+    "reset": lambda T, B, batch_first: {"reset": some_resets(T, B, batch_first)},
+    "both": lambda T, B, batch_first: {
+        "lengths": some_lengths(T, B),
+        "reset": some_resets(T, B, batch_first),
+    },
+    "packed": lambda T, B, batch_first: {"packed": torch.tensor([T, max(T - 2, 1), 1][:B])},
+}
+
+
+# Other calls in another dtype differ in neither from what is here.
+FORWARD_ONCE = [
+    pytest.param(COMPUTED_IN[low], layers, call, id=f"{low}-{layers}-{call}")
+    for low in COMPUTED_IN
+    for layers in WORKSPACE
+    for call in CALLS
+    if low == "float32" or call == "plain" or layers == "stack"
+]
+
+
+@pytest.mark.parametrize(("computed_in", "layers", "call"), FORWARD_ONCE)
+def test_a_compiled_lstm_computes_forward_once(computed_in, layers, call, monkeypatch):
     """Its backward reads oneDNN's workspace; what would compute forward again is broken here."""
-    dtype, low = computed_in
+    skip_without_a_kernel(computed_in)
+    (dtype, low), options = computed_in, WORKSPACE[layers]
     module = fusedrnn.LSTM(3, 4, dtype=dtype, **options)
     for p in module.parameters():
         nn.init.normal_(p, std=0.5)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=aot_eager)
 
-    def results(run, input, *hx):
+    def run(input, hx, sizes=None, **options):
+        output, state = module(
+            PackedSequence(input, sizes) if sizes is not None else input, hx, **options
+        )
+        return [output.data if sizes is not None else output, *state]
+
+    def results(run, input, *hx, packed=None, **options):
+        given, leaves = (input, hx), [input, *hx]
+        if packed is not None:  # Dynamo cannot tell that a given state has B rows
+            rows = pack_padded_sequence(input, packed, module.batch_first)
+            given, leaves = (rows.data, None, rows.batch_sizes), [input]
         with torch.autocast("cpu", low, enabled=low is not None):
-            outputs = flat(run(input, hx))
-        return [*outputs, *gradients(module, outputs, [input, *hx])]
+            outputs = run(*given, **options)
+        return [*outputs, *gradients(module, outputs, leaves)]
 
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=aot_eager)
     for T, B in ((5, 2), (6, 3), (1, 2)):
-        shape = (B, T, 3) if options.get("batch_first") else (T, B, 3)
+        shape = (B, T, 3) if module.batch_first else (T, B, 3)
         state = (len(module.all_weights), B, 4)
         given = [torch.randn(s, dtype=dtype, requires_grad=True) for s in (shape, state, state)]
-        expected = results(module, *given)
+        options = CALLS[call](T, B, module.batch_first)
+        expected = results(run, *given, **options)
         with monkeypatch.context() as broken:
             broken.setattr(op, "run_plain", None)
-            assert_floor(results(compiled, *given), expected, low)
+            assert_floor(results(compiled, *given, **options), expected, low)
 
 
 def assert_floor(found, expected, low=None):
@@ -228,10 +268,11 @@ def no_kernel(*args):
     raise RuntimeError("could not create a primitive descriptor")
 
 
-@every_computation
+@pytest.mark.parametrize("computed_in", COMPUTED_IN.values(), ids=list(COMPUTED_IN))
 def test_a_workspace_that_was_lost_is_computed_again(computed_in, monkeypatch):
     """A hook on saved tensors copies one byte of it. Without oneDNN, without a kernel of it for
     these tensors, and without any row, there is none from the start."""
+    skip_without_a_kernel(computed_in)
     dtype, low = computed_in
     module = fusedrnn.LSTM(3, 4, dtype=dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=aot_eager)
@@ -258,6 +299,25 @@ def test_a_workspace_that_was_lost_is_computed_again(computed_in, monkeypatch):
         other.setattr(torch.ops.aten, "mkldnn_rnn_layer", no_kernel)
         compare(kept=False)
     compare(kept=False, B=0)
+
+
+def test_of_steps_that_failed_nothing_is_kept(monkeypatch):
+    """A reset that meets an infinity is left to the loop, in forward and in backward."""
+    module = fusedrnn.LSTM(3, 4)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=aot_eager)
+    has, there = onednn.has_workspace, []
+    monkeypatch.setattr(onednn, "has_workspace", lambda k: there.append(has(k)) or there[-1])
+    input, reset = torch.randn(5, 2, 3), (torch.arange(5) == 3)[:, None].expand(5, 2)
+    for c, kept in ((0.0, True), (torch.inf, False)):
+        hx = (torch.zeros(1, 2, 4), torch.full((1, 2, 4), c))
+        found, expected = (flat(run(input, hx, reset=reset)) for run in (compiled, module))
+        assert found[0][3:].isfinite().all()
+        for run in (found, expected):
+            run += gradients(module, [run[0][3:], *run[1:]], [])
+        for a, b in zip(found, expected, strict=True):
+            near = floor(b.nan_to_num(0, 0, 0), b.dtype)
+            torch.testing.assert_close(a, b, rtol=0, atol=near, equal_nan=True)
+        assert there.pop() is kept
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
@@ -390,7 +450,8 @@ def operator_samples():
     T, B, I, H = 4, 3, 2, 5
     for cell in ("lstm", "gru", "rnn_tanh"):
         cases = ("plain", "batch_first", "lengths", "packed", "no_bias", "reset", "stack", "turned")
-        kept = ("workspace", "workspace batch_first", "autocast workspace")
+        kept = ("workspace", "workspace batch_first", "workspace lengths", "workspace packed")
+        kept += ("workspace reset", "autocast workspace", "autocast workspace lengths")
         kept = kept if cell == "lstm" else ()
         low = ("autocast", "autocast packed", "autocast lengths")
         for case in (*cases, *low, *kept):
@@ -415,7 +476,7 @@ def operator_samples():
                 if case.endswith("packed"):
                     masks = Masks(batch_sizes=torch.tensor([3, 2, 2, 1]))
                     input = torch.randn(8, I)
-                if case == "reset":
+                if case.endswith("reset"):
                     masks = Masks(reset=torch.rand(T, B) < 0.3)
                 if case == "stack":
                     dropout = torch.rand(T, B, D * H) < 0.5

@@ -17,7 +17,7 @@ R to the steps before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,6 @@ from fusedrnn.call import (
     Masks,
     Operands,
     Spec,
-    Weights,
     autocast_dtype,
     operands_of,
     reverses,
@@ -80,6 +79,16 @@ class Plan(NamedTuple):
     last: Tensor  # [B] stretched rows: the last step of each row
     kept: Tensor | None  # [B, 1] bool: False where a row's first step is reset; None: no resets
     empty: Tensor | None  # [B, 1] bool: rows without a step; None if there can be none
+
+    def stretched(self, rows: Tensor) -> Tensor:
+        """[steps, B, *] from [N, *], 0 in R and E."""
+        moved = Moved.apply(rows, self.taken, self.extra, self.given, self.padding)
+        return moved.view(*self.flags.shape[:2], *rows.shape[1:])
+
+    def restored(self, steps: Tensor) -> Tensor:
+        """[N, *] from [steps, B, *], 0 in padding."""
+        rows = steps.flatten(0, 1)
+        return Moved.apply(rows, self.given, self.padding, self.taken, self.extra)
 
 
 def plan(rows: packing.Rows, N: int, reset: Tensor | None, *, reverse: bool) -> Plan:
@@ -146,63 +155,96 @@ class Moved(torch.autograd.Function):
 
 def layer(spec: Spec, operands: Operands, masks: Masks) -> tuple[Tensor, ...]:
     """A layer of an LSTM, in one or two directions: (output, h_n, c_n), as `reference.forward`."""
+    options, found = (spec.bias, 1, 0.0, spec.training, False, False), []
+    for d, (where, x, h, c, weights) in enumerate(directions_of(spec, operands, masks)):
+        steps, _, c_n = torch.lstm(x, (h[None], c[None]), weights, *options)
+        if failed(where, steps, c_n[0]):
+            return _by_the_loop(spec, operands, masks)
+        found.append(results(where, steps, c_n[0], [s[d] for s in operands.state]))
+    outputs, *finals = zip(*found, strict=True)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    output = output.view(*operands.input.shape[:-1], output.shape[-1])
+    return output, *(torch.stack(parts) for parts in finals)
+
+
+class Direction(NamedTuple):
+    """What the plain operator is given for a direction of a layer, to be run forwards in time."""
+
+    where: Plan
+    x: Tensor  # [steps, B, I + 2]
+    h: Tensor  # [B, H]
+    c: Tensor  # [B, H]
+    weights: list[Tensor]  # W_ih [4 * H, I + 2], W_hh, and the biases if there are any
+
+
+def directions_of(spec: Spec, operands: Operands, masks: Masks) -> Iterator[Direction]:
+    """The directions of a layer, each made when it is asked for."""
     rows = packing.rows_of(operands.input, spec.batch_first, masks.lengths, masks.batch_sizes)
     reset = masks.reset
     if reset is not None and spec.batch_first:
         reset = reset.T
     input = operands.input.reshape(-1, operands.input.shape[-1])
-    outputs, finals = [], []
     for d, (weights, reverse) in enumerate(
         zip(split_weights(spec, operands.weights), reverses(spec), strict=True)
     ):
         where = plan(rows, len(input), reset, reverse=reverse)
         h, c = [s[d] for s in operands.state]
-        found = _direction(spec, where, input, h, c, weights)
-        if found is None:
-            return _by_the_loop(spec, operands, masks)
-        outputs.append(found[0])
-        finals.append(found[1:])
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    output = output.view(*operands.input.shape[:-1], output.shape[-1])
-    return output, *(torch.stack(parts) for parts in zip(*finals, strict=True))
+        if where.kept is not None:
+            h, c = (torch.where(where.kept, s, torch.zeros_like(s)) for s in (h, c))
+        if where.empty is not None:
+            h, c = (torch.where(where.empty, torch.zeros_like(s), s) for s in (h, c))
+        x = torch.cat([where.stretched(input), where.flags.to(input.dtype)], -1)
+        w_ih = torch.cat([weights.w_ih, _of_flags(h.shape[-1], weights.w_ih.dtype)], -1)
+        flat = [w_ih, weights.w_hh]
+        if weights.b_ih is not None and weights.b_hh is not None:
+            flat += [weights.b_ih, weights.b_hh]
+        yield Direction(where, x, h, c, flat)
 
 
-def _direction(
-    spec: Spec, where: Plan, input: Tensor, h: Tensor, c: Tensor, weights: Weights
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The output [N, H] and the final states [B, H], or None if an extra step may have failed.
+def failed(where: Plan, steps: Tensor, c_n: Tensor) -> bool:
+    """Whether an extra step may have failed, from the operator's steps [steps, B, H] and its c_n.
 
     A gate that is closed does not clear a NaN or an infinity, as 0 * NaN is NaN, neither in the
     state nor in the gradient; and an infinite weight makes a NaN of the gates.
     """
-    given, H = (h, c), h.shape[-1]
-    if where.kept is not None:
-        h, c = (torch.where(where.kept, s, torch.zeros_like(s)) for s in (h, c))
-    if where.empty is not None:
-        h, c = (torch.where(where.empty, torch.zeros_like(s), s) for s in (h, c))
-    taken = Moved.apply(input, where.taken, where.extra, where.given, where.padding)
-    flags = where.flags.to(input.dtype)
-    stretched = torch.cat([taken.view(*flags.shape[:2], input.shape[-1]), flags], -1)
-    w_ih = torch.cat([weights.w_ih, _of_flags(H, weights.w_ih.dtype)], -1)
-    flat = [w_ih, weights.w_hh]
-    if weights.b_ih is not None and weights.b_hh is not None:
-        flat += [weights.b_ih, weights.b_hh]
-    options = (spec.bias, 1, 0.0, spec.training, False, False)
-    steps, _, c_n = torch.lstm(stretched, (h[None], c[None]), flat, *options)
-    steps, c_n = steps.flatten(0, 1), c_n[0]
-    h_n = steps.index_select(0, where.last)
     if where.kept is not None:
         sums = [t.detach().sum(dtype=torch.float64) for t in (steps, c_n)]
-        failed = not bool((sums[0] + sums[1]).isfinite())
-    else:  # a NaN that was held is in h, too, and stays in its row
-        failed = bool((~c_n.isfinite() & ~h_n.isnan()).any())
-    if failed:
-        return None
-    output = Moved.apply(steps, where.given, where.padding, where.taken, where.extra)
+        return not bool((sums[0] + sums[1]).isfinite())
+    # A NaN that was held is in h, too, and stays in its row.
+    h_n = steps.detach().flatten(0, 1).index_select(0, where.last)
+    return bool((~c_n.isfinite() & ~h_n.isnan()).any())
+
+
+def results(where: Plan, steps: Tensor, c_n: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The output [N, H] and the final states [B, H] of a direction that was `given` (h, c)."""
+    final = [steps.flatten(0, 1).index_select(0, where.last), c_n]
     if where.empty is not None:
-        pairs = zip(given, (h_n, c_n), strict=True)
-        h_n, c_n = (torch.where(where.empty, s.to(n.dtype), n) for s, n in pairs)
-    return output, h_n, c_n
+        pairs = zip(given, final, strict=True)
+        final = [torch.where(where.empty, s.to(n.dtype), n) for s, n in pairs]
+    return where.restored(steps), *final
+
+
+def d_results(where: Plan, d_output: Tensor, d_h_n: Tensor, d_c_n: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the operator's steps and of its c_n from those of `results`."""
+    if where.empty is not None:
+        d_h_n, d_c_n = (torch.where(where.empty, torch.zeros_like(d), d) for d in (d_h_n, d_c_n))
+    d_steps = where.stretched(d_output)
+    d_steps.flatten(0, 1).index_add_(0, where.last, d_h_n)
+    return d_steps, d_c_n
+
+
+def d_given(
+    where: Plan, d_x: Tensor, d_w_ih: Tensor, d_state: list[Tensor], d_final: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of a layer's input [N, I], W_ih and states from those of a `Direction`, and
+    from those of the final states, which are the first of a row without a step."""
+    I = d_w_ih.shape[-1] - 2
+    if where.kept is not None:
+        d_state = [torch.where(where.kept, d, torch.zeros_like(d)) for d in d_state]
+    if where.empty is not None:
+        pairs = zip(d_final, d_state, strict=True)
+        d_state = [torch.where(where.empty, n.to(d.dtype), d) for n, d in pairs]
+    return where.restored(d_x[..., :I]), d_w_ih[:, :I], d_state
 
 
 def _of_flags(H: int, dtype: torch.dtype) -> Tensor:
