@@ -75,10 +75,10 @@ def _forward(spec: Spec, operands: Operands, masks: Masks) -> list[Tensor] | Non
 
 
 def kept_like(spec: Spec, operands: Operands) -> list[Tensor]:
-    """Empty tensors like those that `forward` keeps for `backward`."""
+    """Tensors like those that `forward` keeps for `backward`, 0: every run gives the same."""
     input, (_, c) = operands.input, operands.state
     like = [(c.shape[1:], _dtype(spec, input)), ((1,), torch.uint8)] * directions(spec)
-    return [c.new_empty(shape, dtype=dtype) for shape, dtype in like]
+    return [c.new_zeros(shape, dtype=dtype) for shape, dtype in like]
 
 
 def has_workspace(kept: list[Tensor]) -> bool:
