@@ -320,6 +320,21 @@ def test_of_steps_that_failed_nothing_is_kept(monkeypatch):
         assert there.pop() is kept
 
 
+def test_a_gradient_of_a_row_without_a_step_goes_to_its_state_alone():
+    """Even one that is NaN: it would be no 0 after a closed gate."""
+    module = fusedrnn.LSTM(3, 4)
+    compiled = torch.compile(module, fullgraph=True, backend=aot_eager)
+    input, lengths = torch.randn(5, 2, 3, requires_grad=True), torch.tensor([0, 4])
+    hx = [torch.randn(1, 2, 4, requires_grad=True) for _ in range(2)]
+    _, final = compiled(input, tuple(hx), lengths=lengths)
+    d_final = [torch.ones(1, 2, 4).index_fill_(1, torch.tensor(0), torch.nan) for _ in range(2)]
+    found = torch.autograd.grad(final, [*hx, input, *module.parameters()], d_final)
+    for d_state in found[:2]:
+        assert d_state[:, 0].isnan().all()
+        assert d_state[:, 1].isfinite().all()
+    assert all(d.isfinite().all() for d in found[2:])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_dropout_between_layers(dropout):
     """At 1.0 nothing of layer 0 reaches layer 1: compiled and eager agree without a seed."""
