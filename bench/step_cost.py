@@ -382,7 +382,7 @@ def read(
     shared = machine_code.accesses(ptx, 32 * plan.num_warps)
     step, spin_barriers = machine_code.sass_step(sass)
     counts = Counter(i.name for i in step)
-    programs = -(-H // plan.block_h)
+    programs = plan.programs(H)
     launches = 1 if plan.batch_per_launch is None else -(-B // plan.batch_per_launch)
     running = programs * lanes * -(-min(B, plan.batch_per_launch or B) // plan.block_b)
     together = 1 if running <= multiprocessors else plan.programs_per_sm

@@ -23,10 +23,10 @@ from fusedrnn.kernels.plan import (
     plan_scan,
     stage_sizes,
 )
-from fusedrnn.kernels.scan_backward import scan_backward_kernel
+from fusedrnn.kernels.scan_backward import scan_backward_gluon, scan_backward_kernel
 from fusedrnn.kernels.scan_forward import scan_forward_gluon, scan_forward_kernel
 from fusedrnn.kernels.state_ops import StateOps
-from fusedrnn.kernels.with_gluon import gluon
+from fusedrnn.kernels.with_gluon import gluon, wgmma_backward
 from fusedrnn.packing import Rows
 
 SAVE = ("gates", "states", None)
@@ -202,12 +202,19 @@ def workspaces(
     turns = stages if pass_ == "forward" else (stages[0], *stages[:0:-1])
     first = first_of(stages)
     programs, *tiles_and_lanes = parts[0][0]
+    launches, groups = layers * len(parts), math.prod(tiles_and_lanes)
+    error = _error_word(like.device)
+    if plan.schedule == "wgmma_scatter":
+        return sync.part_workspaces(
+            launches, groups=groups, slot_size=wgmma_backward.part_slot_size(plan),
+            dtype=like.dtype, device=like.device, error=error,
+        )  # fmt: skip
     return sync.workspaces(
-        layers * len(parts), groups=math.prod(tiles_and_lanes), programs=programs,
+        launches, groups=groups, programs=programs,
         planes=[0] * (first - 1) + [stage.planes for stage in turns],
         steps=rows.T * round_of(stages) + first,  # h_0 is published too
         chunks=plan.chunks, block_b=plan.block_b, block_h=plan.block_h, block_k=plan.block_k,
-        dtype=like.dtype, device=like.device, error=_error_word(like.device),
+        dtype=like.dtype, device=like.device, error=error,
         in_rows=plan.schedule == "wgmma",
     )  # fmt: skip
 
@@ -224,8 +231,8 @@ def _launch(
     """
     device, (D, H, P, heads) = like.device, sizes
     pass_ = "forward" if kernel is scan_forward_kernel else "backward"
-    if plan.schedule == "wgmma":
-        kernel = scan_forward_gluon
+    if plan.warp_groups:
+        kernel = scan_forward_gluon if pass_ == "forward" else scan_backward_gluon
     error = _error_word(device)
     _raise_if_timed_out(error)
     constants = _constants(cell, plan, pass_, sizes, precision, device_of(device))
@@ -255,7 +262,7 @@ def _parts(
     """Of each launch, the grid, the first element of the batch, and the first lane; the first
     launch is the largest."""
     step_b, step_lane = plan.batch_per_launch or max(B, 1), plan.lanes_per_launch or lanes
-    owners = -(-H // plan.block_h)
+    owners = plan.programs(H)
     return tuple(
         ((owners, -(-min(step_b, B - b) // plan.block_b), min(step_lane, lanes - lane)), b, lane)
         for lane in range(0, lanes, step_lane)

@@ -21,7 +21,7 @@ import triton.language as tl
 from fusedrnn.kernels import sync
 from fusedrnn.kernels.fragments import BLOCK, lhs_operand, load_rhs_operand, pitch
 from fusedrnn.kernels.tiles import load_vectors, of_direction
-from fusedrnn.kernels.with_gluon import wgmma
+from fusedrnn.kernels.with_gluon import wgmma, wgmma_backward
 
 
 @triton.jit
@@ -47,6 +47,8 @@ def load_weights(w_ptr, tile, STAGE: tl.constexpr, PLAN: tl.constexpr):
         weights = load_vectors((w_ptr,), tile, PLANES=MATRICES, H=STAGE.units)
     elif PLAN.schedule == "wgmma":
         weights = wgmma.load_weights(w_ptr, tile, STAGE=STAGE, PLAN=PLAN)
+    elif PLAN.schedule == "wgmma_scatter":
+        weights = wgmma_backward.load_weights(w_ptr, tile, STAGE=STAGE, PLAN=PLAN)
     elif PLAN.exchanged:
         for chunk in tl.static_range(COUNT):
             weights = weights + load_chunk(w_ptr, chunk, tile, STAGE=STAGE, PLAN=PLAN)
@@ -148,6 +150,8 @@ def recurrent_matmul(
         sums = wgmma.product(
             channel, weights, step, SLOT=slot_size(STAGES, PLAN), STAGE=STAGE, PLAN=PLAN
         )
+    elif PLAN.schedule == "wgmma_scatter":  # multiplied by those who published
+        sums = wgmma_backward.gather(channel, step, PLAN=PLAN)
     elif PLAN.exchanged:
         sums = gathered_matmul(
             channel, weights, w_ptr, tile, step,

@@ -1,13 +1,16 @@
 """Which tiles a time loop runs with: pure arithmetic, from the shape, the dtype and the device.
 
-Four schedules, one kernel each for forward and backward:
+The schedules, for both passes or for one:
 
-    multi_block   programs that run at the same time own BLOCK_H units each, their weights in
-                  registers
-    streamed      the same, but not all chunks of K fit: the others are read through L1 in each step
-    wgmma         as multi_block, forward, with Hopper's products of warp groups
-    single_block  one program owns all units, and nothing is exchanged: for the interpreter, which
-                  runs one program after the other. For a GPU the meter prefers the others.
+    multi_block    programs that run at the same time own BLOCK_H units each, their weights in
+                   registers
+    streamed       the same, but not all chunks of K fit: the others are read through L1 in each
+                   step
+    wgmma          as multi_block, forward, with Hopper's products of warp groups
+    wgmma_scatter  with these, backward: each program multiplies its own units' gradients, and hands
+                   everybody a part of dh
+    single_block   one program owns all units, and nothing is exchanged: for the interpreter, which
+                   runs one program after the other. For a GPU the meter prefers the others.
 
 A plan is the cheapest of a few candidates by an estimate of the clock cycles of a step, among
 those whose registers and shared memory fit a program and whose grid fits the device. The batch
@@ -128,7 +131,8 @@ class Plan:
     """How one pass of one layer runs; the kernels take it whole, as a constant.
 
     Attributes:
-        schedule: "single_block", "multi_block", "streamed", "wgmma" or "independent".
+        schedule: "single_block", "multi_block", "streamed", "wgmma", "wgmma_scatter" or
+            "independent".
         block_b, block_h: batch elements of a tile, and units of a program.
         block_k, chunks: K, which is all of H, in equal chunks; narrower stages have fewer.
         resident: chunks of each stage whose weights stay on the multiprocessor.
@@ -160,6 +164,17 @@ class Plan:
         """Whether programs hand each other what they compute."""
         return self.schedule not in ("single_block", "independent")
 
+    @property
+    def warp_groups(self) -> bool:
+        """Whether Gluon compiles the loop, for products of warp groups."""
+        return self.schedule.startswith("wgmma")
+
+    def programs(self, H: int) -> int:
+        """How many hand each other what they compute, for H units. Parts of dh are handed to so
+        many at once as there are warps."""
+        owners = -(-H // self.block_h)
+        return -(-owners // 8) * 8 if self.schedule == "wgmma_scatter" else owners
+
     def of_kernel(self) -> "Plan":
         """The plan without what is no part of a kernel: how a batch is cut into launches."""
         return replace(self, batch_per_launch=None, lanes_per_launch=None)
@@ -179,6 +194,8 @@ class Plan:
         the ahead-of-time suite holds it to that."""
         if self.schedule == "wgmma":  # what is multiplied, and the sums
             return 4 * self.block_b * self.chunks * self.block_k // 2 + 4 * 64 * 2 * self.block_b
+        if self.schedule == "wgmma_scatter":  # the gates, and the sums
+            return 2 * self.block_b * 64 + 4 * 128 * self.block_b
         backward = pass_ == "backward"
         results = max(s.exchanged if backward else min(s.products, 4) for s in cell.stages)
         return 4 * self.block_b * self.block_h * (self.split_k * results + 1)
@@ -227,8 +244,7 @@ def _plan_scan(cell, pass_, dtype, B, H, P, D, device, input_precision, times=No
     best, best_cost, least = None, float("inf"), None
     for plan in candidates(cell, pass_, dtype, H, device, input_precision, P):
         if plan.exchanged:
-            owners = -(-H // plan.block_h)
-            least = min(owners, least or owners)
+            least = min(plan.programs(H), least or plan.programs(H))
         fitting = placed(plan, H, D, B, device)
         if fitting is None:
             continue
@@ -255,7 +271,7 @@ def placed(plan: Plan, H: int, D: int, B: int, device: Device) -> tuple[Plan, in
     of launches, and of programs that run at the same time. None where one tile is too many."""
     if not plan.exchanged:
         return plan, 1, 1
-    owners = -(-H // plan.block_h)
+    owners = plan.programs(H)
     room = device.multiprocessors * plan.programs_per_sm
     if owners > room:
         return None
@@ -274,22 +290,31 @@ def warp_groups(H: int, block_b: int) -> Plan:
     return Plan("wgmma", block_b, 16, block_k, chunks, chunks, 2, 8, 255, chunks, pairwise=True)
 
 
+def warp_groups_backward(H: int, block_b: int) -> Plan:
+    """The plan of a backward pass by warp groups (`wgmma_backward`), for tiles of 16 or 32 rows.
+
+    Parts of chunks that are multiplied, and read, together: as many as registers hold."""
+    chunks = -(-H // 128)
+    ahead = min(chunks, 128 // block_b)
+    return Plan("wgmma_scatter", block_b, 16, 128, chunks, chunks, 1, 8, 255, ahead, pairwise=True)
+
+
 def _serve_warp_groups(
     cell: Cell, pass_: str, item: int, stages: tuple[StageSizes, ...], device: Device
 ) -> bool:
-    """Whether the forward pass of such a cell can run by warp groups."""
+    """Whether a pass of such a cell can run by warp groups."""
     (stage, *others) = stages
+    gates, one = (stage.results, stage.planes)[:: 1 if pass_ == "forward" else -1]
     return (
-        pass_ == "forward"
-        and device.backend == "cuda"
+        device.backend == "cuda"
         and device.gluon
         and device.capability == (9, 0)
         and item == 2
         and not others
         and not (stage.mean or stage.diagonal)
-        and stage.planes == 1
-        and stage.results <= 4
-        and stage.k <= WARP_GROUP_K
+        and one == 1
+        and gates <= 4
+        and max(stage.k, stage.units) <= WARP_GROUP_K
     )
 
 
@@ -347,11 +372,17 @@ def _candidates(
         if fits(plan):
             yield plan
     if _serve_warp_groups(cell, pass_, item, stages, device):
-        yield from filter(fits, (warp_groups(H, rows) for rows in (16, 8, 32)))
+        if pass_ == "forward":
+            yield from filter(fits, (warp_groups(H, rows) for rows in (16, 8, 32)))
+        else:
+            rows = (16, 32) if H <= WARP_GROUP_WIDE_TILES else (16,)
+            yield from filter(fits, (warp_groups_backward(H, count) for count in rows))
 
 
 # The most units of K of which warp groups keep the weights in registers.
 WARP_GROUP_K = 1024
+# Backward, the most units with 32 rows: beyond, values would be spilled.
+WARP_GROUP_WIDE_TILES = 768
 
 # Registers for weights, left operands and sums, of 255; found by compiling, for the cell with the
 # most gates and everything switched on (bench/aot.py).
@@ -372,6 +403,10 @@ WARP_GROUP = 960
 WARP_GROUP_CELL_OF_GATE = 150
 WARP_GROUP_MULTIPLY_ADDS = 2048
 WARP_GROUP_READ = 0.88
+# Backward: the same; what is written and added up hides nothing of what is read.
+WARP_GROUP_BACKWARD = 830
+WARP_GROUP_BACKWARD_CELL_OF_GATE = 108
+WARP_GROUP_WRITTEN = 1.27
 CHAIN = 16  # from one product to the next that adds to it
 CELL = 100  # and all else that a step does once
 CELL_OF_GATE = 83  # for each element of a thread
@@ -391,6 +426,11 @@ def cycles(
         multiply = received * 64 / WARP_GROUP_MULTIPLY_ADDS
         cell_of_gates = WARP_GROUP_CELL_OF_GATE * len(cell.gates) * max(1.0, elements)
         return WARP_GROUP + cell_of_gates + multiply + WARP_GROUP_READ * received * item / l2
+    if plan.schedule == "wgmma_scatter":
+        parts = plan.block_b * plan.block_h * plan.programs(H) * item
+        cell_of_gates = WARP_GROUP_BACKWARD_CELL_OF_GATE * len(cell.gates) * max(1.0, elements)
+        moved = WARP_GROUP_WRITTEN * parts / L2_BYTES + parts / l2
+        return WARP_GROUP_BACKWARD + cell_of_gates + moved
     for stage in stage_sizes(cell, pass_, H, P or H):
         chunks = -(-stage.k // plan.block_k)
         streamed = max(chunks - plan.resident, 0) * plan.block_k

@@ -19,6 +19,8 @@ The gradients of the weights are not summed here, but afterwards, as single larg
 dx_gates and dh_gates with the layer's inputs and outputs.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -57,6 +59,7 @@ from fusedrnn.kernels.tiles import (
     where,
     zeros,
 )
+from fusedrnn.kernels.with_gluon import gluon, wgmma_backward
 
 
 @triton.jit
@@ -70,7 +73,7 @@ def load_states_at(
     sequence or of the row's own length lies before the beginning.
     """
     rows = row_of(tl.where((t >= 0) & (t < T), t, 0), tile, offsets_ptr, stride_t, stride_b)
-    times = t + tl.zeros_like(tile.length)
+    times = t + (tile.length & 0)
     begun = (times >= 0) & (times < T) & (times < tile.length)
     rows = rows * D + tile.direction
     h = tl.load(output_ptr + (rows * P + tile.units), mask=begun & h_tile.mask, other=initial[0])
@@ -114,6 +117,20 @@ def run_stage_backward(
     for i in tl.static_range(PLANES):
         given = given + (tl.where(active & unit_mask, d_received[i], 0.0).to(DTYPE),)
     return dx_gates, given, d_values, d_params
+
+
+@triton.jit
+def hand_on(
+    channel, given, weights, step, last,
+    STAGE: tl.constexpr, STAGES: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """Gives the others, as `step`, what they need for the product of the stage of that number: what
+    is multiplied, or what the multiplication of it gave."""
+    if PLAN.schedule == "wgmma_scatter":
+        wgmma_backward.scatter(channel, given, weights, step, PLAN=PLAN)
+    elif PLAN.exchanged:
+        SLOT: tl.constexpr = slot_size(STAGES, PLAN)
+        sync.publish(channel, given, step, last, SLOT=SLOT, BLOCK_K=PLAN.block_k, STAGE=STAGE)
 
 
 @triton.jit
@@ -182,7 +199,6 @@ def scan_backward_kernel(
     COUNT: tl.constexpr = len(STAGES)
     ROUND: tl.constexpr = round_of(STAGES)
     FIRST: tl.constexpr = first_of(STAGES)
-    SLOT: tl.constexpr = slot_size(STAGES, PLAN)
     # Loaded once: weights, parameters, the states before the first step, what states start over
     # from, what multiplies h, and what goes round the loop.
     tile = program_tile(
@@ -196,14 +212,14 @@ def scan_backward_kernel(
         weights = weights + (load_weights(matrices[s], tile, STAGE=stage_at(STAGES, s), PLAN=PLAN),)
     DTYPE: tl.constexpr = matrices[0].dtype.element_ty
     params = load_params(param_ptrs, tile, H=H)
-    d_params = zeros(len(param_ptrs), tl.float32, PLAN)
+    d_params = zeros(len(param_ptrs), tl.float32, tile)
     initial = load_states(state_ptrs, h_tile, tile)
     d_state = load_states(d_final_ptrs, h_tile, tile)
     reset_state = load_states(ops.reset_state, h_tile, tile)
-    d_reset_state = zeros(len(ops.reset_state), tl.float32, PLAN)
+    d_reset_state = zeros(len(ops.reset_state), tl.float32, tile)
     begins = ()  # where a sequence began with the step of dh_gates
     if ops.reset is not None:
-        begins = (tl.zeros_like(tile.length) != 0,)
+        begins = ((tile.length & 0) != 0,)
     h_mask = load_h_mask(ops, h_tile)
     back = 2 * tile.reverse - 1
     t = (1 - tile.reverse) * (T - 1)
@@ -213,14 +229,16 @@ def scan_backward_kernel(
     )  # fmt: skip
     # What the first stage gave to its product in the step that the loop visited last.
     FIRST_PLANES: tl.constexpr = STAGES[0].planes
-    rounded = zeros(FIRST_PLANES, DTYPE, PLAN)
+    rounded = zeros(FIRST_PLANES, DTYPE, tile)
     last = T * ROUND + FIRST
     channel = None
-    if PLAN.exchanged:
+    if PLAN.schedule == "wgmma_scatter":
+        channel = wgmma_backward.connect(exchange, PLAN=PLAN)
+    elif PLAN.exchanged:
         channel = sync.connect(
             exchange, tile.head_units, PLANES=planes_of(STAGES), BLOCK_K=PLAN.block_k
         )
-        sync.publish(channel, rounded, FIRST, last, SLOT=SLOT, BLOCK_K=PLAN.block_k)
+    hand_on(channel, rounded, weights[0], FIRST, last, STAGE=0, STAGES=STAGES, PLAN=PLAN)
 
     for step in range(T):
         rows = row_of(t, tile, offsets_ptr, stride_t, stride_b)
@@ -304,11 +322,10 @@ def scan_backward_kernel(
                 d_values, saved, prev_32, new_32, params, active, unit_mask,
                 BODY=bodies[s], STAGE=stage_at(STAGES, s), DTYPE=DTYPE,
             )  # fmt: skip
-            if PLAN.exchanged:
-                sync.publish(
-                    channel, given, exchanged + (ROUND if s == 0 else COUNT - s), last, SLOT=SLOT,
-                    BLOCK_K=PLAN.block_k, STAGE=s,
-                )  # fmt: skip
+            hand_on(
+                channel, given, weights[s], exchanged + (ROUND if s == 0 else COUNT - s), last,
+                STAGE=s, STAGES=STAGES, PLAN=PLAN,
+            )  # fmt: skip
             dx_gates = dx + dx_gates
             d_param = d_own + d_param
             if STAGES[s].sums > 0:
@@ -327,7 +344,7 @@ def scan_backward_kernel(
         store_planes(dx_gates_ptr, dx_gates, rows, tile, active, exists, D=D, H=H)
         if dh_gates_ptr is not None:
             store_planes(dh_gates_ptr, dh_gates, rows, tile, active, exists, D=D, H=H)
-        d_params = add(d_params, where(active, d_param, zeros(len(d_param), tl.float32, PLAN)))
+        d_params = add(d_params, where(active, d_param, zeros(len(d_param), tl.float32, tile)))
         t += back
 
     (product,) = recurrent_matmul(
@@ -345,3 +362,12 @@ def scan_backward_kernel(
         tl.store(d_param_ptrs[i] + offs, total, mask=tile.unit_mask)
     if PLAN.exchanged:
         sync.report(channel)
+
+
+# The same loop in Gluon, as `scan_forward.scan_forward_gluon`.
+scan_backward_gluon: Any = None
+if gluon is not None:
+    scan_backward_gluon = gluon.jit(
+        scan_backward_kernel.fn,
+        do_not_specialize=["T", "B", "first_b", "first_lane", "reverse", "stride_t", "stride_b"],
+    )

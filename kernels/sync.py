@@ -53,6 +53,7 @@ The data go round in 16 bytes a lane, see `fragments`.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -275,7 +276,8 @@ def assembly(OFFSETS, VECTORS, LENGTH, PAIRWISE, ELEMENTS, ANCHOR):
 
     -0.0 is the least integer. Where there is a minimum of pairs of int16 (PAIRWISE, from compute
     capability 9.0 on), the least of all elements tells whether one is missing. Elsewhere a 16-bit
-    half of y is 0 where (y - 1) & ~y is negative.
+    half of y is 0 where (y - 1) & ~y is negative. Or PAIRWISE is "mark": then a vector is read at
+    once, and is there where its lowest bit is what is given in place of arrivals.
     """
     vectors = range(len(OFFSETS) * VECTORS)
     words = [[f"${4 * n + i}" for i in range(4)] for n in vectors]
@@ -283,12 +285,19 @@ def assembly(OFFSETS, VECTORS, LENGTH, PAIRWISE, ELEMENTS, ANCHOR):
     counter = pointers + ELEMENTS + ANCHOR
     limit, step, arrived = (counter + n * ELEMENTS for n in (1, 2, 3))
     gave_up = f"[${counter} + {4 * _GAVE_UP.value}]"
+    MARKED = PAIRWISE == "mark"
 
     def load(n):
         pointer = f"[${pointers + n % VECTORS * LENGTH} + {OFFSETS[n // VECTORS]}]"
+        if MARKED:
+            return f"ld.relaxed.gpu.global.b128 vector{n}, {pointer};"
         return f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(words[n])}}}, {pointer};"
 
-    if LENGTH == 4:
+    if MARKED:
+        merge = ["or.b32 {0}, {0}, {1};"]
+        summarize = [f"xor.b32 {{0}}, {{1}}, ${arrived};"]
+        test = ["and.b32 x, {0}, 1;", "setp.ne.b32 {1}, x, 0;"]
+    elif LENGTH == 4:
         merge = ["min.s32 {0}, {0}, {1};"]
         summarize = ["min.s32 {0}, {1}, {2};", "min.s32 x, {3}, {4};", "min.s32 {0}, {0}, x;"]
         test = ["setp.eq.b32 {1}, {0}, 0x80000000;"]
@@ -328,18 +337,28 @@ def assembly(OFFSETS, VECTORS, LENGTH, PAIRWISE, ELEMENTS, ANCHOR):
         f".reg .pred missing, late<{len(words)}>;",
         f".reg .b32 least<{len(words)}>, all, x, y, left, told;",
         f"mov.b32 left, ${limit};",
-        f"setp.eq.s32 missing, ${arrived}, 0;",
-        "@missing bra READ;",
-        "WAIT:",
-        *before,
-        f"ld.acquire.gpu.global.b32 x, [${counter}];",
-        *after,
-        f"setp.lt.s32 missing, x, ${arrived};",
-        "@missing bra WAIT;",
-        "READ:",
-        *map(load, vectors),
-        "AGAIN:",
     ]
+    if MARKED:
+        lines += [f".reg .b128 vector<{len(words)}>;", f".reg .b64 half<{2 * len(words)}>;"]
+    else:
+        lines += [
+            f"setp.eq.s32 missing, ${arrived}, 0;",
+            "@missing bra READ;",
+            "WAIT:",
+            *before,
+            f"ld.acquire.gpu.global.b32 x, [${counter}];",
+            *after,
+            f"setp.lt.s32 missing, x, ${arrived};",
+            "@missing bra WAIT;",
+            "READ:",
+        ]
+    lines += [*map(load, vectors), "AGAIN:"]
+    if MARKED:
+        for n in vectors:
+            low, high = f"half{2 * n}", f"half{2 * n + 1}"
+            lines += [f"mov.b128 {{{low}, {high}}}, vector{n};"]
+            lines += [f"mov.b64 {{{words[n][0]}, {words[n][1]}}}, {low};"]
+            lines += [f"mov.b64 {{{words[n][2]}, {words[n][3]}}}, {high};"]
     for n in vectors:
         lines += filled(summarize, f"least{n}", *words[n])
     lines += ["mov.b32 all, least0;"]
@@ -408,19 +427,39 @@ def workspaces(
         slots, tuple(planes), programs, chunks, block_b, block_h, block_k, dtype == torch.float32,
         in_rows,
     )  # fmt: skip
+    return _exchanges(launches, groups, (slots, slot_size), -0.0, empty, dtype, device, error)
+
+
+def part_workspaces(
+    launches: int, *, groups: int, slot_size: int, dtype: torch.dtype, device: torch.device | str,
+    error: torch.Tensor | None = None,
+) -> Iterator[Exchange]:  # fmt: skip
+    """As `workspaces`, for what `wgmma_backward` hands out: two slots, in which nothing is marked.
+
+    Args:
+        slot_size: elements of a slot.
+    """
+    return _exchanges(launches, groups, (2, slot_size), 0.0, [], dtype, device, error)
+
+
+def _exchanges(
+    launches: int, groups: int, ring_shape: tuple[int, int], fill: float, empty, dtype: torch.dtype,
+    device: torch.device | str, error: torch.Tensor | None,
+) -> Iterator[Exchange]:  # fmt: skip
+    """Of each launch, all filled with `fill` but for the parts `empty`, which are zero."""
     if error is None:
         error = torch.zeros(1, dtype=torch.int32, device=device)
-    limit = spin_limit(device)
-    at_once = max(1, _FILLED_BYTES // (groups * slots * slot_size * dtype.itemsize))
+    limit, size = spin_limit(device), math.prod(ring_shape)
+    at_once = max(1, _FILLED_BYTES // (groups * size * dtype.itemsize))
     for first in range(0, launches, at_once):
         count = min(at_once, launches - first)
-        ring = torch.full((count, groups, slots, slot_size), -0.0, dtype=dtype, device=device)
-        for size, stride, offset in empty:
-            size, stride = (count * groups, *size), (slots * slot_size, *stride)
-            ring.as_strided(size, stride, offset).zero_()
+        ring = torch.full((count, groups, *ring_shape), fill, dtype=dtype, device=device)
+        for shape, stride, offset in empty:
+            shape, stride = (count * groups, *shape), (size, *stride)
+            ring.as_strided(shape, stride, offset).zero_()
         signal = torch.zeros((count, groups, _SIGNAL), dtype=torch.int32, device=device)
         for own_ring, own_signal in zip(ring.unbind(), signal.unbind(), strict=True):
-            yield Exchange(own_ring, own_signal, error, slots * slot_size, _SIGNAL, limit)
+            yield Exchange(own_ring, own_signal, error, size, _SIGNAL, limit)
 
 
 @functools.cache

@@ -50,7 +50,7 @@ def program_tile(
     direction = lane // HEADS
     head = lane % HEADS
     first_unit = tl.program_id(0) * PLAN.block_h
-    if PLAN.schedule == "wgmma":
+    if PLAN.warp_groups:
         head_units = first_unit + wgmma.along_units(PLAN)
         row = wgmma.along_batch(PLAN)
     else:
@@ -212,11 +212,11 @@ def add(x, y):
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, DTYPE: tl.constexpr, PLAN: tl.constexpr):
+def zeros(COUNT: tl.constexpr, DTYPE: tl.constexpr, tile):
     """COUNT tiles [BLOCK_B, BLOCK_H] of zeros."""
-    BLOCK_B: tl.constexpr = PLAN.block_b
-    BLOCK_H: tl.constexpr = PLAN.block_h
+    # Not tl.zeros, of which Gluon would have to know the layout.
+    nothing = ((tile.batch & 0)[:, None] + (tile.units & 0)).to(DTYPE)
     tiles = ()
     for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros([BLOCK_B, BLOCK_H], DTYPE),)
+        tiles = tiles + (nothing,)
     return tiles

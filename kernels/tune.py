@@ -116,7 +116,7 @@ def _lanes_at_once(plan: Plan, H: int, D: int, properties: Device) -> int:
     if not plan.exchanged:
         return D
     room = properties.multiprocessors * plan.programs_per_sm
-    return min(D, room // -(-H // plan.block_h))
+    return min(D, room // plan.programs(H))
 
 
 def _measure(

@@ -5,9 +5,10 @@ from typing import Any
 
 gluon: Any = None
 wgmma: Any = None
+wgmma_backward: Any = None
 try:
     from triton.experimental import gluon
 
-    from fusedrnn.kernels import wgmma
+    from fusedrnn.kernels import wgmma, wgmma_backward
 except (ImportError, AttributeError):
-    gluon = wgmma = None
+    gluon = wgmma = wgmma_backward = None

@@ -29,7 +29,7 @@ def launchable(pass_: str, case: Case, device: torch.device) -> list[Plan]:
     plans = []
     for plan in candidates(case.cell, pass_, case.dtype, case.H, properties, "ieee"):
         if plan.exchanged:
-            owners = -(-case.H // plan.block_h)
+            owners = plan.programs(case.H)
             groups = properties.multiprocessors * plan.programs_per_sm // owners
             if groups == 0:
                 continue

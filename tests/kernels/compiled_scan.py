@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fusedrnn.cells import REGISTRY
 from fusedrnn.kernels import scan_backward, scan_forward, sync
-from fusedrnn.kernels.plan import Plan, warp_groups
+from fusedrnn.kernels.plan import Plan, warp_groups, warp_groups_backward
 
 LSTM, GRU, RNN = REGISTRY["lstm"], REGISTRY["gru"], REGISTRY["rnn_tanh"]
 RESET_BEFORE = REGISTRY["gru_reset_before"]
@@ -47,11 +47,13 @@ class Setting:
     exchanged: bool = True  # else one program owns all units
     precision: str = "tf32"
     capability: tuple[int, int] = (9, 0)
-    wgmma: int | None = None  # forward, by warp groups: rows of a tile
+    wgmma: int | None = None  # by warp groups: rows of a tile; backward at least 16
 
     def plan(self, pass_: str = "backward") -> Plan:
         if self.wgmma and pass_ == "forward":
             return warp_groups(self.case.H, self.wgmma)
+        if self.wgmma:
+            return warp_groups_backward(self.case.H, max(16, self.wgmma))
         if not self.exchanged:
             block = max(16, 1 << (self.case.H - 1).bit_length())
             return Plan("single_block", 16, block, block, 1, 1, 1, num_warps=4)
@@ -204,6 +206,21 @@ def product(left: Tensor, w: Tensor, precision: str, like: torch.dtype) -> tuple
     return left @ w, lost * size
 
 
+def rounding_of_parts(left: Tensor, w: Tensor, H: int, like: torch.dtype) -> Tensor:
+    """How far left @ w may be off where every 16 units of K make a part of it that is rounded. Of
+    what a lane hands over, 8 elements, the first may then move by a unit in its last place."""
+    info, K = torch.finfo(like), len(w)
+    program = torch.arange(K) % H // 16
+    total = torch.zeros(len(left), w.shape[1]).double()
+    row, unit = torch.arange(len(left))[:, None], torch.arange(w.shape[1])[None, :]
+    first = (unit % 16 < 8) & (row % 16 < 8) & (row % 2 == 0)
+    for owner in program.unique():
+        part = (left[:, program == owner] @ w[program == owner]).abs()
+        last_place = part * info.eps + info.smallest_normal * info.eps
+        total += last_place * (0.5 + first.double())
+    return total
+
+
 def check(setting: Setting, p: Problem, got: dict[str, Any]) -> dict[str, float]:
     """The largest error of each result, as a share of what is allowed."""
     worst = Worst(setting.case.dtype)
@@ -265,6 +282,8 @@ def _check_backward(setting: Setting, p: Problem, got, d: int, worst: Worst) -> 
 
     def receive():
         sums, off = product(exchanged, w, setting.precision, case.dtype)
+        if setting.wgmma:
+            off = off + rounding_of_parts(exchanged, w, H, case.dtype)
         back = (d_state[0] + sums, *d_state[1:])
         # A dozen roundings on the way through the cell, each of at most the largest gradient.
         largest = max(s.abs().max() for s in back) + p.d_output.double().abs().max()

@@ -321,12 +321,12 @@ FORWARD = (
         always=True,
     ),
 )
-_STAGE_BEFORE = "channel, given, exchanged + (ROUND if s == 0 else COUNT - s), last"
+_GIVEN = "channel, given, weights[s], exchanged + (ROUND if s == 0 else COUNT - s), last"
 BACKWARD = (
     Mutant(
         "backward publishes less than is polled",
         (Deadlock,),
-        kernel=(Change(_STAGE_BEFORE, _STAGE_BEFORE.replace("given", "given[1:]")),),
+        kernel=(Change(_GIVEN, _GIVEN.replace("given", "given[1:]")),),
         always=True,
     ),
     Mutant(
@@ -377,7 +377,7 @@ STAGES = {
         Mutant(
             "a stage's planes lie as those of another",
             (Race, Deadlock),
-            kernel=(Change("BLOCK_K=PLAN.block_k, STAGE=s,", "BLOCK_K=PLAN.block_k, STAGE=0,"),),
+            kernel=(Change("block_k, STAGE=STAGE)", "block_k, STAGE=0)"),),
             always=True,
         ),
         Mutant(

@@ -171,7 +171,8 @@ def names(operand: str) -> list[str]:
 
 # --- numbers -----------------------------------------------------------------------------------
 
-UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+PAIR = np.dtype([("low", np.uint64), ("high", np.uint64)])  # of 128 bits, which are only moved
+UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64, 128: PAIR}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 

@@ -157,7 +157,7 @@ def test_the_sample_has_every_kind(compiled):
     assert {job[2] for job in jobs} == set(PASSES)
     assert {job[3] for job in jobs} == set(aot.DTYPES)
     schedules = {compiled[job]["plan"]["schedule"] for job in jobs}
-    assert schedules == {"independent", "multi_block", "streamed", "wgmma"}
+    assert schedules == {"independent", "multi_block", "streamed", "wgmma", "wgmma_scatter"}
 
 
 # --- the gate -----------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_the_suite_has_every_kind():
             mine = [j for j in made_for if (j.cell, j.pass_, j.dtype) == (cell, pass_, "bf16")]
             assert {j.H for j in mine} >= set(hidden)
     schedules = {job.plan.schedule for job in made_for}
-    assert schedules == {"independent", "multi_block", "streamed", "wgmma"}
+    assert schedules == {"independent", "multi_block", "streamed", "wgmma", "wgmma_scatter"}
     assert len({job.key() for job in made_for}) == len(set(made_for))
     assert {job.dtype for job in made_for} == set(aot.DTYPES)
     assert {job.save for job in made_for} == {"gates", "states"}

@@ -176,6 +176,9 @@ def test_what_is_loaded_is_multiplied_as_it_lies_in_the_registers(compiled):
             found = set().union(*(origins(code, r, MOVE) for r in itertools.chain(*lefts)))
             # What is masked is 0, which the compiler takes from the counter of steps.
             assert {"ld.global.b32"} <= found <= {"ld.global.b32", "add.s32"}
+            if load not in opcodes:  # backward, where parts are added up
+                assert "ld.relaxed.gpu.global.b128" in opcodes
+                continue
             stored = [i for i in code.instructions if i.opcode.startswith("st.shared.v4")]
             words = list(itertools.chain(*(names(i.operands[1]) for i in stored)))
             polled = [r for r in words if origins(code, r, MOVE) == {load}]
@@ -189,7 +192,7 @@ def test_what_is_loaded_is_multiplied_as_it_lies_in_the_registers(compiled):
                 apart += 1
                 found = set().union(*(origins(code, r, TAKE_APART) for r in registers))
             assert found == {load}
-    assert groups == len(WARP_GROUPS)
+    assert groups == 2 * len(WARP_GROUPS)
     alone = sum("single block" in name for name in PROBLEMS)
     assert products == 2 * (len((*PROBLEMS, PROJECTION)) - alone) - groups
     assert apart == 2 * sum("ieee" in name for name in PROBLEMS)
@@ -227,6 +230,21 @@ MUTANTS = {
     "weights of another chunk": (
         "wgmma.py", "weights[chunk], right", "weights[CHUNKS - 1 - chunk], right", "numbers"
     ),
+    "gates in another order, backward": (
+        "wgmma_backward.py", "gl.join(gates[0], gates[2])", "gl.join(gates[2], gates[0])", "numbers"
+    ),
+    "parts for another chunk's owners": (
+        "wgmma_backward.py", "weights[i], right", "weights[COUNT - 1 - i], right", "numbers"
+    ),
+    "parts of half of the warps": (
+        "wgmma_backward.py", "x = left + right", "x = left", "numbers"
+    ),
+    "what is new looks like what is old": (
+        "wgmma_backward.py", "+ 1) // 2 % 2", "* 0 + 1)", "numbers"
+    ),
+    "another program's parts": (
+        "wgmma_backward.py", "(own * PROGRAMS + warp)", "((own ^ 1) * PROGRAMS + warp)", "numbers"
+    ),
     "the rest of h is left out": (
         "matmul.py", "tl.dot(lhs_rest, rhs, total,", "tl.dot(lhs, rhs * 0, total,", EXACT
     ),
@@ -248,7 +266,7 @@ def mutant(request, tmp_path_factory):
     source = (kernels / file).read_text()
     assert source.count(old) == 1, f"{file} must have {old!r} for this mutant to be one"
     (kernels / file).write_text(source.replace(old, new))
-    problem = EXACT if shows == EXACT else WARP_GROUPS[0] if file == "wgmma.py" else SMALL
+    problem = EXACT if shows == EXACT else WARP_GROUPS[0] if "wgmma" in file else SMALL
     done = run(folder / "cache", problem, package=folder)
     return problem, shows, done, texts(folder / "cache", "ttgir")
 
@@ -257,7 +275,8 @@ def test_mistakes_are_noticed(mutant):
     problem, shows, done, layouts = mutant
     if shows in ("numbers", EXACT):
         assert done.returncode == 0, done.stderr[-3000:]
-        assert records(done)[problem]["share"]["final 0"] > 2
+        share = records(done)[problem]["share"]
+        assert max(share["final 0"], share["d_state 0"]) > 2
     else:
         assert done.returncode != 0
         assert shows in done.stderr
@@ -283,9 +302,9 @@ def test_what_warp_groups_need_is_noticed(without, shows, tmp_path):
 def test_a_left_operand_that_moves_is_found(compiled):
     """The warp groups' left operands differ, though the compiler takes them for the same."""
     having = [text for text in compiled[1] if "ttng.warp_group_dot" in text]
-    assert len(having) == len(WARP_GROUPS)
+    assert len(having) == 2 * len(WARP_GROUPS)
     for text in having:
-        kind = re.search(r"tensor<64x\d+x\w+, #ttg\.dot_op<[^>]*>>", text)
+        kind = re.search(r"tensor<\d+x\d+x\w+, #ttg\.dot_op<[^>]*>>", text)
         assert kind is not None
         moved = text + f"%1 = ttg.convert_layout %0 : {kind[0]} -> tensor<64x64xf16, #blocked>\n"
         assert "changes its layout" in layout.faults(moved, 8)[0]

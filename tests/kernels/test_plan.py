@@ -78,12 +78,20 @@ def test_every_plan_fits(capability, multiprocessors):
         assert 0 <= plan.resident <= plan.chunks, told
         for power in (plan.block_b, plan.block_h, plan.block_k, plan.split_k, plan.num_warps):
             assert power & (power - 1) == 0, told
-        owners = -(-H // plan.block_h)
+        owners = plan.programs(H)
         if plan.schedule == "wgmma":
             # A thread polls a vector of 16 bytes of each chunk, or two; forward, on Hopper.
             assert plan.block_b * plan.block_k == 2048 * (2 if plan.block_b == 32 else 1), told
             assert (plan.block_h, plan.split_k, plan.num_warps) == (16, 2, 8), told
             assert (pass_, capability, dtype.itemsize) == ("forward", (9, 0), 2), told
+        elif plan.schedule == "wgmma_scatter":
+            # A warp hands 16 units of a chunk to their owner, 8 elements a lane; so there are as
+            # many programs as chunks have warps.
+            assert (plan.block_h, plan.block_k, plan.num_warps) == (16, 128, 8), told
+            assert owners == 8 * plan.chunks >= -(-H // 16), told
+            assert plan.block_b in (16, 32), told
+            assert plan.prefetch * plan.block_b <= 128, told
+            assert (pass_, capability, dtype.itemsize) == ("backward", (9, 0), 2), told
         else:
             # What the layout of the exchange rests on (`fragments`): a warp for each 16 units of a
             # chunk, and a program's units all in one chunk.
@@ -152,9 +160,9 @@ def test_a_batch_is_cut_into_as_few_launches_as_hold_it():
         (8, torch.bfloat16, ("multi_block", "multi_block")),
         (128, torch.bfloat16, ("multi_block", "multi_block")),
         (128, torch.float32, ("multi_block", "multi_block")),
-        (300, torch.bfloat16, ("multi_block", "multi_block")),
-        (768, torch.bfloat16, ("wgmma", "multi_block")),
-        (1024, torch.float16, ("wgmma", "multi_block")),
+        (300, torch.bfloat16, ("multi_block", "wgmma_scatter")),
+        (768, torch.bfloat16, ("wgmma", "wgmma_scatter")),
+        (1024, torch.float16, ("wgmma", "wgmma_scatter")),
         (2048, torch.bfloat16, ("streamed", "streamed")),
     ],
 )

@@ -95,7 +95,7 @@ def test_only_grids_that_fit_are_measured(H):
     at_once = {plan: tune._lanes_at_once(plan, H, 2, H100) for plan in found}
     assert seen == [plan for plan in found if at_once[plan]]
     for plan in seen:
-        grid = (-(-H // plan.block_h), 1, at_once[plan])
+        grid = (plan.programs(H), 1, at_once[plan])
         assert math.prod(grid) <= H100.multiprocessors * plan.programs_per_sm
     assert 1 in at_once.values()  # which two directions at once would have refused
 
