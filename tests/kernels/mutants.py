@@ -161,8 +161,8 @@ SLOTS = (
         (Race, WrongResult),
         (
             Change(
-                "torch.full((count, groups, slots, slot_size), -0.0",
-                "torch.zeros((count, groups, slots, slot_size)",
+                "torch.full((count, groups, *ring_shape), fill",
+                "torch.zeros((count, groups, *ring_shape)",
             ),
         ),
         always=True,
@@ -170,7 +170,7 @@ SLOTS = (
     Mutant(
         "units that nobody owns are polled",
         (Deadlock,),
-        (Change("ring.as_strided(size, stride, offset).zero_()", "pass"),),
+        (Change("ring.as_strided(shape, stride, offset).zero_()", "pass"),),
         always=True,
     ),
 )

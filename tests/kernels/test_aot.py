@@ -109,7 +109,7 @@ MUTANTS = (
             ("    where,\n)", "    where,\n    zeros,\n)"),
             (
                 "    for step in range(T):\n",
-                "    x_next = zeros(G, x_gates_ptr.dtype.element_ty, PLAN)\n"
+                "    x_next = zeros(G, x_gates_ptr.dtype.element_ty, tile)\n"
                 "    for step in range(T):\n",
             ),
             (f"        x_gates = {X_GATES}\n", "        x_gates = x_next\n"),
@@ -123,13 +123,13 @@ MUTANTS = (
     Mutant(
         "reads the counter of arrivals in every step",
         "sync.py",
-        (('        "@missing bra READ;",\n        "WAIT:",\n', '        "WAIT:",\n'),),
+        (('            "@missing bra READ;",\n', ""),),
         "no way round the loop reads what others stored and orders nothing",
     ),
     Mutant(
         "a block barrier in a poll",
         "sync.py",
-        (('"AGAIN:",\n', '"AGAIN:",\n        "bar.sync 0;",\n'),),
+        (('vectors), "AGAIN:"]', 'vectors), "AGAIN:", "bar.sync 0;"]'),),
         "block barriers in a spin",
     ),
 )
